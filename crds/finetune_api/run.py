@@ -1,0 +1,166 @@
+"""What passes between operator and trainer: the configuration in, progress and the last word out.
+
+The operator writes :class:`TrainerConfig` into a ConfigMap; the trainer reads it, serves :class:`Progress`
+over HTTP (``GET /progress``) and leaves a :class:`Termination` in the container's termination message.
+Only names of this module are known to both sides.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from finetune_api.causes import Cause
+from finetune_api.methods import Method
+from finetune_api.spec import Data, Evaluation, ModelSource, Stage, Training
+
+# Environment variables the pods get (all optional for the trainer but CONFIG).
+ENV_CONFIG = "FINETUNE_CONFIG"  # path of the trainer's configuration, a JSON file
+ENV_ATTEMPT = "FINETUNE_ATTEMPT"  # number of this attempt, from 1; writers of older attempts are fenced off
+ENV_CACHE = "FINETUNE_CACHE"  # folder for fetched models and data; may be shared by many jobs
+ENV_WORK = "FINETUNE_WORK"  # scratch folder of this pod
+ENV_HTTP_PORT = "FINETUNE_HTTP_PORT"  # port of /metrics, /progress and /healthz on rank 0
+ENV_TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"  # file for the Termination document
+ENV_SAVE_STEPS = "FINETUNE_SAVE_STEPS"  # steering: may change from attempt to attempt
+ENV_SAVE_TOTAL_LIMIT = "FINETUNE_SAVE_TOTAL_LIMIT"
+
+HTTP_PORT = 9400
+MASTER_PORT = 29500
+TRAINER_CONTAINER = "trainer"
+FETCH_CONTAINER = "fetch"
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, a checkpoint is saved
+EXIT_USER = 64  # EX_USAGE: a mistake that a restart would repeat
+EXIT_FAILED = 1
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class TrainerConfig(_Wire):
+    """Everything a run's result depends on, every default resolved. Written once per job, never changed."""
+
+    namespace: str
+    name: str
+    stage: Stage
+    model: ModelSource
+    """``job://`` and ``pvc://`` are already resolved."""
+    method: Method
+    data: Data
+    training: Training
+    evaluation: Evaluation
+    deepspeed: dict[str, Any]
+    """The DeepSpeed configuration, complete but for the three batch sizes, which depend on the world."""
+    checkpoint_uri: str
+    """Folder of this job's checkpoints (``step-N/`` lie directly in it)."""
+    save_steps: int
+    save_total_limit: int
+    resume: str = "auto"
+    output_uri: str
+    merge: bool = False
+    max_shard_size: str = "5GB"
+    global_batch_size: int
+    """Sequences per optimizer step over all processes, as planned; kept when the world changes."""
+    accelerator: str = "gpu"
+    """gpu: it is an error where no GPU is found. cpu: GPUs are not used."""
+
+
+class CheckpointInfo(_Wire):
+    """A complete checkpoint (or the reason why a found one was passed over)."""
+
+    step: int
+    uri: str
+    digest: str = ""
+    """``sha256:…`` of its manifest."""
+    size: int = 0
+    """Bytes of all its files."""
+    time: str = ""
+    """When it was completed, RFC 3339."""
+    problem: str = ""
+    """Why it was not used, where it was broken."""
+
+
+class Answer(_Wire):
+    """One prompt of ``evaluation.prompts`` with the model's answers."""
+
+    prompt: str
+    before: str = ""
+    after: str = ""
+
+
+class Progress(_Wire):
+    """Where a run stands, as rank 0 sees it. Served as JSON."""
+
+    attempt: int = 1
+    phase: str = "starting"
+    """starting, loading, preparing, training, evaluating, saving, exporting, done"""
+    step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    """Useful tokens (not padding) of all processes per second."""
+    mfu: float | None = None
+    """Share of the GPUs' peak that went into the model, 0 to 1."""
+    step_seconds: float | None = None
+    eta_seconds: float | None = None
+    last_step_time: str = ""
+    """When the last step ended, RFC 3339; empty before the first one of this attempt."""
+    resumed_from_step: int | None = None
+    world_size: int = 1
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    heartbeats: dict[str, float] = {}
+    """Seconds since each rank (by number) was last seen to go forward."""
+    checkpoints: list[CheckpointInfo] = []
+    """Complete checkpoints, oldest first."""
+    skipped_checkpoints: list[CheckpointInfo] = []
+    """Broken ones that were found at start and passed over."""
+    checkpoint_failures: int = 0
+    evaluation: dict[str, float] = {}
+    """Last evaluation figures: loss, perplexity, and the same per source as loss/NAME."""
+    message: str = ""
+    """What the run is doing, one line for people."""
+
+
+class OutputInfo(_Wire):
+    """A written result."""
+
+    uri: str
+    kind: str
+    """adapter, model or merged"""
+    digest: str = ""
+    """``sha256:…`` of its manifest."""
+    size: int = 0
+
+
+TERMINATION_LIMIT = 4096  # bytes the kubelet keeps of a container's termination message
+
+
+class Termination(_Wire):
+    """The last word of a worker process."""
+
+    cause: Cause
+    message: str = Field("", max_length=2000)
+    """For the user: what happened, the value, what is accepted, the remedy."""
+    exit_code: int = 0
+    """Of the process that ended first; negative: the number of the signal that killed it."""
+    rank: int = 0
+    step: int = 0
+    max_steps: int = 0
+    loss: float | None = None
+    evaluation: dict[str, float] = {}
+    outputs: list[OutputInfo] = []
+    last_checkpoint: CheckpointInfo | None = None
+
+    def to_message(self) -> str:
+        """JSON that fits into a termination message; the message is cut first, then the evaluation."""
+        for cut in (2000, 800, 200):
+            text = self.model_copy(update={"message": self.message[:cut]}).model_dump_json(exclude_defaults=True)
+            if len(text.encode()) <= TERMINATION_LIMIT:
+                return text
+        return self.model_copy(update={"message": self.message[:200], "evaluation": {}}).model_dump_json(
+            exclude_defaults=True
+        )[:TERMINATION_LIMIT]

@@ -1,0 +1,240 @@
+"""The spec of a FineTuneJob: what a user writes. The docstring of a field is its ``kubectl explain``.
+
+Only shapes, ranges and defaults live here; what spans several fields is a row of ``rules.py``.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from finetune_api.base import Duration, HyperModel, KubeModel
+from finetune_api.methods import Lora, Method
+
+Uri = Annotated[str, Field(max_length=1024)]
+ModelUri = Annotated[Uri, Field(pattern=r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+|job://[a-z]([-a-z0-9]*[a-z0-9])?)$")]
+DataUri = Annotated[Uri, Field(pattern=r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+)$")]
+StorageUri = Annotated[Uri, Field(pattern=r"^((s3|gs|az|pvc)://[^/]+.*|file:///.+)$")]
+Name = Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+
+Stage = Literal["sft"]
+DataFormat = Literal["alpaca", "messages"]
+
+
+class ModelSource(HyperModel):
+    """The model to start from."""
+
+    uri: ModelUri
+    """Where the model lies: hf://ORG/NAME, s3:// gs:// az://BUCKET/PATH, pvc://CLAIM/PATH, file:///PATH,
+    or job://NAME for the output of another FineTuneJob of this namespace (this job waits for it)."""
+    revision: str = Field("main", max_length=256)
+    """Branch, tag or commit; only for hf://."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the weights and of the computation. auto: bfloat16 on a GPU, float32 on a CPU."""
+    gguf_file: str = Field("", max_length=256)
+    """Name of the GGUF file inside uri, where the model is one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such a model is refused."""
+
+
+class DataSource(HyperModel):
+    """One file or data set of training or evaluation rows."""
+
+    uri: DataUri
+    """Where the rows lie: hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH,
+    file:///PATH. Files: .jsonl or .json, as told by the name's ending."""
+    format: DataFormat = "alpaca"
+    """How a row is written: alpaca (instruction, input, output, optional system and history)
+    or messages (a list of role and content, as OpenAI's)."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """How often the rows of this source are seen in one epoch: 2 is twice, 0.5 a fresh half each epoch.
+    Training only."""
+    split: str = Field("train", max_length=128)
+    """Split of a hub data set; only for hf://."""
+    revision: str = Field("main", max_length=256)
+    """Branch, tag or commit; only for hf://."""
+
+
+class Data(HyperModel):
+    """What to train and to evaluate on, and how rows become sequences of tokens."""
+
+    train: list[DataSource] = Field(min_length=1, max_length=64)
+    """Sources of training rows; all of them make one epoch."""
+    eval: list[DataSource] = Field(default=[], max_length=64)
+    """Sources of held-out rows: their loss and perplexity are reported, each source by itself and all."""
+    max_length: int = Field(2048, ge=16, le=1048576)
+    """Longest sequence in tokens; longer rows are cut, counted and reported."""
+    packing: bool = False
+    """Fill sequences of max_length with several rows. Rows never see each other: attention and positions
+    stop at their boundaries."""
+    chat_template: str = Field("", max_length=65536)
+    """A Jinja chat template used in place of the tokenizer's own."""
+
+
+class Training(HyperModel):
+    """The optimisation. Names and meanings are those of transformers' TrainingArguments."""
+
+    learning_rate: float = Field(2.0e-4, gt=0, le=10)
+    """Peak learning rate of AdamW."""
+    num_train_epochs: float = Field(3.0, gt=0, le=100000)
+    """Passes over the training rows; not used where max_steps is set."""
+    max_steps: int = Field(-1, ge=-1, le=1000000000)
+    """Optimizer steps in all; -1: as num_train_epochs says."""
+    per_device_train_batch_size: int = Field(1, ge=1, le=65536)
+    """Sequences per process and forward pass."""
+    per_device_eval_batch_size: int = Field(1, ge=1, le=65536)
+    """Sequences per process in evaluation."""
+    gradient_accumulation_steps: int = Field(1, ge=1, le=65536)
+    """Forward passes per optimizer step. The batch of a step is per_device_train_batch_size x
+    gradient_accumulation_steps x processes, and is kept when the number of processes changes."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "polynomial", "inverse_sqrt"
+    ] = "cosine"
+    """Shape of the learning rate over the run (transformers' get_scheduler)."""
+    lr_scheduler_kwargs: Preserved = {}
+    """Further arguments of the scheduler, e.g. min_lr_rate."""
+    warmup_steps: float = Field(0, ge=0, le=1000000000)
+    """Steps of linear warm-up; below 1 it is a share of all steps."""
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    """AdamW's decoupled weight decay; not applied to biases and norms."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the first moment."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the second moment."""
+    adam_epsilon: float = Field(1.0e-8, gt=0, le=1)
+    """AdamW's term against division by zero."""
+    max_grad_norm: float = Field(1.0, ge=0, le=1000000)
+    """Gradients are scaled down to this L2 norm; 0: never."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    neftune_noise_alpha: float = Field(0.0, ge=0, le=1000)
+    """NEFTune (arXiv:2310.05914): uniform noise of alpha / sqrt(length x hidden size) on the embeddings
+    while training; 0: none."""
+    eval_steps: int = Field(0, ge=0, le=1000000000)
+    """Evaluate every so many steps; 0: at the end of every epoch. Always at the end of the run."""
+    logging_steps: int = Field(1, ge=1, le=1000000)
+    """Write metrics every so many steps."""
+    seed: int = Field(42, ge=0, le=4294967295)
+    """Seed of initialisation, data order, dropout and noise."""
+
+
+class Evaluation(HyperModel):
+    """Questions put to the model before and after training; the answers stand in the report."""
+
+    prompts: list[Annotated[str, Field(max_length=4096)]] = Field(default=[], max_length=32)
+    """User messages to answer, each in a conversation of its own, by greedy decoding."""
+    max_new_tokens: int = Field(64, ge=1, le=8192)
+    """Longest answer in tokens."""
+
+
+class ZeroOptimization(HyperModel):
+    """DeepSpeed's ``zero_optimization``; further keys of DeepSpeed are passed on."""
+
+    model_config = {"extra": "allow", "json_schema_extra": {"x-kubernetes-preserve-unknown-fields": True}}
+
+    stage: Literal[0, 1, 2, 3] | None = None
+    """What is partitioned over the processes: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.
+    Unset: the plan chooses (0 for adapters, 2 for full fine-tuning)."""
+
+
+class DeepSpeed(HyperModel):
+    """A DeepSpeed configuration, merged over what the plan decides. A key that contradicts another field
+    of the spec is refused; further keys of DeepSpeed are passed on."""
+
+    model_config = {"extra": "allow", "json_schema_extra": {"x-kubernetes-preserve-unknown-fields": True}}
+
+    zero_optimization: ZeroOptimization = ZeroOptimization()
+    """ZeRO stage and offloading."""
+
+
+class Workers(KubeModel):
+    """The pods: replicas workers, each of gpusPerWorker training processes."""
+
+    replicas: int = Field(1, ge=1, le=4096)
+    """Number of worker pods; all of them start together and fail together."""
+    gpus_per_worker: int = Field(1, ge=0, le=64)
+    """GPUs and training processes of one worker. 0: one process on the CPU."""
+    template: Preserved = {}
+    """Fields of a pod template (metadata.labels, metadata.annotations, spec), merged over what the operator
+    makes: lists of named things by name (the training container is named trainer), all else replaced."""
+
+
+class Checkpoint(HyperModel):
+    """Checkpoints on object storage: exact states to continue from."""
+
+    uri: StorageUri | None = None
+    """Where checkpoints go; a folder named after the job is made in it.
+    Unset: the folder checkpoints in output.uri."""
+    save_steps: int = Field(200, ge=1, le=1000000000)
+    """Save every so many optimizer steps. A save does not stop the training."""
+    save_total_limit: int = Field(3, ge=1, le=10000)
+    """How many checkpoints are kept, the newest ones."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest valid checkpoint of this configuration found in the folder.
+    never: start anew, and refuse to start where the folder already holds checkpoints of another run."""
+
+
+class Output(HyperModel):
+    """Where the result goes: adapter or model, tokenizer, metrics.jsonl, loss.png, report.html."""
+
+    uri: StorageUri
+    """Folder of the result."""
+    merge: bool = False
+    """Also write the model with the adapter merged into it, to the folder merged below uri."""
+    max_shard_size: str = Field("5GB", pattern=r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$", max_length=16)
+    """Largest safetensors file of a written model."""
+
+
+class Recovery(KubeModel):
+    """What happens when a worker fails. Mistakes of the user are never retried."""
+
+    max_restarts: int = Field(10, ge=0, le=10000)
+    """How many failures of the run itself are answered by a restart from the newest checkpoint.
+    Lost nodes, evictions and preemptions do not count."""
+    hang_timeout: Duration = "10m"
+    """Restart the workers when no step was finished for this long."""
+    start_timeout: Duration = "1h"
+    """Restart the workers when the first step is not finished this long after all of them run."""
+
+
+class Credentials(KubeModel):
+    """Access to storage and hub."""
+
+    secret_name: Name
+    """A Secret of the job's namespace whose keys become environment variables of the pods:
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, HF_TOKEN and the like."""
+
+
+class FineTuneJobSpec(KubeModel):
+    """What to train, on what, how, with which machines, and where the result goes."""
+
+    stage: Stage = "sft"
+    """What is learned: sft (supervised fine-tuning; the loss covers the answers only)."""
+    model: ModelSource
+    """The model to start from."""
+    method: Method = Lora(type="lora")
+    """Which weights are trained, and how."""
+    data: Data
+    """The training and evaluation rows."""
+    training: Training = Training()
+    """The optimisation."""
+    evaluation: Evaluation = Evaluation()
+    """Questions answered before and after."""
+    deepspeed: DeepSpeed = DeepSpeed()
+    """DeepSpeed configuration, merged over what the plan decides."""
+    workers: Workers = Workers()
+    """The pods."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Checkpoints."""
+    output: Output
+    """Where the result goes."""
+    recovery: Recovery = Recovery()
+    """What happens when a worker fails."""
+    credentials: Credentials | None = None
+    """Access to storage and hub."""
+    profile: Name = "default"
+    """The platform defaults to use (images, tolerations, caches …), by the name they have in the Helm values."""
+    suspend: bool = False
+    """true: save a checkpoint and give the pods back; false again: continue from it."""
+    ttl_seconds_after_finished: int | None = Field(None, ge=0, le=2147483647)
+    """Delete the job and its pods this many seconds after it finished. Unset: keep it."""
