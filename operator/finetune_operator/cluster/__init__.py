@@ -1,0 +1,49 @@
+"""The two clusters a job can run on, behind one small interface: ``kubernetes.py`` and ``local.py``.
+
+``reconcile.py`` knows only this interface. Objects are plain dictionaries in Kubernetes' own form, on both.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+Object = dict[str, Any]
+
+
+class ClusterError(Exception):
+    """The cluster did not do what was asked. ``message`` is for the user; the pass is tried again later."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class Cluster(Protocol):
+    """What the reconcile loop needs of a cluster. Every call may raise :class:`ClusterError`."""
+
+    def finetunejob(self, namespace: str, name: str) -> Object | None:
+        """The FineTuneJob, or None where there is none."""
+
+    def children(self, namespace: str, name: str) -> list[Object]:
+        """All Jobs, Pods and ConfigMaps made for the FineTuneJob of that name, each with its ``kind``."""
+
+    def node(self, name: str) -> Object | None:
+        """A node; None where it is gone or may not be read."""
+
+    def apply(self, manifest: Object) -> None:
+        """Server-side apply of one object (made if missing; only our fields are ours)."""
+
+    def delete(self, kind: str, namespace: str, name: str, *, force: bool = False) -> None:
+        """Delete an object and what it owns (foreground). Gone already is fine. ``force``: without waiting
+        for the kubelet, for pods of dead nodes only."""
+
+    def patch_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> None:
+        """Replace the status of a FineTuneJob. Gone already is fine."""
+
+    def event(self, job: Object, kind: str, reason: str, message: str) -> None:
+        """Record an event (kind Normal or Warning) on a FineTuneJob. Never fails."""
+
+    def progress(self, pod: Object) -> Object | None:
+        """The progress document of a worker pod; None where it cannot be reached (yet)."""
+
+    def logs(self, namespace: str, pod: str, container: str, lines: int) -> list[str]:
+        """Last lines of a container's log; empty where there is none."""

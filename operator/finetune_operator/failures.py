@@ -1,0 +1,184 @@
+"""Facts → why an attempt ended, for people and for the decision to try again. Pure.
+
+Called by ``decide.py``. The rule: what happened first is the cause, the rest of the gang died of it; and what the
+infrastructure says of a pod (evicted, preempted, node lost) explains its exit code, not the other way round.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from finetune_api.causes import RETRY, Cause, Retry
+from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER
+from finetune_operator.observe import Exit, GangJob, Pod
+
+SIGKILL, SIGTERM, SIGSEGV, SIGABRT, SIGBUS = 9, 15, 11, 6, 7
+_SIGNALS = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGSEGV: "SIGSEGV", SIGABRT: "SIGABRT", SIGBUS: "SIGBUS"}
+
+# Causes that blame the machine: its next attempt goes elsewhere.
+_NODE_TO_BLAME = {Cause.NODE_LOST, Cause.GPU_ERROR, Cause.EVICTED}
+# A rank that lost its peers reports this; if another pod has a better story, that one is the cause.
+_SECONDARY = {Cause.COMMUNICATION_ERROR, Cause.TERMINATED, Cause.UNKNOWN, Cause.KILLED}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt ended."""
+
+    cause: Cause
+    message: str
+    exit_code: int | None = None
+    pod: str = ""
+    node: str = ""
+    container: str = TRAINER_CONTAINER
+
+    @property
+    def retry(self) -> Retry:
+        """What the table of causes says."""
+        return RETRY[self.cause]
+
+    @property
+    def node_suspect(self) -> bool:
+        """The next attempt keeps off this node."""
+        return bool(self.node) and self.cause in _NODE_TO_BLAME
+
+
+def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str]) -> Failure | None:
+    """The failure of an attempt, or None where it goes on (or went well).
+
+    ``dead_nodes`` are nodes of these pods that are gone or not ready.
+    """
+    stories = [(_when(pod), failure) for pod in pods if (failure := _judge_pod(pod, dead_nodes))]
+    if stories:
+        primary = [s for s in stories if s[1].cause not in _SECONDARY] or stories
+        return min(primary, key=lambda story: story[0])[1]
+    if job is None:
+        return Failure(Cause.JOB_DELETED, "The batch Job of this attempt was deleted by someone else.")
+    if job.failed:
+        detail = f"{job.failure_reason}: {job.failure_message}".strip(": ")
+        return Failure(Cause.UNKNOWN, f"The batch Job {job.name} failed without a failed pod ({detail}).")
+    if job.deleting:
+        return Failure(Cause.JOB_DELETED, f"The batch Job {job.name} is being deleted by someone else.")
+    return None
+
+
+def _when(pod: Pod) -> datetime:
+    ends = [e.finished for e in pod.exits if e.code != 0 and e.finished]
+    return min(ends) if ends else datetime.max.replace(tzinfo=UTC)
+
+
+def _judge_pod(pod: Pod, dead_nodes: frozenset[str]) -> Failure | None:
+    if pod.node and pod.node in dead_nodes and not _spoke(pod):
+        return Failure(
+            Cause.NODE_LOST, f"Node {pod.node} is not ready or gone.", pod=pod.name, node=pod.node
+        )
+    if disruption := _disrupted(pod):
+        cause, message = disruption
+        return Failure(cause, message, exit_code=_code(pod), pod=pod.name, node=pod.node)
+    for ended in pod.exits:
+        if ended.code != 0:
+            cause, message = explain_exit(ended)
+            # A worker that stopped on SIGTERM while its pod is being deleted was told to go.
+            code = ended.termination.exit_code if ended.termination and ended.termination.exit_code else ended.code
+            return Failure(cause, message, code, pod.name, pod.node, ended.container)
+    if pod.deleting:
+        return Failure(Cause.TERMINATED, f"Pod {pod.name} was deleted.", pod=pod.name, node=pod.node)
+    if pod.phase == "Failed":
+        detail = f"{pod.reason} {pod.message}".strip() or "no reason given"
+        return Failure(Cause.UNKNOWN, f"Pod {pod.name} failed: {detail}.", pod=pod.name, node=pod.node)
+    return None
+
+
+def _spoke(pod: Pod) -> bool:
+    return any(e.termination for e in pod.exits)
+
+
+def _code(pod: Pod) -> int | None:
+    return next((e.code for e in pod.exits if e.code != 0), None)
+
+
+_DISRUPTIONS: Mapping[str, tuple[Cause, str]] = {
+    "PreemptionByScheduler": (Cause.PREEMPTED, "preempted for a pod of higher priority"),
+    "EvictionByEvictionAPI": (Cause.EVICTED, "evicted (a drain, or an autoscaler that removes its node)"),
+    "TerminationByKubelet": (Cause.EVICTED, "ended by its node (shutdown, or a lack of memory or disk there)"),
+    "DeletionByTaintManager": (Cause.NODE_LOST, "removed because its node is tainted as not ready or unreachable"),
+    "DeletionByPodGC": (Cause.NODE_LOST, "removed because its node is gone"),
+}
+
+
+def _disrupted(pod: Pod) -> tuple[Cause, str] | None:
+    if pod.disruption:
+        cause, what = _DISRUPTIONS.get(pod.disruption, (Cause.EVICTED, f"disrupted ({pod.disruption})"))
+        return cause, f"Pod {pod.name} was {what}."
+    if pod.reason in ("Evicted", "NodeShutdown", "Shutdown", "Terminated", "NodeAffinity"):
+        return Cause.EVICTED, f"Pod {pod.name} was ended by its node {pod.node}: {pod.reason}. {pod.message}".strip()
+    if pod.reason in ("NodeLost", "UnexpectedAdmissionError"):
+        return Cause.NODE_LOST, f"Pod {pod.name}: {pod.reason} on node {pod.node}. {pod.message}".strip()
+    return None
+
+
+def explain_exit(ended: Exit) -> tuple[Cause, str]:
+    """Cause and message of a container that ended with a code other than 0.
+
+    What the trainer said itself comes first, but not over the kernel's OOM killer, which kills one process of
+    several and leaves the others to report lost peers.
+    """
+    if ended.reason == "OOMKilled":
+        return Cause.OUT_OF_MEMORY, (
+            f"Container {ended.container} was killed: it used more memory than its limit. Raise "
+            "resources.limits.memory in spec.workers.template, or lower data.max_length or the batch size."
+        )
+    if ended.termination:
+        return ended.termination.cause, ended.termination.message
+    if known := _known_text(ended.text):
+        return known
+    if ended.reason in ("ContainerCannotRun", "StartError", "CreateContainerError"):
+        return Cause.INVALID_CONFIGURATION, f"Container {ended.container} cannot start: {ended.text or ended.reason}"
+    signal = ended.code - 128 if ended.code > 128 else 0
+    if signal == SIGTERM or ended.code == 75:
+        return Cause.TERMINATED, f"Container {ended.container} was told to stop (exit code {ended.code})."
+    if signal:
+        name = _SIGNALS.get(signal, f"signal {signal}")
+        return Cause.KILLED, f"Container {ended.container} was killed by {name} (exit code {ended.code})."
+    tail = f" It said: {ended.text.strip()[-600:]}" if ended.text.strip() else ""
+    return Cause.TRAINER_ERROR, f"Container {ended.container} ended with exit code {ended.code}.{tail}"
+
+
+# Last lines of a log (terminationMessagePolicy FallbackToLogsOnError), where the trainer could not speak.
+_TEXTS: tuple[tuple[str, Cause, str], ...] = (
+    (r"CUDA out of memory|torch\.OutOfMemoryError", Cause.OUT_OF_GPU_MEMORY,
+     "The GPU's memory is full. Lower training.per_device_train_batch_size or data.max_length, set "
+     "training.gradient_checkpointing: true, or raise deepspeed.zero_optimization.stage."),
+    (r"uncorrectable ECC|Xid|CUDA error: (device-side|unspecified|an illegal|misaligned|no kernel)|"
+     r"CUDA driver initialization failed", Cause.GPU_ERROR, "The GPU reported an error."),
+    (r"NCCL (error|WARN)|ncclSystemError|ncclRemoteError|Connection (reset|closed) by peer|"
+     r"DistNetworkError|DistStoreError", Cause.COMMUNICATION_ERROR, "The workers lost each other."),
+    (r"No module named|ImportError", Cause.INVALID_CONFIGURATION,
+     "The image does not hold what the trainer needs. Check the profile's image."),
+    (r"executable file not found|no such file or directory: unknown", Cause.INVALID_CONFIGURATION,
+     "The image has no trainer in it. Check the profile's image."),
+)
+
+
+def _known_text(text: str) -> tuple[Cause, str] | None:
+    for pattern, cause, message in _TEXTS:
+        if found := re.search(pattern, text):
+            line = next((ln.strip() for ln in text.splitlines() if found.group(0).splitlines()[0] in ln), "")
+            return cause, f"{message} It said: {line[:400]}"
+    return None
+
+
+WAITING_FOR_EVER: Mapping[str, str] = {
+    "InvalidImageName": "The image name is not valid.",
+    "ImageInspectError": "The image cannot be read.",
+    "CreateContainerConfigError": "A Secret, ConfigMap or user the container needs is missing or not accepted.",
+    "RunContainerError": "The container cannot be started.",
+    "CreateContainerError": "The container cannot be made.",
+    "ErrImageNeverPull": "The image is not on the node, and imagePullPolicy is Never.",
+    "ErrImagePull": "The image cannot be pulled.",
+    "ImagePullBackOff": "The image cannot be pulled.",
+}
+"""Why a container may wait without end, by the kubelet's word for it."""
+
+__all__ = ["FETCH_CONTAINER", "WAITING_FOR_EVER", "Failure", "explain_exit", "judge"]

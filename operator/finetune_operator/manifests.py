@@ -1,0 +1,283 @@
+"""Plan → Kubernetes objects. Pure: plain functions, one per kind, that return plain dictionaries.
+
+Called by ``reconcile.py``; both clusters run what is written here.
+"""
+
+import json
+from typing import Any
+
+from finetune_api import run
+from finetune_operator.plan import CLAIM_ROOT, Plan, merge
+from finetune_api.base import seconds
+
+GROUP = "finetune.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+
+LABEL_JOB = f"{GROUP}/job"
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+MANAGED_BY = {"app.kubernetes.io/managed-by": "finetune-operator"}
+QUEUE_LABELS = ("kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class")
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+
+CONFIG_DIR = "/etc/finetune"
+CACHE_DIR = "/cache"
+WORK_DIR = "/work"
+USER_ID = 65532  # "nonroot" of the distroless images; any other works as well
+
+
+Manifest = dict[str, Any]
+
+
+def config_name(name: str) -> str:
+    """Name of the ConfigMap that holds the frozen configuration."""
+    return f"{name}-config"
+
+
+def service_name(name: str) -> str:
+    """Name of the headless Service the workers find each other through."""
+    return f"{name}-workers"
+
+
+def job_name(name: str, attempt: int) -> str:
+    """Name of the Job of one attempt. Fixed by the number, so that no attempt can exist twice."""
+    return f"{name}-a{attempt}"
+
+
+def labels(plan: Plan) -> dict[str, str]:
+    """Labels of every object made for a job."""
+    return {**MANAGED_BY, "app.kubernetes.io/name": "finetune-trainer", LABEL_JOB: plan.owner.name}
+
+
+def _metadata(plan: Plan, name: str, **extra_labels: str) -> Manifest:
+    return {
+        "name": name,
+        "namespace": plan.owner.namespace,
+        "labels": {**labels(plan), **extra_labels},
+        "ownerReferences": [
+            {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "name": plan.owner.name,
+                "uid": plan.owner.uid,
+                "controller": True,
+            }
+        ],
+    }
+
+
+def config_map(plan: Plan) -> Manifest:
+    """The trainer's configuration, and the part of the spec it was made from. Immutable: a run that has begun
+    keeps its configuration, whatever happens to the operator or to the spec."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(plan, config_name(plan.owner.name)),
+        "immutable": True,
+        "data": {
+            "config.json": plan.config.model_dump_json(indent=1),
+            "spec.json": json.dumps(plan.spec_part, sort_keys=True),
+        },
+    }
+
+
+def service(plan: Plan) -> Manifest:
+    """Headless, and publishing addresses before pods are ready: workers meet while they start."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(plan, service_name(plan.owner.name)),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {LABEL_JOB: plan.owner.name},
+            "ports": [{"name": "metrics", "port": run.HTTP_PORT, "protocol": "TCP"}],
+        },
+    }
+
+
+def network_policy(plan: Plan) -> Manifest:
+    """Workers are reached by each other on all ports, by everyone else on the metrics port only."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(plan, service_name(plan.owner.name)),
+        "spec": {
+            "podSelector": {"matchLabels": {LABEL_JOB: plan.owner.name}},
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {"from": [{"podSelector": {"matchLabels": {LABEL_JOB: plan.owner.name}}}]},
+                {"ports": [{"port": run.HTTP_PORT, "protocol": "TCP"}]},
+            ],
+        },
+    }
+
+
+def job(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...] = ()) -> Manifest:
+    """The gang of one attempt: an Indexed Job that never replaces a pod. The operator makes a new Job instead."""
+    name = job_name(plan.owner.name, attempt)
+    queue = {key: plan.owner.labels[key] for key in QUEUE_LABELS if key in plan.owner.labels}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(plan, name, **{LABEL_ATTEMPT: str(attempt)}, **queue),
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": plan.workers,
+            "parallelism": plan.workers,
+            "backoffLimit": 0,
+            "podReplacementPolicy": "Failed",
+            "template": pod_template(plan, attempt, excluded_nodes),
+        },
+    }
+
+
+def pod_template(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...]) -> Manifest:
+    """The worker pod: the operator's fields, the profile's over them, the user's over those."""
+    base: Manifest = {
+        "metadata": {
+            "labels": {**labels(plan), "app.kubernetes.io/component": "worker", LABEL_ATTEMPT: str(attempt)}
+        },
+        "spec": {
+            "restartPolicy": "Never",
+            "subdomain": service_name(plan.owner.name),
+            "terminationGracePeriodSeconds": int(seconds(plan.profile.termination_grace_period)),
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER_ID,
+                "runAsGroup": USER_ID,
+                "fsGroup": USER_ID,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            # A dead node is noticed by its taint; five minutes (the default) would be five minutes lost.
+            "tolerations": [
+                {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute",
+                 "tolerationSeconds": 10}
+                for taint in ("not-ready", "unreachable")
+            ],
+            "initContainers": [_fetch_container(plan)],
+            "containers": [_trainer_container(plan, attempt)],
+            "volumes": _volumes(plan),
+        },
+    }
+    if excluded_nodes:
+        base["spec"]["affinity"] = {
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {
+                    "nodeSelectorTerms": [
+                        {
+                            "matchExpressions": [
+                                {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(excluded_nodes)}
+                            ]
+                        }
+                    ]
+                }
+            }
+        }
+    return merge(merge(base, plan.profile.template), plan.template)
+
+
+def _trainer_container(plan: Plan, attempt: int) -> Manifest:
+    gpus = {plan.profile.gpu_resource: str(plan.gpus_per_worker)} if plan.gpus_per_worker else {}
+    master = f"{job_name(plan.owner.name, attempt)}-0.{service_name(plan.owner.name)}"
+    return {
+        "name": run.TRAINER_CONTAINER,
+        **_image(plan),
+        "command": [
+            "python",
+            "-m",
+            "finetune_trainer.launch",
+            f"--nnodes={plan.workers}",
+            f"--nproc-per-node={plan.processes_per_worker}",
+            "--node-rank=$(JOB_COMPLETION_INDEX)",
+            f"--master-addr={master}",
+            f"--master-port={run.MASTER_PORT}",
+        ],
+        "env": [
+            *_environment(plan),
+            {"name": run.ENV_ATTEMPT, "value": str(attempt)},
+            {"name": run.ENV_HTTP_PORT, "value": str(run.HTTP_PORT)},
+            {"name": run.ENV_SAVE_STEPS, "value": str(plan.save_steps)},
+            {"name": run.ENV_SAVE_TOTAL_LIMIT, "value": str(plan.save_total_limit)},
+        ],
+        "envFrom": _credentials(plan),
+        "ports": [{"name": "metrics", "containerPort": run.HTTP_PORT, "protocol": "TCP"}],
+        "resources": {"requests": gpus, "limits": gpus} if gpus else {},
+        "securityContext": _SECURITY,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": _mounts(plan),
+    }
+
+
+def _fetch_container(plan: Plan) -> Manifest:
+    return {
+        "name": run.FETCH_CONTAINER,
+        **_image(plan),
+        "command": ["python", "-m", "finetune_trainer.fetch"],
+        "env": _environment(plan),
+        "envFrom": _credentials(plan),
+        "securityContext": _SECURITY,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": _mounts(plan),
+    }
+
+
+_SECURITY = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+
+
+def _image(plan: Plan) -> Manifest:
+    return {"image": plan.profile.image, "imagePullPolicy": plan.profile.image_pull_policy}
+
+
+def _credentials(plan: Plan) -> list[Manifest]:
+    return [{"secretRef": {"name": plan.credentials_secret}}] if plan.credentials_secret else []
+
+
+def _environment(plan: Plan) -> list[Manifest]:
+    values = {
+        run.ENV_CONFIG: f"{CONFIG_DIR}/config.json",
+        run.ENV_CACHE: CACHE_DIR,
+        run.ENV_WORK: WORK_DIR,
+        run.ENV_TERMINATION_LOG: "/dev/termination-log",
+        # The root file system is read-only: everything that libraries write goes here.
+        "HOME": WORK_DIR,
+        "TMPDIR": WORK_DIR,
+        "HF_HOME": f"{CACHE_DIR}/huggingface",
+        **plan.profile.env,
+    }
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _volumes(plan: Plan) -> list[Manifest]:
+    cache: Manifest = {"name": "cache"}
+    if plan.profile.cache.claim_name:
+        cache["persistentVolumeClaim"] = {"claimName": plan.profile.cache.claim_name}
+    else:
+        limit = plan.profile.cache.size_limit
+        cache["emptyDir"] = {"sizeLimit": limit} if limit else {}
+    return [
+        {"name": "config", "configMap": {"name": config_name(plan.owner.name)}},
+        cache,
+        {"name": "work", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": plan.profile.shm_size}},
+        *({"name": f"claim-{c}", "persistentVolumeClaim": {"claimName": c}} for c in plan.claims),
+    ]
+
+
+def _mounts(plan: Plan) -> list[Manifest]:
+    return [
+        {"name": "config", "mountPath": CONFIG_DIR, "readOnly": True},
+        {"name": "cache", "mountPath": CACHE_DIR},
+        {"name": "work", "mountPath": WORK_DIR},
+        {"name": "shm", "mountPath": "/dev/shm"},
+        *({"name": f"claim-{c}", "mountPath": f"{CLAIM_ROOT}/{c}"} for c in plan.claims),
+    ]

@@ -1,0 +1,217 @@
+"""spec → Plan: every decision taken, every default resolved. Pure.
+
+Called by ``reconcile.py`` with the validated spec; read by ``manifests.py``. It never looks at a cluster:
+what it needs of the world (the profile, the outputs of input jobs, the frozen configuration of a run that has
+begun) is handed in.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.base import seconds
+from finetune_api.compatibility import COMPATIBILITY
+from finetune_api.run import TrainerConfig
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.settings import Profile
+
+CLAIM_ROOT = "/mnt/claims"
+"""Where claims named by pvc:// are mounted, each under its own name."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The FineTuneJob everything is made for."""
+
+    namespace: str
+    name: str
+    uid: str
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to run, complete: no reader of it has to know the spec."""
+
+    owner: Owner
+    config: TrainerConfig
+    spec_part: dict[str, Any]
+    """The part of the spec that decides the result, without defaults; frozen with the first attempt."""
+    profile: Profile
+    workers: int
+    gpus_per_worker: int
+    template: dict[str, Any]
+    """The user's pod template fields."""
+    credentials_secret: str
+    claims: tuple[str, ...]
+    """PersistentVolumeClaims to mount."""
+    save_steps: int
+    save_total_limit: int
+    max_restarts: int
+    hang_timeout: float
+    """Seconds."""
+    start_timeout: float
+    """Seconds."""
+
+    @property
+    def processes_per_worker(self) -> int:
+        """Training processes in one pod: one per GPU, one on the CPU."""
+        return max(1, self.gpus_per_worker)
+
+    @property
+    def digest(self) -> str:
+        """``sha256:…`` of the trainer's configuration."""
+        return "sha256:" + hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()
+
+
+RESULT_FIELDS = ("stage", "model", "method", "data", "training", "evaluation", "deepspeed", "output")
+"""Top-level fields of the spec that change the result of a run, or where it lies."""
+
+
+def result_part(spec: FineTuneJobSpec) -> dict[str, Any]:
+    """What of the spec is immutable once the job has started, without defaults (so that an operator that
+    knows new fields still finds it equal)."""
+    dump = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    part = {field: dump[field] for field in RESULT_FIELDS if field in dump}
+    part["checkpoint"] = {"uri": spec.checkpoint.uri, "resume": spec.checkpoint.resume}
+    return part
+
+
+def changed_fields(frozen: Mapping[str, Any], present: Mapping[str, Any], at: str = "spec") -> list[str]:
+    """Paths at which two results of :func:`result_part` differ, each with both values."""
+    changes = []
+    for key in sorted({*frozen, *present}):
+        before, after = frozen.get(key), present.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes += changed_fields(before, after, f"{at}.{key}")
+        elif before != after:
+            changes.append(f"{at}.{key}: {json.dumps(before)} → {json.dumps(after)}")
+    return changes
+
+
+def make_plan(
+    owner: Owner,
+    spec: FineTuneJobSpec,
+    profile: Profile,
+    inputs: Mapping[str, str],
+    frozen: TrainerConfig | None = None,
+) -> Plan:
+    """Resolve a valid spec.
+
+    ``inputs`` maps each ``job://`` URI of the spec to the URI of that job's output. ``frozen`` is the
+    configuration of a run that has begun: it is kept as it is, only what steers is taken from the spec.
+    """
+    return Plan(
+        owner=owner,
+        config=frozen or trainer_config(owner, spec, inputs),
+        spec_part=result_part(spec),
+        profile=profile,
+        workers=spec.workers.replicas,
+        gpus_per_worker=spec.workers.gpus_per_worker,
+        template=spec.workers.template,
+        credentials_secret=spec.credentials.secret_name if spec.credentials else profile.credentials_secret,
+        claims=claims(spec, inputs),
+        save_steps=spec.checkpoint.save_steps,
+        save_total_limit=spec.checkpoint.save_total_limit,
+        max_restarts=spec.recovery.max_restarts,
+        hang_timeout=seconds(spec.recovery.hang_timeout),
+        start_timeout=seconds(spec.recovery.start_timeout),
+    )
+
+
+def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str]) -> TrainerConfig:
+    """The trainer's configuration of a job that has not begun."""
+    on_gpu = spec.workers.gpus_per_worker > 0
+    dtype = spec.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    model_uri = mounted(inputs.get(spec.model.uri, spec.model.uri))
+    processes = spec.workers.replicas * max(1, spec.workers.gpus_per_worker)
+    training = spec.training
+    return TrainerConfig(
+        namespace=owner.namespace,
+        name=owner.name,
+        stage=spec.stage,
+        model=spec.model.model_copy(update={"uri": model_uri, "dtype": dtype}),
+        method=spec.method,
+        data=spec.data.model_copy(
+            update={
+                "train": [s.model_copy(update={"uri": mounted(s.uri)}) for s in spec.data.train],
+                "eval": [s.model_copy(update={"uri": mounted(s.uri)}) for s in spec.data.eval],
+            }
+        ),
+        training=training,
+        evaluation=spec.evaluation,
+        deepspeed=deepspeed_config(spec, dtype),
+        checkpoint_uri=mounted(checkpoint_uri(owner, spec)),
+        save_steps=spec.checkpoint.save_steps,
+        save_total_limit=spec.checkpoint.save_total_limit,
+        resume=spec.checkpoint.resume,
+        output_uri=mounted(spec.output.uri).rstrip("/"),
+        merge=spec.output.merge,
+        max_shard_size=spec.output.max_shard_size,
+        global_batch_size=training.per_device_train_batch_size * training.gradient_accumulation_steps * processes,
+        accelerator="gpu" if on_gpu else "cpu",
+    )
+
+
+def checkpoint_uri(owner: Owner, spec: FineTuneJobSpec) -> str:
+    """The folder of this job's checkpoints: ``<checkpoint.uri>/<name>``, else ``<output.uri>/checkpoints``."""
+    if spec.checkpoint.uri:
+        return f"{spec.checkpoint.uri.rstrip('/')}/{owner.name}"
+    return f"{spec.output.uri.rstrip('/')}/checkpoints"
+
+
+def deepspeed_config(spec: FineTuneJobSpec, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's configuration but for the batch sizes: what the plan decides, the user's keys over it."""
+    stage = spec.deepspeed.zero_optimization.stage
+    if stage is None:
+        stage = COMPATIBILITY[spec.method.type].default_zero_stage
+    decided: dict[str, Any] = {
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": spec.training.max_grad_norm,
+        "steps_per_print": 1_000_000_000,
+    }
+    # Adapters keep fp32 parameters of their own beside a bf16 model and need no master copy: DeepSpeed's bf16
+    # section would cost 10 % there (docs/architecture.md).
+    if dtype == "bfloat16" and (spec.method.type == "full" or stage > 0):
+        decided["bf16"] = {"enabled": True}
+    user = spec.deepspeed.model_dump(mode="json", exclude_none=True)
+    return merge(decided, user)
+
+
+def claims(spec: FineTuneJobSpec, inputs: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of all claims the job reads or writes through pvc://."""
+    uris = [inputs.get(spec.model.uri, spec.model.uri), spec.output.uri, spec.checkpoint.uri or ""]
+    uris += [source.uri for source in (*spec.data.train, *spec.data.eval)]
+    return tuple(sorted({uri[len("pvc://") :].split("/", 1)[0] for uri in uris if uri.startswith("pvc://")}))
+
+
+def mounted(uri: str) -> str:
+    """``pvc://claim/path`` as the file:// URI the pods see it under; every other URI as it is."""
+    if not uri.startswith("pvc://"):
+        return uri
+    return f"file://{CLAIM_ROOT}/{uri[len('pvc://') :]}"
+
+
+_LIST_KEYS = ("name", "mountPath", "key")
+
+
+def merge(base: Any, over: Any) -> Any:
+    """``over`` laid over ``base``: mappings by key, lists of named things by name, all else replaced."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        merged = dict(base)
+        for key, value in over.items():
+            merged[key] = merge(base[key], value) if key in base else value
+        return merged
+    if isinstance(base, list) and isinstance(over, list):
+        for key in _LIST_KEYS:
+            if over and all(isinstance(item, dict) and key in item for item in (*base, *over)):
+                named = {item[key]: item for item in base}
+                for item in over:
+                    named[item[key]] = merge(named.get(item[key], {}), item)
+                return list(named.values())
+    return over
