@@ -47,6 +47,7 @@ class Cause(StrEnum):
     TERMINATED = "Terminated"
     JOB_DELETED = "JobDeleted"
     FENCED = "Fenced"
+    NO_OTHER_NODE = "NoOtherNode"
 
 
 RETRY: dict[Cause, Retry] = {
@@ -76,4 +77,5 @@ RETRY: dict[Cause, Retry] = {
     Cause.TERMINATED: Retry.FREE,
     Cause.JOB_DELETED: Retry.FREE,
     Cause.FENCED: Retry.FREE,
+    Cause.NO_OTHER_NODE: Retry.FREE,
 }

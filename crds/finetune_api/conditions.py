@@ -56,6 +56,7 @@ class Reason(StrEnum):
     RESTARTING = "Restarting"
     BACKING_OFF = "BackingOff"
     NOT_RUNNING = "NotRunning"
+    PROGRESS_UNKNOWN = "ProgressUnknown"
     # Suspended
     SUSPEND_REQUESTED = "SuspendRequested"
     SUSPENDING = "Suspending"

@@ -142,6 +142,8 @@ class FineTuneJobStatus(KubeModel):
     """When the newest checkpoint was completed."""
     restarts: int = 0
     """Restarts so far, for whatever cause."""
+    counted_restarts: int = 0
+    """Restarts that count against recovery.maxRestarts."""
     attempts: list[AttemptStatus] = []
     """The attempts, the newest last; at most the last twenty are kept."""
     outputs: list[OutputStatus] = []

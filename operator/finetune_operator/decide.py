@@ -1,0 +1,609 @@
+"""All facts of one pass → the new status and what is to be done. Pure, and the heart of the operator.
+
+Called by ``reconcile.py`` only. Every branch reads what is there now (spec, recorded attempts, observed children),
+never which event woke the loop; so an operator that is killed anywhere and started again decides the same.
+
+The order of doing matters and is the same everywhere: children are made before the status tells of them (a Job's
+name is fixed by its attempt's number, so making it twice is making it once), and they are taken away only after the
+status has recorded why.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_api.causes import Cause, Retry
+from finetune_api.conditions import Condition, Reason, State
+from finetune_api.mistakes import Mistake
+from finetune_api.run import Progress, Termination
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import AttemptStatus, FineTuneJobStatus
+from finetune_operator.failures import WAITING_FOR_EVER, Failure, judge
+from finetune_operator.manifests import job_name
+from finetune_operator.observe import GangJob, Observed, Pod, format_time, parse_time
+from finetune_operator.plan import Plan, changed_fields
+from finetune_operator.status import (
+    ATTEMPTS_KEPT,
+    Finding,
+    attempt_ended,
+    checkpoint_status,
+    is_true,
+    merge_conditions,
+    output_status,
+    progress_status,
+)
+
+SUSPECT_PERIOD = timedelta(minutes=15)
+"""How long a node that failed is kept out of new attempts."""
+NO_OTHER_NODE_AFTER = timedelta(minutes=2)
+"""How long pods may wait for a node because others are kept out; then those are allowed again."""
+BACKOFF_FIRST, BACKOFF_MOST = 10.0, 300.0
+"""Seconds before a restart after attempts that finished no step; doubled each time."""
+PENDING_POLL = 15.0
+"""Seconds between looks at what should wake us by itself, in case an event was lost."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The ``job://`` inputs of a job."""
+
+    resolved: Mapping[str, str] = field(default_factory=dict)
+    """URI as written → URI of the output."""
+    waiting: str = ""
+    """What is waited for, for people; empty when all is there."""
+    failed: bool = False
+    """The awaited job has failed."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything one pass knows."""
+
+    now: datetime
+    generation: int | None
+    spec: FineTuneJobSpec | None
+    mistakes: tuple[Mistake, ...]
+    profile_problem: str
+    """Why the profile cannot be used; empty when it can."""
+    plan: Plan | None
+    """None where it cannot be made (mistakes, or inputs that are not there yet)."""
+    inputs: Inputs
+    status: FineTuneJobStatus
+    observed: Observed
+    progress: Progress | None
+    dead_nodes: frozenset[str]
+    logs: Mapping[str, list[str]]
+    """Last log lines by pod, of pods that failed."""
+    poll: float
+    """Seconds between two looks at a running job."""
+
+
+@dataclass(frozen=True)
+class Delete:
+    """An object to take away."""
+
+    kind: str
+    name: str
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one pass leads to."""
+
+    status: FineTuneJobStatus
+    create_attempt: int | None = None
+    """Make the Job of this attempt (and what it needs), before the status is written."""
+    excluded_nodes: tuple[str, ...] = ()
+    delete: tuple[Delete, ...] = ()
+    """After the status is written."""
+    delete_job: bool = False
+    """The FineTuneJob itself is to go (TTL)."""
+    requeue: float | None = None
+    """Look again after this many seconds; None: when something happens."""
+
+
+def decide(facts: Facts) -> Decision:
+    """One pass over one job."""
+    status = _with_progress(_with_adopted(facts.status, facts.observed), facts)
+    if is_true(status, Condition.COMPLETE) or is_true(status, Condition.FAILED):
+        return _finished(facts, status)
+    current = status.attempts[-1] if status.attempts and not status.attempts[-1].end_time else None
+    if current is None:
+        return _between_attempts(facts, status)
+    job, pods = facts.observed.job(current.number), facts.observed.pods_of(current.number)
+    if _succeeded(job, pods):
+        return _succeed(facts, status, current, pods)
+    failure = judge(job, pods, facts.dead_nodes)
+    if failure is None and facts.spec is not None and facts.spec.suspend:
+        failure = Failure(Cause.SUSPENDED, "Suspended on request; a checkpoint is saved before the pods go.")
+    failure = failure or _stalled(facts, status, pods) or _no_other_node(facts, current, pods)
+    if failure is not None:
+        return _end_attempt(facts, status, current, failure)
+    return _running(facts, status, current, job, pods)
+
+
+# --- what is carried over -------------------------------------------------------------------------------------
+
+
+def _with_adopted(status: FineTuneJobStatus, observed: Observed) -> FineTuneJobStatus:
+    """Jobs that exist and are not recorded yet: made just before an operator died."""
+    known = {a.number for a in status.attempts}
+    found = [
+        AttemptStatus(
+            number=job.attempt, job_name=job.name, start_time=format_time(job.created) if job.created else None
+        )
+        for job in observed.jobs
+        if job.attempt not in known
+    ]
+    if not found:
+        return status
+    attempts = sorted([*status.attempts, *found], key=lambda a: a.number)
+    return status.model_copy(
+        update={
+            "attempts": attempts[-ATTEMPTS_KEPT:],
+            "start_time": status.start_time or attempts[0].start_time,
+        }
+    )
+
+
+def _with_progress(status: FineTuneJobStatus, facts: Facts) -> FineTuneJobStatus:
+    """What the trainer says of itself, taken over."""
+    progress = facts.progress
+    if progress is None or not status.attempts or status.attempts[-1].number != progress.attempt:
+        return status
+    attempt = status.attempts[-1].model_copy(
+        update={"last_step": progress.step, "resumed_from_step": progress.resumed_from_step}
+    )
+    checkpoints = [checkpoint_status(c) for c in progress.checkpoints] or status.checkpoints
+    shown = progress_status(progress, facts.now)
+    # While a new attempt loads, the last known figures stay.
+    if progress.max_steps == 0 and status.progress is not None:
+        shown = status.progress.model_copy(
+            update={"phase": shown.phase, "message": shown.message, "updated_time": shown.updated_time, "eta": ""}
+        )
+    return status.model_copy(
+        update={
+            "attempts": [*status.attempts[:-1], attempt],
+            "progress": shown,
+            "checkpoints": checkpoints,
+            "last_checkpoint_time": checkpoints[-1].time if checkpoints else None,
+            "evaluation": {k: f"{v:.4f}" for k, v in progress.evaluation.items()} or status.evaluation,
+            "trainable_parameters": progress.trainable_parameters or status.trainable_parameters,
+            "total_parameters": progress.total_parameters or status.total_parameters,
+        }
+    )
+
+
+# --- how an attempt ends --------------------------------------------------------------------------------------
+
+
+def _succeeded(job: GangJob | None, pods: tuple[Pod, ...]) -> bool:
+    if job is not None and job.succeeded:
+        return True
+    # The Job's own controller may be a moment behind its pods.
+    return bool(pods) and job is not None and len(pods) >= 1 and all(p.phase == "Succeeded" for p in pods) and (
+        job.active == 0 and not job.failed
+    )
+
+
+def _stalled(facts: Facts, status: FineTuneJobStatus, pods: tuple[Pod, ...]) -> Failure | None:
+    """Running, but going nowhere."""
+    plan, progress = facts.plan, status.progress
+    if plan is None or not pods or not all(p.running for p in pods):
+        return None
+    rank0 = pods[0]
+    since = max(p.running_since for p in pods if p.running_since)
+    idle: float | None = None
+    if facts.progress is not None:
+        heartbeats = facts.progress.heartbeats
+        if not facts.progress.last_step_time:
+            waited = (facts.now - since).total_seconds()
+            if waited > plan.start_timeout:
+                return Failure(
+                    Cause.START_TIMEOUT,
+                    f"No step was finished in the first {waited:.0f} s (phase: {facts.progress.phase}); accepted: "
+                    f"recovery.startTimeout = {plan.start_timeout:.0f} s. Raise it where loading takes longer.",
+                    pod=rank0.name,
+                    node=rank0.node,
+                )
+        last = parse_time(facts.progress.last_step_time or None)
+        if heartbeats:
+            idle = max(heartbeats.values())
+        elif last:
+            idle = (facts.now - last).total_seconds()
+    elif progress is not None and (heard := parse_time(progress.updated_time)) and heard > since:
+        # It spoke in this attempt and fell silent: a process stuck in a native call holds Python's lock.
+        idle = (facts.now - heard).total_seconds()
+    if idle is not None and idle > plan.hang_timeout:
+        slowest = ""
+        if facts.progress is not None and facts.progress.heartbeats:
+            beats = facts.progress.heartbeats
+            slowest = f" Rank {max(beats, key=lambda rank: beats[rank])} has been silent the longest."
+        return Failure(
+            Cause.STALLED,
+            f"The workers made no progress for {idle:.0f} s (recovery.hangTimeout is {plan.hang_timeout:.0f} s)."
+            + slowest,
+            pod=rank0.name,
+            node=rank0.node,
+        )
+    return None
+
+
+def _no_other_node(facts: Facts, current: AttemptStatus, pods: tuple[Pod, ...]) -> Failure | None:
+    started = parse_time(current.start_time)
+    stuck = next((p for p in pods if p.unschedulable), None)
+    if stuck is None or started is None or facts.now - started < NO_OTHER_NODE_AFTER:
+        return None
+    earlier = [a for a in facts.status.attempts if a.number < current.number]
+    if not suspects(earlier, started):
+        return None
+    return Failure(
+        Cause.NO_OTHER_NODE,
+        f"No node but the suspected ones ({', '.join(suspects(earlier, started))}) can take the pods: "
+        f"they are allowed again. The scheduler said: {stuck.unschedulable}",
+    )
+
+
+def suspects(attempts: list[AttemptStatus], now: datetime) -> tuple[str, ...]:
+    """Nodes that failed lately and are to be kept out, unless nothing else was found since."""
+    nodes: list[str] = []
+    for attempt in attempts:
+        ended = parse_time(attempt.end_time)
+        if attempt.cause == Cause.NO_OTHER_NODE:
+            nodes = []
+        elif attempt.node_suspect and attempt.node and ended and now - ended < SUSPECT_PERIOD:
+            nodes.append(attempt.node)
+    return tuple(sorted(set(nodes)))
+
+
+def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, failure: Failure) -> Decision:
+    counted = failure.retry is Retry.COUNTED
+    ended = attempt_ended(
+        current,
+        facts.now,
+        cause=str(failure.cause),
+        exit_code=failure.exit_code,
+        message=failure.message,
+        counted=counted,
+        pod=failure.pod,
+        node=failure.node,
+        node_suspect=failure.node_suspect,
+        log=facts.logs.get(failure.pod, []),
+    )
+    # In failed pods may lie a word about the last step that polling missed.
+    last = _last_word(facts.observed.pods_of(current.number))
+    update: dict[str, Any] = {"attempts": [*status.attempts[:-1], ended]}
+    if last is not None and last.last_checkpoint is not None:
+        update |= _with_checkpoint(status, last)
+    status = status.model_copy(update=update)
+    limit = facts.plan.max_restarts if facts.plan else 0
+    if failure.retry is Retry.NEVER or (counted and status.counted_restarts >= limit):
+        exhausted = failure.retry is not Retry.NEVER
+        reason = Reason.RESTARTS_EXHAUSTED if exhausted else Reason.NOT_RETRYABLE
+        message = f"{failure.cause}: {failure.message}"
+        if exhausted:
+            message = f"recovery.maxRestarts = {limit} is used up. Last: {message}"
+        return _fail(facts, status, reason, message)
+    if failure.cause is not Cause.SUSPENDED:
+        status = status.model_copy(
+            update={
+                "restarts": status.restarts + 1,
+                "counted_restarts": status.counted_restarts + (1 if counted else 0),
+            }
+        )
+    return _between_attempts(facts, status)
+
+
+def _with_checkpoint(status: FineTuneJobStatus, last: Termination) -> dict[str, Any]:
+    assert last.last_checkpoint is not None
+    newest = checkpoint_status(last.last_checkpoint)
+    kept = [c for c in status.checkpoints if c.step < newest.step]
+    return {"checkpoints": [*kept, newest], "last_checkpoint_time": newest.time}
+
+
+def _last_word(pods: tuple[Pod, ...]) -> Termination | None:
+    words = [e.termination for pod in pods for e in pod.exits if e.termination]
+    return next((w for w in words if w.rank == 0 and w.last_checkpoint), words[0] if words else None)
+
+
+def _fail(facts: Facts, status: FineTuneJobStatus, reason: Reason, message: str) -> Decision:
+    # The Job stays for its logs, unless some of its pods still run: those are stopped with it.
+    running = tuple(
+        Delete("Job", job.name)
+        for job in facts.observed.jobs
+        if any(p.phase in ("Pending", "Running") for p in facts.observed.pods_of(job.attempt))
+    )
+    return Decision(
+        _written(
+            facts,
+            status.model_copy(update={"completion_time": format_time(facts.now)}),
+            State.FAILED,
+            Finding(Condition.FAILED, True, reason, message),
+            Finding(Condition.COMPLETE, False, Reason.NOT_FINISHED),
+            Finding(Condition.PROGRESSING, False, Reason.NOT_RUNNING),
+            Finding(Condition.PODS_READY, False, Reason.NO_PODS),
+            Finding(Condition.READY, False, reason, message),
+            Finding(Condition.STALLED, True, reason, message),
+        ),
+        delete=running,
+        requeue=_ttl(facts, facts.now),
+    )
+
+
+def _succeed(
+    facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, pods: tuple[Pod, ...]
+) -> Decision:
+    last = _last_word(pods)
+    update: dict[str, Any] = {"completion_time": format_time(facts.now)}
+    message = "The run has finished."
+    step = current.last_step
+    if last is not None:
+        step = last.step or step
+        update["outputs"] = [output_status(o) for o in last.outputs]
+        if last.evaluation:
+            update["evaluation"] = {k: f"{v:.4f}" for k, v in last.evaluation.items()}
+        if last.last_checkpoint:
+            update |= _with_checkpoint(status, last)
+        shown = status.progress or progress_status(Progress(), facts.now)
+        update["progress"] = shown.model_copy(
+            update={
+                "phase": "done",
+                "step": step,
+                "max_steps": last.max_steps or step,
+                "percent": "100 %",
+                "loss": f"{last.loss:.4f}" if last.loss is not None else shown.loss,
+                "eta": "",
+                "message": "",
+            }
+        )
+        message = f"The run has finished after {step} steps; its output is in " + (
+            ", ".join(o.uri for o in last.outputs) or "spec.output.uri"
+        )
+    ended = attempt_ended(current, facts.now, cause=str(Cause.SUCCEEDED), exit_code=0, last_step=step)
+    update["attempts"] = [*status.attempts[:-1], ended]
+    return Decision(
+        _written(
+            facts,
+            status.model_copy(update=update),
+            State.SUCCEEDED,
+            Finding(Condition.COMPLETE, True, Reason.FINISHED, message),
+            Finding(Condition.FAILED, False, Reason.NOT_FAILED),
+            Finding(Condition.PROGRESSING, False, Reason.FINISHED),
+            Finding(Condition.PODS_READY, False, Reason.NO_PODS),
+            Finding(Condition.READY, True, Reason.FINISHED, message),
+            Finding(Condition.STALLED, False, Reason.FINISHED),
+        ),
+        requeue=_ttl(facts, facts.now),
+    )
+
+
+def _finished(facts: Facts, status: FineTuneJobStatus) -> Decision:
+    ended = parse_time(status.completion_time) or facts.now
+    left = _ttl(facts, ended)
+    if left is not None and left <= 0:
+        return Decision(status, delete_job=True)
+    running = ()
+    if is_true(status, Condition.FAILED):
+        running = tuple(
+            Delete("Job", job.name)
+            for job in facts.observed.jobs
+            if not job.deleting and any(p.running for p in facts.observed.pods_of(job.attempt))
+        )
+    return Decision(_written(facts, status, State(status.state)), delete=running, requeue=left)
+
+
+def _ttl(facts: Facts, ended: datetime) -> float | None:
+    ttl = facts.spec.ttl_seconds_after_finished if facts.spec else None
+    return None if ttl is None else max(0.0, (ended - facts.now).total_seconds() + ttl)
+
+
+# --- while an attempt runs ------------------------------------------------------------------------------------
+
+
+def _running(
+    facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, job: GangJob | None, pods: tuple[Pod, ...]
+) -> Decision:
+    pods_ready = _pods_ready(facts, job, pods)
+    progressing = _progressing(facts, status, pods, bool(pods_ready.holds))
+    state = State.RUNNING if progressing.holds else State.STARTING
+    if status.restarts and state is State.STARTING:
+        state = State.RESTARTING
+    poll = facts.poll if pods_ready.holds else PENDING_POLL
+    return Decision(_written(facts, status, state, pods_ready, progressing, *_not_finished()), requeue=poll)
+
+
+def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Finding:
+    wanted = facts.plan.workers if facts.plan else len(pods)
+    ready = sum(1 for p in pods if p.running or p.phase == "Succeeded")
+    if pods and ready >= wanted:
+        return Finding(Condition.PODS_READY, True, Reason.PODS_RUNNING, f"All {wanted} workers run.")
+    count = f"{ready} of {wanted} workers run."
+    if job is not None and job.suspended:
+        return Finding(Condition.PODS_READY, False, Reason.QUEUED, f"{count} The queue holds Job {job.name} back.")
+    for pod in pods:
+        if pod.unschedulable:
+            message = f"{count} No node for {pod.name}: {pod.unschedulable}"
+            return Finding(Condition.PODS_READY, False, Reason.UNSCHEDULABLE, message)
+    for pod in pods:
+        if pod.waiting in WAITING_FOR_EVER:
+            message = f"{count} {pod.name}: {WAITING_FOR_EVER[pod.waiting]} {pod.waiting_message}".strip()
+            return Finding(Condition.PODS_READY, False, Reason.IMAGE_NOT_PULLED, message)
+    if not pods:
+        return Finding(Condition.PODS_READY, False, Reason.NO_PODS, "The pods are not made yet.")
+    return Finding(Condition.PODS_READY, False, Reason.PODS_PENDING, count)
+
+
+def _progressing(facts: Facts, status: FineTuneJobStatus, pods: tuple[Pod, ...], ready: bool) -> Finding:
+    if not ready:
+        return Finding(Condition.PROGRESSING, False, Reason.LOADING, "Waiting for the pods.")
+    progress = facts.progress
+    if progress is None:
+        known = status.progress is not None and status.progress.phase in ("training", "evaluating", "saving")
+        message = "The trainer does not answer yet."
+        return Finding(Condition.PROGRESSING, True if known else None, Reason.PROGRESS_UNKNOWN, message)
+    if progress.phase in ("training", "evaluating"):
+        return Finding(Condition.PROGRESSING, True, Reason.TRAINING, progress.message)
+    if progress.phase in ("saving", "exporting", "done"):
+        return Finding(Condition.PROGRESSING, True, Reason.SAVING, progress.message)
+    return Finding(Condition.PROGRESSING, False, Reason.LOADING, progress.message)
+
+
+# --- between two attempts -------------------------------------------------------------------------------------
+
+
+def _between_attempts(facts: Facts, status: FineTuneJobStatus) -> Decision:
+    """No attempt runs: clear what is left, then wait for what is missing, then make the next one."""
+    leftovers = _leftovers(facts)
+    clearing = bool(facts.observed.jobs or facts.observed.pods)
+    suspended = facts.spec is not None and facts.spec.suspend
+    if clearing:
+        state = State.SUSPENDING if suspended else (State.RESTARTING if status.attempts else State.PENDING)
+        last = status.attempts[-1] if status.attempts else None
+        message = f"Clearing attempt {last.number} ({last.cause})." if last else "Clearing."
+        findings = [
+            Finding(Condition.PROGRESSING, False, Reason.RESTARTING, message),
+            Finding(Condition.PODS_READY, False, Reason.NO_PODS, message),
+        ]
+        if suspended:
+            findings.append(Finding(Condition.SUSPENDED, False, Reason.SUSPENDING, message))
+        return Decision(
+            _written(facts, status, state, *findings, *_not_finished()), delete=leftovers, requeue=2.0
+        )
+    idle = (
+        Finding(Condition.PODS_READY, False, Reason.NO_PODS),
+        Finding(Condition.PROGRESSING, False, Reason.NOT_RUNNING),
+    )
+    if facts.mistakes or facts.profile_problem or facts.spec is None:
+        return Decision(_written(facts, status, State.INVALID, *idle, *_not_finished()))
+    if suspended:
+        message = "Suspended; set spec.suspend: false to continue" + (
+            f" from step {status.checkpoints[-1].step}." if status.checkpoints else "."
+        )
+        found = Finding(Condition.SUSPENDED, True, Reason.SUSPEND_REQUESTED, message)
+        return Decision(_written(facts, status, State.SUSPENDED, found, *idle, *_not_finished()))
+    if facts.inputs.waiting or facts.plan is None:
+        return Decision(_written(facts, status, State.WAITING, *idle, *_not_finished()), requeue=PENDING_POLL)
+    wait = _backoff(status.attempts, facts.now)
+    if wait > 0:
+        message = f"The last attempts finished no step; the next one starts in {wait:.0f} s."
+        backing = Finding(Condition.PROGRESSING, False, Reason.BACKING_OFF, message)
+        return Decision(
+            _written(facts, status, State.RESTARTING, idle[0], backing, *_not_finished()), requeue=wait
+        )
+    return _start(facts, status)
+
+
+def _leftovers(facts: Facts) -> tuple[Delete, ...]:
+    """Jobs that are not being deleted yet; pods without a Job; pods whose node will never confirm their end."""
+    gone = [Delete("Job", job.name) for job in facts.observed.jobs if not job.deleting]
+    with_job = {job.attempt for job in facts.observed.jobs}
+    for pod in facts.observed.pods:
+        overdue = pod.deletion_time is not None and facts.now > pod.deletion_time
+        if pod.deleting and overdue and pod.node in facts.dead_nodes:
+            gone.append(Delete("Pod", pod.name, force=True))
+        elif not pod.deleting and pod.attempt not in with_job:
+            gone.append(Delete("Pod", pod.name))
+    return tuple(gone)
+
+
+def _backoff(attempts: list[AttemptStatus], now: datetime) -> float:
+    """Seconds to wait: none after an attempt that finished a step, else 10, 20, 40 … 300 from its end."""
+    fruitless = 0
+    for attempt in reversed(attempts):
+        if attempt.cause in (Cause.SUSPENDED, Cause.NO_OTHER_NODE):
+            continue
+        if attempt.last_step > (attempt.resumed_from_step or 0):
+            break
+        fruitless += 1
+    ended = parse_time(attempts[-1].end_time) if attempts else None
+    # The first failure without a step may be bad luck: at once again.
+    if fruitless < 2 or ended is None or attempts[-1].cause == Cause.SUSPENDED:
+        return 0.0
+    wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** (fruitless - 2))
+    return max(0.0, wait - (now - ended).total_seconds())
+
+
+def _start(facts: Facts, status: FineTuneJobStatus) -> Decision:
+    assert facts.plan is not None
+    number = status.attempts[-1].number + 1 if status.attempts else 1
+    attempt = AttemptStatus(
+        number=number,
+        job_name=job_name(facts.plan.owner.name, number),
+        start_time=format_time(facts.now),
+    )
+    started = status.model_copy(
+        update={
+            "attempts": [*status.attempts, attempt][-ATTEMPTS_KEPT:],
+            "start_time": status.start_time or format_time(facts.now),
+            "plan_digest": status.plan_digest or facts.plan.digest,
+        }
+    )
+    return Decision(
+        _written(
+            facts,
+            started,
+            State.RESTARTING if status.restarts else State.STARTING,
+            Finding(Condition.PODS_READY, False, Reason.PODS_PENDING, "The pods are being made."),
+            Finding(Condition.PROGRESSING, False, Reason.LOADING, "Waiting for the pods."),
+            *_not_finished(),
+        ),
+        create_attempt=number,
+        excluded_nodes=suspects(status.attempts, facts.now),
+        requeue=PENDING_POLL,
+    )
+
+
+# --- writing it down ------------------------------------------------------------------------------------------
+
+
+def _not_finished() -> tuple[Finding, ...]:
+    return (
+        Finding(Condition.COMPLETE, False, Reason.NOT_FINISHED),
+        Finding(Condition.FAILED, False, Reason.NOT_FAILED),
+    )
+
+
+def _accepted(facts: Facts) -> Finding:
+    if facts.mistakes:
+        message = "\n".join(m.text() for m in facts.mistakes)
+        return Finding(Condition.ACCEPTED, False, Reason.INVALID_SPEC, message)
+    if facts.profile_problem:
+        return Finding(Condition.ACCEPTED, False, Reason.UNKNOWN_PROFILE, facts.profile_problem)
+    if facts.plan is not None and facts.observed.frozen_spec is not None:
+        changes = changed_fields(facts.observed.frozen_spec, facts.plan.spec_part)
+        if changes:
+            message = (
+                f"{'; '.join(changes)}: not accepted after the job has started; the run goes on with the old "
+                "values. Put them back, or make a new FineTuneJob."
+            )
+            return Finding(Condition.ACCEPTED, False, Reason.IMMUTABLE_FIELD_CHANGED, message)
+    return Finding(Condition.ACCEPTED, True, Reason.VALID)
+
+
+def _written(
+    facts: Facts, status: FineTuneJobStatus, state: State, *findings: Finding
+) -> FineTuneJobStatus:
+    """The status with state and conditions; what every pass finds comes first, so that ``findings`` win."""
+    finished = state in (State.SUCCEEDED, State.FAILED)
+    common: list[Finding] = [_accepted(facts), Finding(Condition.RECONCILED, True, Reason.RECONCILED)]
+    if facts.inputs.waiting:
+        reason = Reason.INPUT_JOB_FAILED if facts.inputs.failed else Reason.WAITING_FOR_JOB
+        common.append(Finding(Condition.INPUTS_READY, False, reason, facts.inputs.waiting))
+    else:
+        reason = Reason.INPUTS_FOUND if facts.inputs.resolved else Reason.NO_INPUTS
+        common.append(Finding(Condition.INPUTS_READY, True, reason))
+    if not finished:
+        common.append(Finding(Condition.SUSPENDED, False, Reason.NOT_SUSPENDED))
+        common.append(Finding(Condition.READY, False, Reason.NOT_FINISHED, f"State: {state}."))
+        stalled = state is State.INVALID
+        message = common[0].message if stalled else ""
+        common.append(Finding(Condition.STALLED, stalled, common[0].reason if stalled else Reason.NOT_FAILED, message))
+    return status.model_copy(
+        update={
+            "observed_generation": facts.generation,
+            "state": str(state),
+            "conditions": merge_conditions(status.conditions, [*common, *findings], facts.generation, facts.now),
+        }
+    )

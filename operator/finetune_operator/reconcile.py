@@ -1,0 +1,237 @@
+"""One pass over one job: gather facts, decide, do. The only place where the pure half meets a cluster.
+
+Called by ``handlers.py`` (Kubernetes) and ``cli/run.py`` (this machine) with whatever key woke them; it never learns
+what woke it. Keeps nothing between two passes.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.base import seconds
+from finetune_api.conditions import Condition, Reason
+from finetune_api.mistakes import Mistake, read
+from finetune_api.run import TRAINER_CONTAINER, Progress
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator import manifests
+from finetune_operator.cluster import Cluster, ClusterError, Object
+from finetune_operator.decide import Decision, Facts, Inputs, decide
+from finetune_operator.observe import Observed, observe
+from finetune_operator.plan import Owner, Plan, make_plan
+from finetune_operator.settings import Profile, Settings
+from finetune_operator.status import Finding, events, is_true, merge_conditions
+
+log = logging.getLogger(__name__)
+
+LOG_LINES = 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pass came to."""
+
+    job: Object | None
+    """The FineTuneJob with its new status; None where there is none any more."""
+    requeue: float | None
+    """Seconds until the next look; None: when something happens."""
+
+
+def reconcile(
+    cluster: Cluster,
+    settings: Settings,
+    namespace: str,
+    name: str,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Result:
+    """One pass. A :class:`ClusterError` becomes the condition Reconciled=False, and is raised on."""
+    raw = cluster.finetunejob(namespace, name)
+    if raw is None or "deletionTimestamp" in raw["metadata"]:
+        return Result(None, None)  # owner references take the children away
+    status = FineTuneJobStatus.model_validate(_known(raw.get("status") or {}))
+    try:
+        facts = gather(cluster, settings, raw, status, now())
+        decision = decide(facts)
+        _do(cluster, raw, facts, decision)
+    except ClusterError as error:
+        _report(cluster, raw, status, error, now())
+        raise
+    for event in events(status, decision.status):
+        cluster.event(raw, event.kind, event.reason, event.message)
+    if decision.delete_job:
+        return Result(None, None)
+    return Result({**raw, "status": _dump(decision.status)}, decision.requeue)
+
+
+def _known(status: Object) -> Object:
+    """Only fields this version knows: a newer operator may have written more."""
+    fields = {f.alias or n for n, f in FineTuneJobStatus.model_fields.items()}
+    return {key: value for key, value in status.items() if key in fields}
+
+
+def _dump(status: FineTuneJobStatus) -> Object:
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+# --- gather ---------------------------------------------------------------------------------------------------
+
+
+def gather(cluster: Cluster, settings: Settings, raw: Object, status: FineTuneJobStatus, now: datetime) -> Facts:
+    """All facts of one pass."""
+    metadata = raw["metadata"]
+    namespace, name = metadata["namespace"], metadata["name"]
+    found = read(raw)
+    mistakes: tuple[Mistake, ...] = () if isinstance(found, FineTuneJobSpec) else tuple(found)
+    spec = found if isinstance(found, FineTuneJobSpec) else None
+    observed = observe(name, cluster.children(namespace, name))
+    profile, profile_problem = _profile(settings, spec)
+    inputs = Inputs()
+    if spec is not None and observed.frozen_config is None:
+        inputs = _inputs(cluster, namespace, spec)
+    plan: Plan | None = None
+    if spec is not None and profile is not None and not inputs.waiting:
+        owner = Owner(namespace, name, metadata["uid"], metadata.get("labels") or {})
+        plan = make_plan(owner, spec, profile, inputs.resolved, observed.frozen_config)
+    over = is_true(status, Condition.COMPLETE) or is_true(status, Condition.FAILED)
+    return Facts(
+        now=now,
+        generation=metadata.get("generation"),
+        spec=spec,
+        mistakes=mistakes,
+        profile_problem=profile_problem,
+        plan=plan,
+        inputs=inputs,
+        status=status,
+        observed=observed,
+        progress=None if over else _progress(cluster, observed),
+        dead_nodes=frozenset() if over else _dead_nodes(cluster, observed),
+        logs={} if over else _logs(cluster, namespace, status, observed),
+        poll=seconds(settings.progress_interval),
+    )
+
+
+def _profile(settings: Settings, spec: FineTuneJobSpec | None) -> tuple[Profile | None, str]:
+    if spec is None:
+        return None, ""
+    profile = settings.profiles.get(spec.profile)
+    if profile is not None:
+        return profile, ""
+    return None, Mistake(
+        field="spec.profile",
+        value=spec.profile,
+        accepted=f"one of {', '.join(sorted(settings.profiles))}",
+        remedy="choose one of them, or add it to profiles in the Helm values of the operator",
+    ).text()
+
+
+def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
+    """Outputs of the jobs this one starts from."""
+    uri = spec.model.uri
+    if not uri.startswith("job://"):
+        return Inputs()
+    name = uri.removeprefix("job://")
+    other = cluster.finetunejob(namespace, name)
+    if other is None:
+        return Inputs(waiting=f"Waiting for FineTuneJob {name}, which does not exist yet.")
+    status = FineTuneJobStatus.model_validate(_known(other.get("status") or {}))
+    if is_true(status, Condition.FAILED):
+        return Inputs(waiting=f"FineTuneJob {name} has failed; this job waits for its output.", failed=True)
+    if not is_true(status, Condition.COMPLETE):
+        return Inputs(waiting=f"Waiting for FineTuneJob {name} ({status.state or 'Pending'}).")
+    models = {o.kind: o.uri for o in status.outputs}
+    output = models.get("merged") or models.get("model")
+    if output is None:
+        return Inputs(
+            waiting=f"FineTuneJob {name} wrote an adapter only, not a whole model; accepted: an output of kind "
+            "model or merged. Run it again with output.merge: true.",
+            failed=True,
+        )
+    return Inputs(resolved={uri: output})
+
+
+def _progress(cluster: Cluster, observed: Observed) -> Progress | None:
+    newest = max((job.attempt for job in observed.jobs), default=0)
+    rank0 = next((p for p in observed.pods_of(newest) if p.index == 0), None)
+    if rank0 is None or not rank0.running:
+        return None
+    document = cluster.progress(rank0.raw)
+    if document is None:
+        return None
+    known = {key: value for key, value in document.items() if key in Progress.model_fields}
+    try:
+        return Progress.model_validate(known)
+    except ValidationError:
+        log.warning("pod %s answers something else than progress", rank0.name)
+        return None
+
+
+def _dead_nodes(cluster: Cluster, observed: Observed) -> frozenset[str]:
+    """Nodes that are gone or not ready, among those of pods that are in trouble."""
+    asked = {p.node for p in observed.pods if p.node and (p.deleting or p.disruption or p.reason)}
+    dead = set()
+    for name in asked:
+        node = cluster.node(name)
+        conditions = ((node or {}).get("status") or {}).get("conditions") or []
+        if node is None or not any(c["type"] == "Ready" and c["status"] == "True" for c in conditions):
+            dead.add(name)
+    return frozenset(dead)
+
+
+def _logs(cluster: Cluster, namespace: str, status: FineTuneJobStatus, observed: Observed) -> dict[str, list[str]]:
+    """Last lines of failed pods of an attempt whose end is not recorded yet."""
+    ended = {a.number for a in status.attempts if a.end_time}
+    logs = {}
+    for pod in observed.pods:
+        if pod.failed and pod.attempt not in ended:
+            container = next((e.container for e in pod.exits if e.code != 0), TRAINER_CONTAINER)
+            logs[pod.name] = cluster.logs(namespace, pod.name, container, LOG_LINES)
+    return logs
+
+
+# --- do -------------------------------------------------------------------------------------------------------
+
+
+def _do(cluster: Cluster, raw: Object, facts: Facts, decision: Decision) -> None:
+    """Make, then record, then take away (see decide.py for why in this order)."""
+    namespace, name = raw["metadata"]["namespace"], raw["metadata"]["name"]
+    if decision.create_attempt is not None and facts.plan is not None:
+        for manifest in attempt_manifests(facts.plan, decision, facts.observed):
+            cluster.apply(manifest)
+    new = _dump(decision.status)
+    if new != (raw.get("status") or {}):
+        cluster.patch_status(namespace, name, new)
+    for gone in decision.delete:
+        cluster.delete(gone.kind, namespace, gone.name, force=gone.force)
+    if decision.delete_job:
+        cluster.delete(manifests.KIND, namespace, name)
+
+
+def attempt_manifests(plan: Plan, decision: Decision, observed: Observed) -> list[dict[str, Any]]:
+    """Everything an attempt needs, in the order of making: the Job last."""
+    assert decision.create_attempt is not None
+    made = [] if observed.frozen_config else [manifests.config_map(plan)]
+    made.append(manifests.service(plan))
+    if plan.profile.network_policy:
+        made.append(manifests.network_policy(plan))
+    made.append(manifests.job(plan, decision.create_attempt, decision.excluded_nodes))
+    return made
+
+
+def _report(
+    cluster: Cluster, raw: Object, status: FineTuneJobStatus, error: ClusterError, now: datetime
+) -> None:
+    """A pass that failed is seen in the status, never only in the operator's log."""
+    finding = Finding(Condition.RECONCILED, False, Reason.RECONCILE_ERROR, error.message)
+    generation = raw["metadata"].get("generation")
+    conditions = merge_conditions(status.conditions, [finding], generation, now)
+    if conditions == status.conditions:
+        return
+    try:
+        reported = _dump(status.model_copy(update={"conditions": conditions}))
+        cluster.patch_status(raw["metadata"]["namespace"], raw["metadata"]["name"], reported)
+    except ClusterError:
+        log.warning("the status of %s could not be written: %s", raw["metadata"]["name"], error.message)

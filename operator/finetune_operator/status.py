@@ -1,0 +1,182 @@
+"""Facts → the pieces of a status, written for people and for programs. Pure.
+
+Called by ``decide.py``, which puts the pieces together, and by ``reconcile.py`` for the events a change is worth.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_api.conditions import Condition, Reason, State
+from finetune_api.run import CheckpointInfo, OutputInfo, Progress
+from finetune_api.status import (
+    AttemptStatus,
+    CheckpointStatus,
+    ConditionStatus,
+    FineTuneJobStatus,
+    OutputStatus,
+    ProgressStatus,
+)
+from finetune_operator.observe import format_time, parse_time
+
+ATTEMPTS_KEPT = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What holds of one condition now: True, False or None for unknown."""
+
+    type: Condition
+    holds: bool | None
+    reason: Reason
+    message: str = ""
+
+
+def merge_conditions(
+    old: Iterable[ConditionStatus], findings: Iterable[Finding], generation: int | None, now: datetime
+) -> list[ConditionStatus]:
+    """The old conditions with the findings laid over them; the transition time changes with the status only."""
+    merged = {c.type: c for c in old}
+    for finding in findings:
+        status = {True: "True", False: "False", None: "Unknown"}[finding.holds]
+        before = merged.get(finding.type)
+        since = before.last_transition_time if before and before.status == status else format_time(now)
+        merged[finding.type] = ConditionStatus(
+            type=finding.type,
+            status=status,
+            reason=finding.reason,
+            message=finding.message,
+            last_transition_time=since,
+            observed_generation=generation,
+        )
+    order = [str(c) for c in Condition]
+    return sorted(merged.values(), key=lambda c: order.index(c.type) if c.type in order else len(order))
+
+
+def condition(status: FineTuneJobStatus, kind: Condition) -> ConditionStatus | None:
+    """One condition of a status."""
+    return next((c for c in status.conditions if c.type == kind), None)
+
+
+def is_true(status: FineTuneJobStatus, kind: Condition) -> bool:
+    """Whether a condition holds."""
+    found = condition(status, kind)
+    return found is not None and found.status == "True"
+
+
+def duration(value: float) -> str:
+    """Seconds as people write them: ``45s``, ``12m30s``, ``1h12m``, ``2d3h``."""
+    whole = max(0, round(value))
+    days, hours, minutes, secs = whole // 86400, whole // 3600 % 24, whole // 60 % 60, whole % 60
+    if days:
+        return f"{days}d{hours}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    if minutes:
+        return f"{minutes}m{secs:02}s"
+    return f"{secs}s"
+
+
+def size(count: int) -> str:
+    """Bytes as Kubernetes writes quantities: ``512``, ``18.4Mi``, ``1.2Gi``."""
+    value = float(count)
+    for unit in ("", "Ki", "Mi", "Gi", "Ti"):
+        if value < 1024 or unit == "Ti":
+            return f"{value:.1f}{unit}" if unit else str(count)
+        value /= 1024
+    raise AssertionError
+
+
+def _number(value: float | None, digits: str) -> str:
+    return "" if value is None else format(value, digits)
+
+
+def progress_status(progress: Progress, now: datetime) -> ProgressStatus:
+    """The trainer's document as status. Numbers are text: a CRD's floats do not survive every client."""
+    percent = f"{100 * progress.step // progress.max_steps} %" if progress.max_steps else ""
+    return ProgressStatus(
+        phase=progress.phase,
+        step=progress.step,
+        max_steps=progress.max_steps,
+        percent=percent,
+        epoch=_number(progress.epoch, ".2f"),
+        loss=_number(progress.loss, ".4f"),
+        learning_rate=_number(progress.learning_rate, ".3g"),
+        grad_norm=_number(progress.grad_norm, ".4g"),
+        tokens_per_second=_number(progress.tokens_per_second, ".0f"),
+        mfu=_number(progress.mfu, ".3f"),
+        eta=duration(progress.eta_seconds) if progress.eta_seconds is not None else "",
+        last_step_time=_whole_seconds(progress.last_step_time),
+        updated_time=format_time(now),
+        message=progress.message,
+    )
+
+
+def _whole_seconds(text: str) -> str | None:
+    moment = parse_time(text or None)
+    return format_time(moment) if moment else None
+
+
+def checkpoint_status(info: CheckpointInfo) -> CheckpointStatus:
+    """One checkpoint as status."""
+    return CheckpointStatus(
+        step=info.step, uri=info.uri, digest=info.digest, size=size(info.size), time=_whole_seconds(info.time)
+    )
+
+
+def output_status(info: OutputInfo) -> OutputStatus:
+    """One output as status."""
+    return OutputStatus(uri=info.uri, kind=info.kind, digest=info.digest, size=size(info.size))
+
+
+@dataclass(frozen=True)
+class Event:
+    """A Kubernetes event: kind Normal or Warning."""
+
+    kind: str
+    reason: str
+    message: str
+
+
+def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    """What is worth telling of the change from one status to the next."""
+    told = []
+    before = {a.number: a for a in old.attempts}
+    for attempt in new.attempts:
+        was = before.get(attempt.number)
+        if was is None:
+            told.append(Event("Normal", "AttemptStarted", f"Attempt {attempt.number}: Job {attempt.job_name} made."))
+        if attempt.end_time and (was is None or not was.end_time):
+            told.append(_attempt_ended(attempt))
+    if new.state != old.state:
+        told += _state_events(old, new)
+    newest = max((c.step for c in new.checkpoints), default=0)
+    if newest > max((c.step for c in old.checkpoints), default=0):
+        told.append(Event("Normal", "CheckpointSaved", f"Checkpoint of step {newest} is complete."))
+    return told
+
+
+def _attempt_ended(attempt: AttemptStatus) -> Event:
+    code = f" (exit code {attempt.exit_code})" if attempt.exit_code else ""
+    kind = "Normal" if attempt.cause in ("Succeeded", "Suspended") else "Warning"
+    return Event(kind, attempt.cause, f"Attempt {attempt.number} ended{code}: {attempt.message or attempt.cause}")
+
+
+def _state_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    texts = {
+        State.INVALID: (Condition.ACCEPTED, "Warning"),
+        State.WAITING: (Condition.INPUTS_READY, "Normal"),
+        State.SUSPENDED: (Condition.SUSPENDED, "Normal"),
+        State.SUCCEEDED: (Condition.COMPLETE, "Normal"),
+        State.FAILED: (Condition.FAILED, "Warning"),
+    }
+    if new.state not in texts:
+        return []
+    kind, level = texts[State(new.state)]
+    found = condition(new, kind)
+    return [Event(level, str(new.state), found.message if found else "")]
+
+
+def attempt_ended(attempt: AttemptStatus, now: datetime, **update: object) -> AttemptStatus:
+    """The attempt with its end filled in."""
+    return attempt.model_copy(update={"end_time": format_time(now), **update})
