@@ -183,8 +183,12 @@ def _succeeded(job: GangJob | None, pods: tuple[Pod, ...]) -> bool:
     if job is not None and job.succeeded:
         return True
     # The Job's own controller may be a moment behind its pods.
-    return bool(pods) and job is not None and len(pods) >= 1 and all(p.phase == "Succeeded" for p in pods) and (
-        job.active == 0 and not job.failed
+    return (
+        bool(pods)
+        and job is not None
+        and len(pods) >= 1
+        and all(p.phase == "Succeeded" for p in pods)
+        and (job.active == 0 and not job.failed)
     )
 
 
@@ -332,9 +336,7 @@ def _fail(facts: Facts, status: FineTuneJobStatus, reason: Reason, message: str)
     )
 
 
-def _succeed(
-    facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, pods: tuple[Pod, ...]
-) -> Decision:
+def _succeed(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, pods: tuple[Pod, ...]) -> Decision:
     last = _last_word(pods)
     update: dict[str, Any] = {"completion_time": format_time(facts.now)}
     message = "The run has finished."
@@ -384,7 +386,7 @@ def _finished(facts: Facts, status: FineTuneJobStatus) -> Decision:
     left = _ttl(facts, ended)
     if left is not None and left <= 0:
         return Decision(status, delete_job=True)
-    running = ()
+    running: tuple[Delete, ...] = ()
     if is_true(status, Condition.FAILED):
         running = tuple(
             Delete("Job", job.name)
@@ -468,9 +470,7 @@ def _between_attempts(facts: Facts, status: FineTuneJobStatus) -> Decision:
         ]
         if suspended:
             findings.append(Finding(Condition.SUSPENDED, False, Reason.SUSPENDING, message))
-        return Decision(
-            _written(facts, status, state, *findings, *_not_finished()), delete=leftovers, requeue=2.0
-        )
+        return Decision(_written(facts, status, state, *findings, *_not_finished()), delete=leftovers, requeue=2.0)
     idle = (
         Finding(Condition.PODS_READY, False, Reason.NO_PODS),
         Finding(Condition.PROGRESSING, False, Reason.NOT_RUNNING),
@@ -489,9 +489,7 @@ def _between_attempts(facts: Facts, status: FineTuneJobStatus) -> Decision:
     if wait > 0:
         message = f"The last attempts finished no step; the next one starts in {wait:.0f} s."
         backing = Finding(Condition.PROGRESSING, False, Reason.BACKING_OFF, message)
-        return Decision(
-            _written(facts, status, State.RESTARTING, idle[0], backing, *_not_finished()), requeue=wait
-        )
+        return Decision(_written(facts, status, State.RESTARTING, idle[0], backing, *_not_finished()), requeue=wait)
     return _start(facts, status)
 
 
@@ -582,9 +580,7 @@ def _accepted(facts: Facts) -> Finding:
     return Finding(Condition.ACCEPTED, True, Reason.VALID)
 
 
-def _written(
-    facts: Facts, status: FineTuneJobStatus, state: State, *findings: Finding
-) -> FineTuneJobStatus:
+def _written(facts: Facts, status: FineTuneJobStatus, state: State, *findings: Finding) -> FineTuneJobStatus:
     """The status with state and conditions; what every pass finds comes first, so that ``findings`` win."""
     finished = state in (State.SUCCEEDED, State.FAILED)
     common: list[Finding] = [_accepted(facts), Finding(Condition.RECONCILED, True, Reason.RECONCILED)]

@@ -70,9 +70,7 @@ def _when(pod: Pod) -> datetime:
 
 def _judge_pod(pod: Pod, dead_nodes: frozenset[str]) -> Failure | None:
     if pod.node and pod.node in dead_nodes and not _spoke(pod):
-        return Failure(
-            Cause.NODE_LOST, f"Node {pod.node} is not ready or gone.", pod=pod.name, node=pod.node
-        )
+        return Failure(Cause.NODE_LOST, f"Node {pod.node} is not ready or gone.", pod=pod.name, node=pod.node)
     if disruption := _disrupted(pod):
         cause, message = disruption
         return Failure(cause, message, exit_code=_code(pod), pod=pod.name, node=pod.node)
@@ -147,17 +145,34 @@ def explain_exit(ended: Exit) -> tuple[Cause, str]:
 
 # Last lines of a log (terminationMessagePolicy FallbackToLogsOnError), where the trainer could not speak.
 _TEXTS: tuple[tuple[str, Cause, str], ...] = (
-    (r"CUDA out of memory|torch\.OutOfMemoryError", Cause.OUT_OF_GPU_MEMORY,
-     "The GPU's memory is full. Lower training.per_device_train_batch_size or data.max_length, set "
-     "training.gradient_checkpointing: true, or raise deepspeed.zero_optimization.stage."),
-    (r"uncorrectable ECC|Xid|CUDA error: (device-side|unspecified|an illegal|misaligned|no kernel)|"
-     r"CUDA driver initialization failed", Cause.GPU_ERROR, "The GPU reported an error."),
-    (r"NCCL (error|WARN)|ncclSystemError|ncclRemoteError|Connection (reset|closed) by peer|"
-     r"DistNetworkError|DistStoreError", Cause.COMMUNICATION_ERROR, "The workers lost each other."),
-    (r"No module named|ImportError", Cause.INVALID_CONFIGURATION,
-     "The image does not hold what the trainer needs. Check the profile's image."),
-    (r"executable file not found|no such file or directory: unknown", Cause.INVALID_CONFIGURATION,
-     "The image has no trainer in it. Check the profile's image."),
+    (
+        r"CUDA out of memory|torch\.OutOfMemoryError",
+        Cause.OUT_OF_GPU_MEMORY,
+        "The GPU's memory is full. Lower training.per_device_train_batch_size or data.max_length, set "
+        "training.gradient_checkpointing: true, or raise deepspeed.zero_optimization.stage.",
+    ),
+    (
+        r"uncorrectable ECC|Xid|CUDA error: (device-side|unspecified|an illegal|misaligned|no kernel)|"
+        r"CUDA driver initialization failed",
+        Cause.GPU_ERROR,
+        "The GPU reported an error.",
+    ),
+    (
+        r"NCCL (error|WARN)|ncclSystemError|ncclRemoteError|Connection (reset|closed) by peer|"
+        r"DistNetworkError|DistStoreError",
+        Cause.COMMUNICATION_ERROR,
+        "The workers lost each other.",
+    ),
+    (
+        r"No module named|ImportError",
+        Cause.INVALID_CONFIGURATION,
+        "The image does not hold what the trainer needs. Check the profile's image.",
+    ),
+    (
+        r"executable file not found|no such file or directory: unknown",
+        Cause.INVALID_CONFIGURATION,
+        "The image has no trainer in it. Check the profile's image.",
+    ),
 )
 
 

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from finetune_api import run
-from finetune_operator.plan import CLAIM_ROOT, Plan, merge
 from finetune_api.base import seconds
+from finetune_operator.plan import CLAIM_ROOT, Plan, merge
 
 GROUP = "finetune.dev"
 VERSION = "v1alpha1"
@@ -137,9 +137,7 @@ def job(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...] = ()) -> Manif
 def pod_template(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...]) -> Manifest:
     """The worker pod: the operator's fields, the profile's over them, the user's over those."""
     base: Manifest = {
-        "metadata": {
-            "labels": {**labels(plan), "app.kubernetes.io/component": "worker", LABEL_ATTEMPT: str(attempt)}
-        },
+        "metadata": {"labels": {**labels(plan), "app.kubernetes.io/component": "worker", LABEL_ATTEMPT: str(attempt)}},
         "spec": {
             "restartPolicy": "Never",
             "subdomain": service_name(plan.owner.name),
@@ -156,8 +154,12 @@ def pod_template(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...]) -> M
             },
             # A dead node is noticed by its taint; five minutes (the default) would be five minutes lost.
             "tolerations": [
-                {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute",
-                 "tolerationSeconds": 10}
+                {
+                    "key": f"node.kubernetes.io/{taint}",
+                    "operator": "Exists",
+                    "effect": "NoExecute",
+                    "tolerationSeconds": 10,
+                }
                 for taint in ("not-ready", "unreachable")
             ],
             "initContainers": [_fetch_container(plan)],

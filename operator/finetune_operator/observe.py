@@ -65,7 +65,7 @@ class Pod:
     disruption: str
     """Reason of the DisruptionTarget condition: PreemptionByScheduler, EvictionByEvictionAPI …"""
     exits: tuple[Exit, ...]
-    raw: Object = field(repr=False, compare=False)
+    raw: dict[str, Any] = field(repr=False, compare=False)
 
     @property
     def running(self) -> bool:
@@ -117,7 +117,7 @@ class Observed:
         return tuple(sorted((p for p in self.pods if p.attempt == attempt), key=lambda p: (p.index, p.name)))
 
 
-def observe(name: str, children: Iterable[Object]) -> Observed:
+def observe(name: str, children: Iterable[dict[str, Any]]) -> Observed:
     """Facts of the children of the FineTuneJob ``name``."""
     jobs, pods = [], []
     config, spec = None, None
@@ -160,20 +160,21 @@ def _job(child: Object) -> GangJob:
     )
 
 
-def _pod(child: Object) -> Pod:
+def _pod(child: dict[str, Any]) -> Pod:
     metadata, status = child["metadata"], child.get("status") or {}
     containers = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
     waiting: Mapping[str, Any] = next(
         (
             c["state"]["waiting"]
             for c in containers
-            if (c.get("state") or {}).get("waiting", {}).get("reason") not in (None, "PodInitializing", "ContainerCreating")
+            if (c.get("state") or {}).get("waiting", {}).get("reason")
+            not in (None, "PodInitializing", "ContainerCreating")
         ),
         {},
     )
-    running = next((c for c in containers if c["name"] == TRAINER_CONTAINER), {})
+    running: Object = next((c for c in containers if c["name"] == TRAINER_CONTAINER), {})
     started = (running.get("state") or {}).get("running") or (running.get("state") or {}).get("terminated") or {}
-    scheduled = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
+    scheduled: Object = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
     unschedulable = scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else ""
     return Pod(
         name=metadata["name"],

@@ -166,9 +166,8 @@ def checkpoint_uri(owner: Owner, spec: FineTuneJobSpec) -> str:
 
 def deepspeed_config(spec: FineTuneJobSpec, dtype: str) -> dict[str, Any]:
     """DeepSpeed's configuration but for the batch sizes: what the plan decides, the user's keys over it."""
-    stage = spec.deepspeed.zero_optimization.stage
-    if stage is None:
-        stage = COMPATIBILITY[spec.method.type].default_zero_stage
+    chosen = spec.deepspeed.zero_optimization.stage
+    stage: int = COMPATIBILITY[spec.method.type].default_zero_stage if chosen is None else chosen
     decided: dict[str, Any] = {
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,

@@ -221,9 +221,7 @@ def attempt_manifests(plan: Plan, decision: Decision, observed: Observed) -> lis
     return made
 
 
-def _report(
-    cluster: Cluster, raw: Object, status: FineTuneJobStatus, error: ClusterError, now: datetime
-) -> None:
+def _report(cluster: Cluster, raw: Object, status: FineTuneJobStatus, error: ClusterError, now: datetime) -> None:
     """A pass that failed is seen in the status, never only in the operator's log."""
     finding = Finding(Condition.RECONCILED, False, Reason.RECONCILE_ERROR, error.message)
     generation = raw["metadata"].get("generation")

@@ -1,0 +1,266 @@
+"""The Kubernetes API as a :class:`~finetune_operator.cluster.Cluster`.
+
+Made by ``handlers.py``; called by ``reconcile.py`` from worker threads (the client's connection pool is thread-safe).
+Reads plain JSON, not the client's typed models: what is observed must not depend on the client's version. Never
+reads Secrets.
+"""
+
+import json
+import logging
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import urllib3
+from kubernetes import client, config, watch
+from kubernetes.client.exceptions import ApiException
+
+from finetune_api.run import HTTP_PORT
+from finetune_operator import manifests
+from finetune_operator.cluster import ClusterError, Object
+
+log = logging.getLogger(__name__)
+
+FIELD_MANAGER = "finetune-operator"
+TIMEOUT = 30
+PROGRESS_TIMEOUT = 3
+
+
+def load_client(connections: int) -> client.ApiClient:
+    """A client for the cluster this process runs in, else for the one KUBECONFIG names."""
+    try:
+        config.load_incluster_config()
+    except config.ConfigException:
+        config.load_kube_config()
+    configuration = client.Configuration.get_default_copy()
+    configuration.connection_pool_maxsize = connections
+    return client.ApiClient(configuration)
+
+
+class KubernetesCluster:
+    """See :class:`finetune_operator.cluster.Cluster` for what each method does."""
+
+    def __init__(self, api: client.ApiClient, progress_through: Literal["pod", "apiserver"] = "pod") -> None:
+        self._core = client.CoreV1Api(api)
+        self._batch = client.BatchV1Api(api)
+        self._network = client.NetworkingV1Api(api)
+        self._custom = client.CustomObjectsApi(api)
+        self._progress_through = progress_through
+        self._patch: Mapping[str, Callable[..., Any]] = {
+            "ConfigMap": self._core.patch_namespaced_config_map,
+            "Service": self._core.patch_namespaced_service,
+            "NetworkPolicy": self._network.patch_namespaced_network_policy,
+            "Job": self._batch.patch_namespaced_job,
+        }
+        self._delete: Mapping[str, Callable[..., Any]] = {
+            "Job": self._batch.delete_namespaced_job,
+            "Pod": self._core.delete_namespaced_pod,
+        }
+
+    def finetunejob(self, namespace: str, name: str) -> Object | None:
+        try:
+            return self._json(
+                f"read FineTuneJob {namespace}/{name}",
+                self._custom.get_namespaced_custom_object,
+                manifests.GROUP,
+                manifests.VERSION,
+                namespace,
+                manifests.PLURAL,
+                name,
+            )
+        except _NotFoundError:
+            return None
+
+    def children(self, namespace: str, name: str) -> list[Object]:
+        selector = f"{manifests.LABEL_JOB}={name}"
+        found: list[Object] = []
+        for kind, listing in (
+            ("Job", self._batch.list_namespaced_job),
+            ("Pod", self._core.list_namespaced_pod),
+            ("ConfigMap", self._core.list_namespaced_config_map),
+        ):
+            answer = self._json(f"list {kind}s of {namespace}", listing, namespace, label_selector=selector)
+            found += [{**item, "kind": kind} for item in answer.get("items") or []]
+        return found
+
+    def node(self, name: str) -> Object | None:
+        try:
+            return self._json(f"read node {name}", self._core.read_node, name)
+        except _NotFoundError:
+            return None
+        except ClusterError:
+            # Installed for some namespaces only, the operator may not read nodes: trust the pods then.
+            return {"status": {"conditions": [{"type": "Ready", "status": "True"}]}}
+
+    def apply(self, manifest: Object) -> None:
+        kind, metadata = manifest["kind"], manifest["metadata"]
+        try:
+            self._json(
+                f"apply {kind} {metadata['namespace']}/{metadata['name']}",
+                self._patch[kind],
+                metadata["name"],
+                metadata["namespace"],
+                manifest,
+                field_manager=FIELD_MANAGER,
+                force=True,
+                _content_type="application/apply-patch+yaml",
+            )
+        except _NotFoundError as error:
+            raise ClusterError(error.message) from error
+
+    def delete(self, kind: str, namespace: str, name: str, *, force: bool = False) -> None:
+        what = f"delete {kind} {namespace}/{name}"
+        # Foreground: a Job is gone only when its pods are.
+        options = client.V1DeleteOptions(
+            propagation_policy="Foreground" if kind == "Job" else "Background",
+            grace_period_seconds=0 if force else None,
+        )
+        try:
+            if kind == manifests.KIND:
+                self._json(
+                    what,
+                    self._custom.delete_namespaced_custom_object,
+                    manifests.GROUP,
+                    manifests.VERSION,
+                    namespace,
+                    manifests.PLURAL,
+                    name,
+                    body=options,
+                )
+            else:
+                self._json(what, self._delete[kind], name, namespace, body=options)
+        except _NotFoundError:
+            return
+
+    def patch_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> None:
+        # A merge patch would leave keys behind that the new status does not have; null takes them away.
+        known = (self.finetunejob(namespace, name) or {}).get("status") or {}
+        body = {"status": {**dict.fromkeys(known), **status}}
+        try:
+            self._json(
+                f"write the status of {namespace}/{name}",
+                self._custom.patch_namespaced_custom_object_status,
+                manifests.GROUP,
+                manifests.VERSION,
+                namespace,
+                manifests.PLURAL,
+                name,
+                body,
+                field_manager=FIELD_MANAGER,
+                _content_type="application/merge-patch+json",
+            )
+        except _NotFoundError:
+            return
+
+    def event(self, job: Object, kind: str, reason: str, message: str) -> None:
+        metadata = job["metadata"]
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        body = {
+            "metadata": {"name": f"{metadata['name']}.{uuid.uuid4().hex[:16]}", "namespace": metadata["namespace"]},
+            "involvedObject": {
+                "apiVersion": manifests.API_VERSION,
+                "kind": manifests.KIND,
+                "name": metadata["name"],
+                "namespace": metadata["namespace"],
+                "uid": metadata["uid"],
+            },
+            "reason": reason,
+            "message": message[:1024],
+            "type": kind,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+            "source": {"component": FIELD_MANAGER},
+            "reportingComponent": f"{manifests.GROUP}/operator",
+            "reportingInstance": FIELD_MANAGER,
+        }
+        try:
+            self._json("record an event", self._core.create_namespaced_event, metadata["namespace"], body)
+        except ClusterError as error:
+            log.warning("%s", error.message)
+
+    def progress(self, pod: Object) -> Object | None:
+        metadata = pod["metadata"]
+        try:
+            if self._progress_through == "apiserver":
+                answer: Any = self._core.connect_get_namespaced_pod_proxy_with_path(
+                    f"{metadata['name']}:{HTTP_PORT}",
+                    metadata["namespace"],
+                    "progress",
+                    _preload_content=False,
+                    _request_timeout=PROGRESS_TIMEOUT,
+                )
+                return json.loads(answer.data)
+            address = (pod.get("status") or {}).get("podIP")
+            if not address:
+                return None
+            host = f"[{address}]" if ":" in address else address
+            with urllib.request.urlopen(f"http://{host}:{HTTP_PORT}/progress", timeout=PROGRESS_TIMEOUT) as reply:
+                return json.load(reply)
+        except (ApiException, urllib3.exceptions.HTTPError, OSError, ValueError):
+            return None
+
+    def logs(self, namespace: str, pod: str, container: str, lines: int) -> list[str]:
+        try:
+            answer: Any = self._core.read_namespaced_pod_log(
+                pod,
+                namespace,
+                container=container,
+                tail_lines=lines,
+                limit_bytes=16384,
+                _preload_content=False,
+                _request_timeout=TIMEOUT,
+            )
+            return [line[:400] for line in answer.data.decode(errors="replace").splitlines()]
+        except (ApiException, urllib3.exceptions.HTTPError):
+            return []
+
+    def watch_pods(self, namespace: str | None, stop: threading.Event) -> Iterator[tuple[str, str]]:
+        """(namespace, name of the FineTuneJob) for every change of a worker pod. The API server selects by label:
+        pods of others never cross the wire. Ends when ``stop`` is set; broken watches are taken up again."""
+        backoff = 1.0
+        while not stop.is_set():
+            stream = watch.Watch()
+            arguments = {"label_selector": manifests.LABEL_JOB, "timeout_seconds": 300}
+            try:
+                if namespace is None:
+                    events = stream.stream(self._core.list_pod_for_all_namespaces, **arguments)
+                else:
+                    events = stream.stream(self._core.list_namespaced_pod, namespace, **arguments)
+                for event in events:
+                    if stop.is_set():
+                        return
+                    metadata = event["raw_object"]["metadata"]
+                    yield metadata["namespace"], metadata["labels"][manifests.LABEL_JOB]
+                    backoff = 1.0
+            except (ApiException, urllib3.exceptions.HTTPError, KeyError, ValueError) as error:
+                log.warning("the watch of pods broke (%s); again in %.0f s", error, backoff)
+                stop.wait(backoff)
+                backoff = min(60.0, backoff * 2)
+
+    def _json(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Object:
+        try:
+            answer = call(*args, _preload_content=False, _request_timeout=TIMEOUT, **kwargs)
+            return json.loads(answer.data) if answer.data else {}
+        except ApiException as error:
+            message = f"Could not {what}: {_reason(error)}"
+            raise (_NotFoundError if error.status == 404 else ClusterError)(message) from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ClusterError(f"Could not {what}: the API server cannot be reached ({error}).") from error
+
+
+class _NotFoundError(ClusterError):
+    pass
+
+
+def _reason(error: ApiException) -> str:
+    """The API server's own words."""
+    try:
+        message = json.loads(error.body or "").get("message", "")
+    except (ValueError, AttributeError):
+        message = ""
+    return f"{error.status} {message or error.reason}"

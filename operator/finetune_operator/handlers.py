@@ -1,0 +1,236 @@
+"""The edge to Kubernetes: kopf delivers events, a work queue calls ``reconcile``, a web server answers probes.
+
+``main`` is called by ``finetune operator``. Nothing here decides about jobs. Only kopf's ``on.event`` is used: it
+needs no finalizer (``kubectl delete`` never hangs) and writes no annotation on the user's object (GitOps sees no drift).
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import kopf
+from aiohttp import web
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from finetune_api.base import seconds
+from finetune_operator import manifests
+from finetune_operator.cluster import ClusterError, Object
+from finetune_operator.cluster.kubernetes import KubernetesCluster, load_client
+from finetune_operator.lease import elect
+from finetune_operator.metrics import OperatorMetrics
+from finetune_operator.queue import WorkQueue
+from finetune_operator.reconcile import Result, reconcile
+from finetune_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str]
+"""Namespace and name of a FineTuneJob."""
+
+
+class Operator:
+    """What lives as long as the process: the queue, the jobs last seen, the metrics."""
+
+    def __init__(self, settings: Settings, cluster: KubernetesCluster) -> None:
+        self.settings = settings
+        self.cluster = cluster
+        self.queue: WorkQueue[Key] = WorkQueue()
+        self.jobs: dict[Key, Object] = {}
+        self.metrics = OperatorMetrics(lambda: list(self.jobs.values()), settings)
+        self.leading = asyncio.Event()
+        self.stop = asyncio.Event()
+        self._stop_watches = threading.Event()
+
+    # --- what wakes us ---
+
+    def seen(self, body: Object, deleted: bool) -> None:
+        """A FineTuneJob changed."""
+        key = (body["metadata"]["namespace"], body["metadata"]["name"])
+        if deleted:
+            self.jobs.pop(key, None)
+        else:
+            self.jobs[key] = body
+        self.queue.add(key)
+        for other, job in self.jobs.items():
+            waits_for = ((job.get("spec") or {}).get("model") or {}).get("uri")
+            if other[0] == key[0] and waits_for == f"job://{key[1]}":
+                self.queue.add(other)
+
+    def watch_pods(self) -> None:
+        """Threads that turn changes of worker pods into keys."""
+        loop = asyncio.get_running_loop()
+
+        def run(namespace: str | None) -> None:
+            for key in self.cluster.watch_pods(namespace, self._stop_watches):
+                loop.call_soon_threadsafe(self.queue.add, key)
+
+        everywhere: list[str | None] = [None]
+        for namespace in self.settings.namespaces or everywhere:
+            threading.Thread(target=run, args=(namespace,), name=f"pods-{namespace}", daemon=True).start()
+
+    async def resync(self) -> None:
+        """Every job now and then, without cause: no event is ever the only chance."""
+        while True:
+            await asyncio.sleep(seconds(self.settings.resync_interval))
+            for key in list(self.jobs):
+                self.queue.add(key)
+
+    # --- work ---
+
+    async def work(self) -> None:
+        """One worker. Waits for leadership, then takes keys for ever."""
+        await self.leading.wait()
+        self.metrics.leader.set(1)
+        while True:
+            key = await self.queue.get()
+            self.metrics.queue_depth.set(len(self.queue))
+            await self._pass(key)
+
+    async def _pass(self, key: Key) -> None:
+        started = time.monotonic()
+        before = self.jobs.get(key)
+        try:
+            result = await asyncio.to_thread(reconcile, self.cluster, self.settings, *key)
+        except ClusterError as error:
+            log.warning("%s/%s: %s", *key, error.message)
+            self._failed(key, started)
+        except Exception:
+            log.exception("%s/%s: the pass broke", *key)
+            self._failed(key, started)
+        else:
+            self._remember(key, before, result)
+            self.metrics.reconcile_seconds.labels("ok").observe(time.monotonic() - started)
+            self.queue.done(key, result.requeue)
+
+    def _failed(self, key: Key, started: float) -> None:
+        self.metrics.reconcile_errors.inc()
+        self.metrics.reconcile_seconds.labels("error").observe(time.monotonic() - started)
+        self.queue.failed(key)
+
+    def _remember(self, key: Key, before: Object | None, result: Result) -> None:
+        if result.job is None:
+            self.jobs.pop(key, None)
+            return
+        self.jobs[key] = result.job
+        ended = {a["number"] for a in ((before or {}).get("status") or {}).get("attempts", []) if a.get("endTime")}
+        for attempt in result.job["status"].get("attempts", []):
+            good = attempt.get("cause") in ("Succeeded", "Suspended", None, "")
+            if before is not None and attempt.get("endTime") and not good and attempt["number"] not in ended:
+                self.metrics.attempt_failures.labels(*key, attempt["cause"]).inc()
+
+    # --- probes and metrics ---
+
+    async def serve(self) -> web.AppRunner:
+        """/metrics, /healthz and /readyz. They answer from the event loop: a stuck loop fails its probe."""
+
+        async def metrics(_: web.Request) -> web.Response:
+            self.metrics.queue_depth.set(len(self.queue))
+            body = generate_latest(self.metrics.registry)
+            return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+        async def healthz(_: web.Request) -> web.Response:
+            return web.Response(text="ok\n")
+
+        app = web.Application()
+        app.router.add_get("/metrics", metrics)
+        app.router.add_get("/healthz", healthz)
+        app.router.add_get("/readyz", healthz)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, port=self.settings.http_port).start()
+        return runner
+
+    def lost_leadership(self) -> None:
+        """Stop this instant, in the middle of anything: another replica may be at work already."""
+        log.error("leadership lost; this replica stops")
+        logging.shutdown()
+        os._exit(1)
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop.set)
+        runner = await self.serve()
+        elect(self.settings.leader_election, self.leading, self.lost_leadership)
+        self.watch_pods()
+        tasks = [asyncio.create_task(self.work()) for _ in range(self.settings.workers)]
+        tasks.append(asyncio.create_task(self.resync()))
+        try:
+            await kopf.operator(
+                registry=_registry(self),
+                settings=_kopf_settings(),
+                standalone=True,
+                clusterwide=not self.settings.namespaces,
+                namespaces=self.settings.namespaces,
+                stop_flag=self.stop,
+            )
+        finally:
+            self._stop_watches.set()
+            for task in tasks:
+                task.cancel()
+            await runner.cleanup()
+
+
+def _registry(operator: Operator) -> kopf.OperatorRegistry:
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.event(manifests.GROUP, manifests.VERSION, manifests.PLURAL, registry=registry)
+    async def finetunejob(event: Any, **_: Any) -> None:
+        operator.seen(dict(event["object"]), event["type"] == "DELETED")
+
+    return registry
+
+
+def _kopf_settings() -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False  # events are written by us, on purpose
+    settings.scanning.disabled = True  # needs rights on CRDs and namespaces, and the chart installs the CRD first
+    settings.networking.request_timeout = 30
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    return settings
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def set_up_logging(settings: Settings) -> None:
+    """To standard error, as text or as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    handler.setFormatter(_JsonFormatter() if settings.log_format == "json" else text)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    # kopf tells of every event it delivers; that is debugging
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING if settings.log_level != "debug" else logging.DEBUG)
+
+
+def main(settings: Settings) -> None:
+    """Run the operator until it is told to stop."""
+    set_up_logging(settings)
+    api = load_client(connections=settings.workers * 2 + 4)
+    cluster = KubernetesCluster(api, settings.progress_through)
+
+    async def start() -> None:
+        await Operator(settings, cluster).run()
+
+    asyncio.run(start())
