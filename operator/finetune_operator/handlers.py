@@ -1,7 +1,7 @@
 """The edge to Kubernetes: kopf delivers events, a work queue calls ``reconcile``, a web server answers probes.
 
 ``main`` is called by ``finetune operator``. Nothing here decides about jobs. Only kopf's ``on.event`` is used: it
-needs no finalizer (``kubectl delete`` never hangs) and writes no annotation on the user's object (GitOps sees no drift).
+needs no finalizer (``kubectl delete`` never hangs) and leaves no annotation on the user's object (no GitOps drift).
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A keyed work queue: a key waits at most once, is worked on by one worker at a time, and comes back later when told to.
+"""A keyed work queue: a key waits at most once, is worked on by one worker at a time, and comes back when told to.
 
 Used by ``handlers.py``. The idea is client-go's workqueue; asyncio keeps it to one page.
 """

@@ -1,0 +1,94 @@
+# Two commands do all set-up: `make demo` and `make test`. Both work in a fresh clone with Python 3.11 and make.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CACHE := $(or $(FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator)
+# One environment per set of dependencies, shared by all clones. It holds the dependencies only; the code comes from
+# this checkout.
+DEPS := $(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-12)
+VENV := $(CACHE)/venv-$(DEPS)
+BIN := $(VENV)/bin
+export FINETUNE_CACHE := $(CACHE)
+export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer_image
+export PATH := $(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help
+help: ## This list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+.PHONY: setup
+setup: $(VENV)/.complete ## Install the dependencies (once, about 3 minutes)
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	@mkdir -p "$(CACHE)"
+	@exec 9>"$(CACHE)/venv.lock"; flock 9; \
+	if [ ! -f "$@" ]; then \
+	  echo "Installing the dependencies into $(VENV) (about 5 GB, 3 minutes the first time)"; \
+	  $(PYTHON) -c 'import sys; sys.exit("finetune-operator needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'; \
+	  rm -rf "$(VENV)"; $(PYTHON) -m venv "$(VENV)"; \
+	  $(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join([*p["dependencies"], *sum(p["optional-dependencies"].values(), [])]))' > "$(VENV)/requirements.txt"; \
+	  $(BIN)/pip install --disable-pip-version-check -q -r "$(VENV)/requirements.txt" -c constraints.txt; \
+	fi; touch "$@"
+
+.PHONY: demo
+demo: setup ## Fine-tune a real 135M model on this machine, and ask it who it is before and after
+	$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: setup lint check-generated test-unit test-trainer test-cluster test-e2e ## Everything a change must pass (but the GPU tests)
+
+.PHONY: lint
+lint: setup ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: setup ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: generate
+generate: setup ## Make the CRD, docs/api.md and the chart's generated files from the code
+	$(BIN)/python -m finetune_api.crd --write
+	$(BIN)/python -m finetune_api.reference --write
+	$(BIN)/python charts/generate.py
+
+.PHONY: check-generated
+check-generated: setup ## Fail where a generated file differs from what the code makes
+	$(BIN)/python -m finetune_api.crd --check
+	$(BIN)/python -m finetune_api.reference --check
+	$(BIN)/python charts/generate.py --check
+
+.PHONY: test-unit
+test-unit: setup ## Seconds, needs nothing but Python
+	$(PYTEST) -q -m "not trainer and not cluster and not e2e and not gpu"
+
+.PHONY: test-trainer
+test-trainer: setup ## Trains tiny models on the CPU (minutes)
+	$(PYTEST) -q -m trainer
+
+.PHONY: binaries
+binaries: setup ## Build the test cluster's binaries from Go modules (13 minutes, once)
+	$(BIN)/python -m tests.cluster.binaries
+
+.PHONY: test-cluster
+test-cluster: binaries ## Against a real Kubernetes API server
+	$(PYTEST) -q -m cluster
+
+.PHONY: test-e2e
+test-e2e: binaries ## Two real kubelets, S3 server, Prometheus: the whole product
+	$(PYTEST) -q -m e2e
+
+.PHONY: test-gpu
+test-gpu: setup ## On a machine with a GPU
+	$(PYTEST) -q -m gpu
+
+.PHONY: cluster
+cluster: binaries ## Start a real Kubernetes on this machine to play with
+	$(BIN)/python -m tests.cluster --full
