@@ -1,0 +1,297 @@
+"""Lives of a job, whole: what the operator makes of everything that can happen to a gang. Seconds, in memory."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_api.causes import Cause
+from finetune_api.run import Termination
+from finetune_operator.cluster import ClusterError
+from tests.operator.simulation import GOOD_SPEC, OperatorKilled, Simulation
+
+
+@pytest.fixture
+def sim() -> Simulation:
+    simulation = Simulation()
+    simulation.submit("tune")
+    return simulation
+
+
+def test_a_job_runs_and_succeeds(sim: Simulation) -> None:
+    status = sim.run("tune")
+    assert status["state"] == "Succeeded"
+    assert sim.reason("tune", "Complete") == ("True", "Finished")
+    assert sim.reason("tune", "Ready") == ("True", "Finished")
+    assert status["progress"]["percent"] == "100 %"
+    assert status["outputs"] == [{"uri": "s3://team/tune", "kind": "model", "digest": "sha256:1", "size": "2.0Ki"}]
+    assert [a["cause"] for a in status["attempts"]] == ["Succeeded"]
+    assert status["restarts"] == 0
+    assert [reason for reason, _ in sim.events if reason in ("AttemptStarted", "Succeeded")] == [
+        "AttemptStarted",
+        "Succeeded",
+        "Succeeded",
+    ]
+
+
+def test_a_finished_job_is_left_alone(sim: Simulation) -> None:
+    before = sim.run("tune")
+    for _ in range(5):
+        sim.tick()
+        assert sim.reconcile("tune").requeue is None
+    assert sim.status("tune") == before
+
+
+def test_a_crashed_worker_restarts_the_gang_from_the_checkpoint(sim: Simulation) -> None:
+    while sim.step.get("tune-a1", 0) < 5:
+        sim.reconcile("tune")
+        sim.tick()
+    sim.exit(
+        "tune-a1-1-abcde", 1, Termination(cause=Cause.TRAINER_ERROR, message="ValueError: boom", exit_code=1, rank=1)
+    )
+    status = sim.run("tune")
+    assert status["state"] == "Succeeded"
+    first, second = status["attempts"]
+    assert (first["cause"], first["exitCode"], first["counted"]) == ("TrainerError", 1, True)
+    assert first["message"] == "ValueError: boom"
+    assert first["pod"] == "tune-a1-1-abcde"
+    assert first["log"] == ["last words of trainer in tune-a1-1-abcde"]
+    assert second["jobName"] == "tune-a2"
+    assert status["restarts"] == 1
+    assert sim.most_gangs == 1
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    said = "data.train[0].uri: s3://team/train.jsonl does not exist"
+    sim.exit("tune-a1-0-abcde", 64, Termination(cause=Cause.DATA_NOT_FOUND, message=said, exit_code=64))
+    status = sim.run("tune")
+    assert status["state"] == "Failed"
+    assert sim.reason("tune", "Failed") == ("True", "NotRetryable")
+    assert sim.reason("tune", "Stalled")[0] == "True"
+    assert said in sim.message("tune", "Failed")
+    assert len(status["attempts"]) == 1
+
+
+def test_restarts_are_limited_and_then_the_last_cause_is_told() -> None:
+    sim = Simulation()
+    sim.submit("tune", {**GOOD_SPEC, "recovery": {"maxRestarts": 2}})
+    for attempt in (1, 2, 3):
+        sim.run("tune", until="Running")
+        while sim.step.get(f"tune-a{attempt}", 0) < 1:
+            sim.reconcile("tune")
+            sim.tick()
+        sim.exit(f"tune-a{attempt}-0-abcde", 137)
+        sim.tick()
+    status = sim.run("tune")
+    assert status["state"] == "Failed"
+    assert sim.reason("tune", "Failed") == ("True", "RestartsExhausted")
+    assert "recovery.maxRestarts = 2" in sim.message("tune", "Failed")
+    assert "SIGKILL" in sim.message("tune", "Failed")
+    assert len(status["attempts"]) == 3
+
+
+def test_a_lost_node_is_free_and_kept_out(sim: Simulation) -> None:
+    while sim.step.get("tune-a1", 0) < 4:
+        sim.reconcile("tune")
+        sim.tick()
+    lost = sim.workers["tune-a1-1-abcde"].raw["spec"]["nodeName"]
+    sim.nodes[lost] = False
+    sim._delete_pod(sim.workers["tune-a1-1-abcde"].raw)  # the taint manager
+    status = sim.run("tune")
+    assert status["state"] == "Succeeded"
+    first = status["attempts"][0]
+    assert (first["cause"], first["node"], first["nodeSuspect"], first["counted"]) == ("NodeLost", lost, True, False)
+    assert status["countedRestarts"] == 0
+    assert all(w.raw["spec"]["nodeName"] != lost for w in sim.workers.values())
+
+
+def test_suspected_nodes_are_used_again_where_there_is_no_other() -> None:
+    sim = Simulation(nodes={"only": True})
+    sim.submit("tune", {**GOOD_SPEC, "workers": {"replicas": 1}})
+    sim.run("tune", until="Running")
+    sim.exit("tune-a1-0-abcde", 1, Termination(cause=Cause.GPU_ERROR, message="Xid 79", exit_code=1))
+    status = sim.run("tune", ticks=400)
+    assert status["state"] == "Succeeded"
+    assert [a["cause"] for a in status["attempts"]] == ["GPUError", "NoOtherNode", "Succeeded"]
+
+
+def test_suspend_saves_and_gives_the_pods_back_and_goes_on(sim: Simulation) -> None:
+    while sim.step.get("tune-a1", 0) < 5:
+        sim.reconcile("tune")
+        sim.tick()
+    sim.edit("tune", suspend=True)
+    sim.run("tune", until="Suspended")
+    assert sim.pods() == []
+    assert sim.reason("tune", "Suspended")[0] == "True"
+    assert sim.checkpoints["tune"] >= 5
+    sim.edit("tune", suspend=False)
+    status = sim.run("tune")
+    assert status["state"] == "Succeeded"
+    assert [a["cause"] for a in status["attempts"]] == ["Suspended", "Succeeded"]
+    assert status["restarts"] == 0
+    assert sim.reason("tune", "Suspended")[0] == "False"
+
+
+def test_a_job_made_suspended_makes_nothing() -> None:
+    sim = Simulation()
+    sim.submit("tune", {**GOOD_SPEC, "suspend": True})
+    sim.run("tune", until="Suspended")
+    assert sim.children_of == {}
+
+
+def test_a_hang_is_ended_and_tried_again(sim: Simulation) -> None:
+    while sim.step.get("tune-a1", 0) < 4:
+        sim.reconcile("tune")
+        sim.tick()
+    sim.frozen.add("tune-a1-0-abcde")
+    status = sim.run("tune", ticks=1000)
+    assert status["state"] == "Succeeded"
+    assert status["attempts"][0]["cause"] == "Stalled"
+    assert "recovery.hangTimeout is 600 s" in status["attempts"][0]["message"]
+
+
+def test_attempts_that_never_step_back_off(sim: Simulation) -> None:
+    starts = []
+    for attempt in range(1, 6):
+        sim.run("tune", until="Running" if attempt == 1 else "Restarting", ticks=500)
+        while f"tune-a{attempt}-0-abcde" not in sim.workers:
+            sim.reconcile("tune")
+            sim.tick()
+        starts.append(sim.now)
+        sim.exit(f"tune-a{attempt}-0-abcde", 1)
+        sim.exit(f"tune-a{attempt}-1-abcde", 1)
+        sim.step[f"tune-a{attempt}"] = 0
+        sim.tick()
+        sim.tick()
+        sim.tick()
+    gaps = [(b - a).total_seconds() for a, b in zip(starts, starts[1:], strict=False)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] >= 20
+
+
+def test_a_deleted_batch_job_is_made_anew(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    del sim.children_of["Job", "tune-a1"]
+    sim.workers.clear()
+    status = sim.run("tune")
+    assert [a["cause"] for a in status["attempts"]] == ["JobDeleted", "Succeeded"]
+
+
+def test_ttl_deletes_the_finished_job() -> None:
+    sim = Simulation()
+    sim.submit("tune", {**GOOD_SPEC, "ttlSecondsAfterFinished": 30})
+    sim.run("tune")
+    assert sim.reconcile("tune").requeue == pytest.approx(30, abs=2)
+    for _ in range(31):
+        sim.tick()
+    sim.reconcile("tune")
+    assert sim.jobs == {}
+    assert sim.children_of == {}
+
+
+def test_a_chain_waits_for_its_input_and_says_for_what() -> None:
+    sim = Simulation()
+    sim.submit("second", {**GOOD_SPEC, "model": {"uri": "job://first"}})
+    sim.reconcile("second")
+    assert sim.reason("second", "InputsReady") == ("False", "WaitingForJob")
+    assert "first" in sim.message("second", "InputsReady")
+    assert sim.status("second")["state"] == "Waiting"
+    sim.submit("first")
+    sim.run("first")
+    status = sim.run("second")
+    assert status["state"] == "Succeeded"
+    assert '"s3://team/first"' in sim.children_of["ConfigMap", "second-config"]["data"]["config.json"]
+
+
+def test_mistakes_are_told_all_at_once_and_nothing_is_made() -> None:
+    sim = Simulation()
+    sim.submit("tune", {**GOOD_SPEC, "training": {"learning_rate": -1, "num_train_epochs": 0}, "stage": "nope"})
+    sim.reconcile("tune")
+    assert sim.status("tune")["state"] == "Invalid"
+    message = sim.message("tune", "Accepted")
+    for field in ("spec.training.learning_rate", "spec.training.num_train_epochs", "spec.stage"):
+        assert field in message
+    assert sim.children_of == {}
+    sim.edit("tune", training={}, stage="sft")
+    assert sim.run("tune")["state"] == "Succeeded"
+
+
+def test_an_unknown_profile_is_told() -> None:
+    sim = Simulation()
+    sim.submit("tune", {**GOOD_SPEC, "profile": "gold"})
+    sim.reconcile("tune")
+    assert sim.reason("tune", "Accepted") == ("False", "UnknownProfile")
+    assert "gold" in sim.message("tune", "Accepted")
+    assert "default" in sim.message("tune", "Accepted")
+
+
+def test_what_changes_the_result_is_kept_after_the_start(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    sim.edit("tune", training={"learning_rate": 0.5})
+    sim.reconcile("tune")
+    assert sim.reason("tune", "Accepted") == ("False", "ImmutableFieldChanged")
+    assert "spec.training" in sim.message("tune", "Accepted")
+    sim.exit("tune-a1-0-abcde", 137)
+    assert sim.run("tune")["state"] == "Succeeded"
+    assert '"learning_rate": 0.0002' in sim.children_of["ConfigMap", "tune-config"]["data"]["config.json"]
+
+
+def test_what_steers_is_taken_from_the_spec_of_the_day(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    sim.edit("tune", workers={"replicas": 1, "gpusPerWorker": 8})
+    sim.exit("tune-a1-0-abcde", 137)
+    assert sim.run("tune")["state"] == "Succeeded"
+    assert sim.children_of["Job", "tune-a2"]["spec"]["completions"] == 1
+
+
+def test_a_failure_of_the_cluster_is_a_condition(sim: Simulation) -> None:
+    sim.fail_calls = {"apply"}
+    with pytest.raises(ClusterError):
+        sim.reconcile("tune")
+    assert sim.reason("tune", "Reconciled") == ("False", "ReconcileError")
+    assert "the API server is ill" in sim.message("tune", "Reconciled")
+    sim.fail_calls = set()
+    assert sim.run("tune")["state"] == "Succeeded"
+    assert sim.reason("tune", "Reconciled") == ("True", "Reconciled")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kills=st.lists(st.integers(0, 40), max_size=20),
+    crash_at=st.lists(st.integers(1, 60), max_size=3),
+    suspend_at=st.one_of(st.none(), st.integers(1, 40)),
+)
+def test_killing_the_operator_anywhere_changes_nothing(
+    kills: list[int], crash_at: list[int], suspend_at: int | None
+) -> None:
+    """kill -9 of the operator at arbitrary calls, with workers that crash and a user who suspends: the job always
+    succeeds, no two gangs ever run at once, no attempt is counted twice."""
+    sim = Simulation()
+    sim.submit("tune", {**GOOD_SPEC, "recovery": {"maxRestarts": 100}})
+    pending = list(kills)
+    crashes = 0
+    for second in range(2000):
+        if second in crash_at:
+            for pod in sim.pods()[:1]:
+                if sim.workers[pod].raw["status"]["phase"] == "Running" and sim.workers[pod].exit_code is None:
+                    sim.exit(pod, 137)
+                    crashes += 1
+        if second == suspend_at:
+            sim.edit("tune", suspend=True)
+        if suspend_at is not None and second == suspend_at + 20:
+            sim.edit("tune", suspend=False)
+        if sim.calls_until_killed is None and pending:
+            sim.calls_until_killed = pending.pop()
+        try:
+            sim.reconcile("tune")
+        except OperatorKilled:
+            sim.calls_until_killed = None
+        sim.tick()
+        if sim.status("tune").get("state") == "Succeeded":
+            break
+    status = sim.status("tune")
+    assert status["state"] == "Succeeded"
+    assert sim.most_gangs == 1
+    numbers = [a["number"] for a in status["attempts"]]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert status["restarts"] <= crashes
