@@ -30,7 +30,8 @@ class HyperModel(BaseModel):
     )
 
 
-Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$", max_length=32)]
+DURATION = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
+Duration = Annotated[str, StringConstraints(pattern=DURATION, max_length=32)]
 """A length of time as Kubernetes writes it: 90s, 10m, 1h30m."""
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}

@@ -4,9 +4,9 @@ To add a method: one class here (its parameters under their PEFT or paper names)
 ``compatibility.py``, one file in ``trainer_image/finetune_trainer/methods/``.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from finetune_api.base import HyperModel
 
@@ -47,5 +47,13 @@ class Qlora(Lora):
     """Quantise the quantisation constants too: 0.4 bits per weight less."""
 
 
-Method = Annotated[Full | Lora | Qlora, Field(discriminator="type")]
+DEFAULT_METHOD = "lora"
+
+
+def _default_type(value: Any) -> Any:
+    """``method: {r: 8}`` is lora, as the schema's default makes it on a cluster."""
+    return {"type": DEFAULT_METHOD, **value} if isinstance(value, dict) else value
+
+
+Method = Annotated[Annotated[Full | Lora | Qlora, Field(discriminator="type")], BeforeValidator(_default_type)]
 METHODS: tuple[type[Full] | type[Lora] | type[Qlora], ...] = (Full, Lora, Qlora)

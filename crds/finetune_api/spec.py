@@ -11,10 +11,17 @@ from finetune_api.base import Duration, HyperModel, KubeModel
 from finetune_api.methods import Lora, Method
 
 Uri = Annotated[str, Field(max_length=1024)]
-ModelUri = Annotated[Uri, Field(pattern=r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+|job://[a-z]([-a-z0-9]*[a-z0-9])?)$")]
-DataUri = Annotated[Uri, Field(pattern=r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+)$")]
-StorageUri = Annotated[Uri, Field(pattern=r"^((s3|gs|az|pvc)://[^/]+.*|file:///.+)$")]
-Name = Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+# Patterns: ``schema.PATTERNS`` has the words for each.
+MODEL_URI = r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+|job://[a-z]([-a-z0-9]*[a-z0-9])?)$"
+DATA_URI = r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+)$"
+STORAGE_URI = r"^((s3|gs|az|pvc)://[^/]+.*|file:///.+)$"
+NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+SHARD_SIZE = r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$"
+
+ModelUri = Annotated[Uri, Field(pattern=MODEL_URI)]
+DataUri = Annotated[Uri, Field(pattern=DATA_URI)]
+StorageUri = Annotated[Uri, Field(pattern=STORAGE_URI)]
+Name = Annotated[str, Field(max_length=253, pattern=NAME)]
 Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
 Stage = Literal["sft"]
@@ -181,7 +188,7 @@ class Output(HyperModel):
     """Folder of the result."""
     merge: bool = False
     """Also write the model with the adapter merged into it, to the folder merged below uri."""
-    max_shard_size: str = Field("5GB", pattern=r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$", max_length=16)
+    max_shard_size: str = Field("5GB", pattern=SHARD_SIZE, max_length=16)
     """Largest safetensors file of a written model."""
 
 

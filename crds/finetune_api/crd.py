@@ -1,0 +1,217 @@
+"""Generates the CustomResourceDefinition from the models and the rules.
+
+``python -m finetune_api.crd --write`` writes ``crds/finetune.dev_finetunejobs.yaml``, ``--check`` fails where
+the committed file is another one, without either it is printed.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_api.rules import IMMUTABLE, NEW_JOB, RULES, Rule
+from finetune_api.schema import PATTERNS, PRESERVE, spec_schema, status_schema
+
+GROUP, VERSION, KIND, PLURAL = "finetune.dev", "v1alpha1", "FineTuneJob", "finetunejobs"
+PATH = Path(__file__).resolve().parents[1] / f"{GROUP}_{PLURAL}.yaml"
+HEADER = """\
+# Generated from crds/finetune_api by `make generate` (python -m finetune_api.crd --write). Do not edit.
+# Apply it with `kubectl apply --server-side`.
+"""
+
+COLUMNS: tuple[tuple[str, str, str, int], ...] = (
+    ("State", "string", ".status.state", 0),
+    ("Progress", "string", ".status.progress.percent", 0),
+    ("Step", "integer", ".status.progress.step", 0),
+    ("Loss", "string", ".status.progress.loss", 0),
+    ("ETA", "string", ".status.progress.eta", 0),
+    ("Checkpoint", "date", ".status.lastCheckpointTime", 0),
+    ("Restarts", "integer", ".status.restarts", 0),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+    ("Stage", "string", ".spec.stage", 1),
+    ("Method", "string", ".spec.method.type", 1),
+    ("Model", "string", ".spec.model.uri", 1),
+    ("Message", "string", ".status.progress.message", 1),
+)
+SELECTABLE = (".spec.stage", ".spec.profile", ".status.state")
+
+
+def crd() -> dict[str, Any]:
+    """The whole object."""
+    root = {
+        "description": "A FineTuneJob trains a language model: apply it, and its status tells where the run stands.",
+        "type": "object",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string", "description": f"{GROUP}/{VERSION}"},
+            "kind": {"type": "string", "description": KIND},
+            "metadata": {"type": "object", "properties": {"name": {"type": "string"}}},
+            "spec": copy.deepcopy(spec_schema()),
+            "status": copy.deepcopy(status_schema()),
+        },
+    }
+    _speak_patterns(root["properties"]["spec"])
+    for rule in RULES:
+        if rule.cel is not None:
+            _validations(_node(root, rule.at)).append(_validation(root, rule))
+    _validations(root).extend(_transitions(root))
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "spec": {
+            "group": GROUP,
+            "names": {
+                "kind": KIND,
+                "listKind": f"{KIND}List",
+                "plural": PLURAL,
+                "singular": KIND.lower(),
+                "shortNames": ["ftj"],
+                "categories": ["all"],
+            },
+            "scope": "Namespaced",
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": [
+                        {"name": name, "type": kind, "jsonPath": path} | ({"priority": wide} if wide else {})
+                        for name, kind, path, wide in COLUMNS
+                    ],
+                    "selectableFields": [{"jsonPath": path} for path in SELECTABLE],
+                    "schema": {"openAPIV3Schema": root},
+                }
+            ],
+        },
+    }
+
+
+def rendered() -> str:
+    """The file's text."""
+    return HEADER + yaml.dump(crd(), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+# ---- CEL ----
+
+
+def _node(root: dict[str, Any], path: str) -> dict[str, Any]:
+    node = root
+    for part in path.replace("[]", ".[]").split(".") if path else ():
+        node = node["items"] if part == "[]" else node["properties"][part]
+    return node
+
+
+def _validations(node: dict[str, Any]) -> list[dict[str, Any]]:
+    rules: list[dict[str, Any]] = node.setdefault("x-kubernetes-validations", [])
+    return rules
+
+
+def _validation(root: dict[str, Any], rule: Rule) -> dict[str, Any]:
+    path = f".{rule.field}" if rule.field else ""
+    target = _node(root, f"{rule.at}{path}".strip("."))
+    told = f" is not accepted; accepted: {rule.accepted}; remedy: {rule.remedy}"
+    result: dict[str, Any] = {"rule": rule.cel, "message": f"this{told}"}
+    shown = _shown(target)
+    if shown:
+        result["messageExpression"] = f"{_literal(shown + _plain(told))}.format([self{path}])"
+    if path:
+        result["fieldPath"] = path
+    return result
+
+
+def _shown(node: dict[str, Any]) -> str | None:
+    """How CEL's format() prints a value as ``schema.text`` does; None where it cannot.
+
+    One format() makes the whole message: the API server cannot bound the length of ``string(x) + …``
+    and refuses such a CRD as too costly.
+    """
+    return {"string": '"%s"', "integer": "%d", "number": "%s", "boolean": "%s"}.get(node.get("type", ""))
+
+
+def _plain(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _speak_patterns(node: dict[str, Any]) -> None:
+    """A pattern's refusal quotes the regular expression; as a CEL rule it says what is meant."""
+    pattern = node.pop("pattern", None)
+    if pattern is not None:
+        accepted, remedy = PATTERNS[pattern]
+        told = f" is not accepted; accepted: {accepted}; remedy: {remedy}"
+        _validations(node).append(
+            {
+                "rule": f"self.matches(r'{pattern}')",
+                "message": f"this{told}",
+                "messageExpression": _literal('"%s"' + _plain(told)) + ".format([self])",
+            }
+        )
+    for child in node.get("properties", {}).values():
+        _speak_patterns(child)
+    if isinstance(node.get("items"), dict):
+        _speak_patterns(node["items"])
+
+
+def _transitions(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What may not change once the run has started: at the root, which sees the status."""
+    for section in IMMUTABLE:
+        for path, node in _leaves(section, _node(root, section)):
+            new, old = f"self.{path}", f"oldSelf.{path}"
+            same = f"{new} == {old}"
+            if "default" not in node and path.rpartition(".")[2] not in _node(root, path.rpartition(".")[0]).get(
+                "required", ()
+            ):
+                same = f"(has({new}) ? has({old}) && {same} : !has({old}))"
+            yield {
+                "rule": f"!has(oldSelf.status) || !has(oldSelf.status.startTime) || {same}",
+                "message": f"it was changed, which is not accepted once the run has started; remedy: {NEW_JOB}",
+                "fieldPath": f".{path}",
+                "reason": "FieldValueForbidden",
+            }
+
+
+def _leaves(path: str, node: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The fields that are compared one by one. An object with keys unknown to the schema is compared whole:
+    the API server then looks at those too."""
+    whole = node.get(PRESERVE) or "properties" not in node
+    if whole or any("type" not in child for child in node["properties"].values()):
+        if "type" in node:
+            yield path, node
+        return
+    for name, child in node["properties"].items():
+        yield from _leaves(f"{path}.{name}", child)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m finetune_api.crd", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the file")
+    parser.add_argument("--check", action="store_true", help="fail where the file is not current")
+    chosen = parser.parse_args(arguments)
+    text = rendered()
+    if chosen.write:
+        PATH.write_text(text)
+    elif chosen.check:
+        if not PATH.exists() or PATH.read_text() != text:
+            print(f"{PATH} is not what the models say; run `make generate`", file=sys.stderr)
+            return 1
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
