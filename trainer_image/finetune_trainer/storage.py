@@ -1,0 +1,331 @@
+"""One folder of an object store (s3, gs, az) or of a file system (file), behind one class.
+
+Used by ``fetch.py``, ``checkpoint.py`` and ``report.py``. It moves bytes and never interprets them. Everything
+that goes wrong leaves here as a ``RunError`` that names the URI, what was tried and what to do, except for a
+missing object (``FileNotFoundError``), which callers handle.
+"""
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
+
+from finetune_api.causes import Cause
+from finetune_trainer.outcome import RunError
+
+log = logging.getLogger(__name__)
+
+SCHEMES = ("s3", "gs", "az", "file")
+
+_PART = 16 * 2**20  # bytes of one request; 8 at a time keep a 10 Gbit/s link busy and 128 MiB in memory
+_PARALLEL = 8
+_MAX_PARTS = 9000  # S3 takes 10,000 parts per object; larger files get larger parts
+_PATIENCE = 60.0  # seconds of retries: a gateway that restarts is no reason to end a run
+# The timeout covers one whole request, and a request moves at most one part.
+_CLIENT: dict[str, Any] = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds=120)}
+
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for another provider than AWS also AWS_ENDPOINT_URL), "
+    "a service account with an IAM role, or AWS_SKIP_SIGNATURE=true for a public bucket",
+    "gs": "GOOGLE_SERVICE_ACCOUNT (path of a key file), GOOGLE_SERVICE_ACCOUNT_KEY, or workload identity",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or workload identity",
+    "file": "read and write permission for this process's user id",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object below a store's folder."""
+
+    path: str
+    """Relative to the folder, with forward slashes."""
+    size: int
+    """Bytes."""
+    version: str = ""
+    """What changes when the content does: the ETag, or for file:// inode, size and time of change."""
+
+
+def digest(data: bytes) -> str:
+    """``sha256:<hex>`` of bytes."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """``sha256:<hex>`` of a file, read once, in constant memory. OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def scheme_of(uri: str) -> str:
+    """``s3`` of ``s3://bucket/key``. RunError where it is none of :data:`SCHEMES`."""
+    scheme, separator, _ = uri.partition("://")
+    if not separator or scheme not in SCHEMES:
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"{uri!r} is no storage URI; accepted: s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, "
+            "file:///PATH",
+        )
+    return scheme
+
+
+def local_path(uri: str) -> Path:
+    """The path of a ``file:///…`` URI. Percent escapes are decoded, as ``Path.as_uri()`` writes them."""
+    return Path(unquote(uri.removeprefix("file://")))
+
+
+class Store:
+    """A folder. Paths are relative to it, with forward slashes; it comes into being with its first object."""
+
+    def __init__(self, uri: str, patience: float = _PATIENCE) -> None:
+        """No request is made. Endpoint and credentials come from the environment (see :data:`_CREDENTIALS`).
+
+        A request that fails is repeated with growing pauses for at most ``patience`` seconds.
+        """
+        self._patience = patience
+        self._uri = uri.rstrip("/") if not uri.endswith("://") else uri
+        self._scheme = scheme_of(uri)
+        self._root: Path | None = None
+        with self._errors("open", ""):
+            self._store = self._open()
+
+    def _open(self) -> Any:
+        if self._scheme == "file":
+            self._root = local_path(self._uri)
+            return LocalStore("/")
+        bucket, _, prefix = self._uri.split("://", 1)[1].partition("/")
+        backoff = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2}
+        common: dict[str, Any] = {
+            "prefix": prefix.strip("/") or None,
+            "retry_config": {
+                "max_retries": 12,
+                "retry_timeout": timedelta(seconds=self._patience),
+                "backoff": backoff,
+            },
+        }
+        client: Any = dict(_CLIENT)
+        if self._scheme == "gs":
+            return GCSStore(bucket, client_options=client, **common)
+        if self._scheme == "az":
+            endpoint = os.environ.get("AZURE_STORAGE_ENDPOINT", "")
+            client["allow_http"] = endpoint.startswith("http://")
+            return AzureStore(bucket, client_options=client, **common)
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        config: Any = {
+            "region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+            "conditional_put": "etag",
+        }
+        if endpoint:
+            # Other providers and test servers have no DNS name per bucket.
+            config |= {"endpoint": endpoint, "virtual_hosted_style_request": False}
+            client["allow_http"] = endpoint.startswith("http://")
+        return S3Store(bucket, config=config, client_options=client, **common)
+
+    def uri(self, path: str = "") -> str:
+        """Full URI of an object, or of the folder itself, without a trailing slash."""
+        return f"{self._uri}/{path}" if path else self._uri
+
+    def put(self, path: str, data: bytes | Path) -> None:
+        """Write an object, whole or not at all; replaces an older one. A ``Path`` is streamed in parts."""
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        part = max(_PART, math.ceil(size / _MAX_PARTS))
+        with self._errors("write", path, writing=True):
+            obstore.put(self._store, self._key(path), data, chunk_size=part, max_concurrency=_PARALLEL)
+            self._sync(path)
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        """Write an object unless one is there; of several writers exactly one gets True.
+
+        After a lost answer it may be False although the object is this writer's: who must know puts a name of
+        its own into ``data`` and compares. S3-compatible servers must honour ``If-None-Match: *``.
+        """
+        with self._errors("create", path, writing=True):
+            try:
+                obstore.put(self._store, self._key(path), data, mode="create")
+            except (AlreadyExistsError, PreconditionError):
+                return False
+            self._sync(path)
+        return True
+
+    def get(self, path: str) -> bytes:
+        """The content of an object, in memory. FileNotFoundError where there is none."""
+        with self._errors("read", path):
+            return bytes(obstore.get(self._store, self._key(path)).bytes())
+
+    def download(self, path: str, to: Path) -> None:
+        """Copy an object into the file ``to`` (its folder must exist), in parallel parts and constant memory.
+
+        FileNotFoundError where there is none. ``to`` is incomplete after an error.
+        """
+        key = self._key(path)
+        with self._errors("read", path):
+            meta = obstore.head(self._store, key)
+            size, etag = meta["size"], meta["e_tag"]
+            with to.open("wb") as file:
+                file.truncate(size)
+
+                def copy(start: int) -> None:
+                    options: Any = {"range": (start, min(start + _PART, size))}
+                    if etag:  # all parts must be of one and the same object
+                        options["if_match"] = etag
+                    part = obstore.get(self._store, key, options=options).bytes()
+                    os.pwrite(file.fileno(), part, start)
+
+                starts = range(0, size, _PART)
+                if len(starts) == 1:
+                    copy(0)
+                elif starts:
+                    with ThreadPoolExecutor(_PARALLEL) as pool:
+                        for _ in pool.map(copy, starts):
+                            pass
+                file.flush()
+                os.fsync(file.fileno())
+
+    def list(self, prefix: str = "") -> "list[Entry]":
+        """Every object below the folder ``prefix`` (or the one object of that name), sorted by path."""
+        with self._errors("list", prefix):
+            found = list(self._walk(prefix))
+        return sorted(found, key=lambda entry: entry.path)
+
+    def _walk(self, prefix: str) -> "Iterator[Entry]":
+        if self._root is not None:
+            base = self._root / prefix if prefix else self._root
+            if base.is_file():
+                yield _file_entry(base, prefix)
+                return
+            for folder, _, names in os.walk(base):
+                for name in names:
+                    file = Path(folder, name)
+                    # obstore's own unfinished files end in #N
+                    if not (name.rpartition("#")[1] and name.rpartition("#")[2].isdigit()):
+                        yield _file_entry(file, str(file.relative_to(self._root)))
+            return
+        seen = False
+        for chunk in obstore.list(self._store, prefix=prefix.strip("/") or None):
+            for meta in chunk:
+                path = meta["path"]
+                seen = True
+                if not path.endswith("/"):
+                    yield Entry(path, meta["size"], meta["e_tag"] or str(meta["last_modified"]))
+        if prefix and not seen:
+            try:
+                meta = obstore.head(self._store, prefix)
+            except FileNotFoundError:
+                return
+            yield Entry(prefix, meta["size"], meta["e_tag"] or str(meta["last_modified"]))
+
+    def delete(self, prefix: str) -> None:
+        """Delete everything below the folder ``prefix``, or the one object of that name. Missing is fine."""
+        with self._errors("delete", prefix, writing=True):
+            keys = [self._key(entry.path) for entry in self._walk(prefix)]
+            for start in range(0, len(keys), 1000):
+                try:
+                    obstore.delete(self._store, keys[start : start + 1000])
+                except FileNotFoundError:  # somebody else deletes too
+                    continue
+        if self._root is not None and prefix:
+            _remove_empty_folders(self._root / prefix)
+
+    def _key(self, path: str) -> str:
+        return str(self._root / path).lstrip("/") if self._root is not None else path
+
+    def _sync(self, path: str) -> None:
+        """What was written to a file system outlives a crash of the node: a manifest written later then
+        never names files that are not there."""
+        if self._root is None:
+            return
+        file = self._root / path
+        for target in (file, file.parent):
+            descriptor = os.open(target, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _errors(self, verb: str, path: str, writing: bool = False) -> Iterator[None]:
+        """Translate what obstore raises. A missing object stays a FileNotFoundError unless ``writing``."""
+        where = self.uri(path)
+        try:
+            yield
+        except RunError:
+            raise
+        except FileNotFoundError as error:
+            if not writing:
+                raise FileNotFoundError(f"{where} does not exist") from error
+            raise RunError(
+                Cause.INVALID_CONFIGURATION,
+                f"cannot {verb} {where}: the bucket or container does not exist{self._through()}. "
+                "Create it or correct the URI.",
+            ) from error
+        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
+            raise RunError(Cause.ACCESS_DENIED, self._denied(verb, where, _first_line(error))) from error
+        except (BaseError, OSError, ValueError) as error:
+            raise self._failure(verb, where, error) from error
+
+    def _failure(self, verb: str, where: str, error: Exception) -> RunError:
+        text = str(error)
+        line = _first_line(error)
+        if any(word in text for word in _DENIED):
+            return RunError(Cause.ACCESS_DENIED, self._denied(verb, where, line))
+        if self._scheme != "file" and any(word in text for word in _NO_CREDENTIALS):
+            return RunError(Cause.ACCESS_DENIED, self._denied(verb, where, "no credentials were found"))
+        remedy = (
+            "Check the free space and the mount."
+            if self._scheme == "file"
+            else f"Tried again for up to {self._patience:g} s. Check the endpoint, DNS and network policies."
+        )
+        return RunError(Cause.STORAGE_UNAVAILABLE, f"cannot {verb} {where}{self._through()}: {line}. {remedy}")
+
+    def _denied(self, verb: str, where: str, why: str) -> str:
+        return (
+            f"not allowed to {verb} {where}{self._through()}: {why}. The pods need {_CREDENTIALS[self._scheme]}; "
+            "put them into a Secret and name it in spec.credentials.secretName."
+        )
+
+    def _through(self) -> str:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return f" (endpoint {endpoint})" if self._scheme == "s3" and endpoint else ""
+
+
+# S3 names these in the body of a 400 answer, which obstore does not map to its own classes.
+_DENIED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "os error 13")
+_NO_CREDENTIALS = ("169.254.169.254", "metadata.google.internal", "MissingCredentials", "metadata/identity")
+
+
+def _file_entry(file: Path, path: str) -> Entry:
+    stat = file.stat()
+    return Entry(path, stat.st_size, f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _remove_empty_folders(top: Path) -> None:
+    if not top.is_dir():
+        return
+    for folder, _, _ in os.walk(top, topdown=False):
+        try:
+            Path(folder).rmdir()
+        except OSError:  # not empty: somebody writes there
+            continue
+
+
+def _first_line(error: Exception) -> str:
+    """obstore appends a debug dump to its messages; users need the first line."""
+    line = str(error).strip().split("\n", 1)[0].strip()
+    return (line or type(error).__name__)[:500]
