@@ -182,6 +182,11 @@ class Operator:
 def _registry(operator: Operator) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
 
+    @kopf.on.login(registry=registry)
+    def login(**kwargs: Any) -> Any:
+        # in the cluster the service account, whose token changes; outside it KUBECONFIG
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
     @kopf.on.event(manifests.GROUP, manifests.VERSION, manifests.PLURAL, registry=registry)
     async def finetunejob(event: Any, **_: Any) -> None:
         operator.seen(dict(event["object"]), event["type"] == "DELETED")
@@ -220,7 +225,9 @@ def set_up_logging(settings: Settings) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(_JsonFormatter() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    # kopf tells of every event it delivers; that is debugging
+    logging.captureWarnings(True)
+    # kopf tells of every event it delivers, the election of every renewal; that is debugging
+    logging.getLogger("leaderelection").setLevel(logging.WARNING if settings.log_level != "debug" else logging.DEBUG)
     logging.getLogger("kopf.objects").setLevel(logging.WARNING if settings.log_level != "debug" else logging.DEBUG)
 
 

@@ -49,11 +49,19 @@ def elect(settings: LeaderElection, leading: asyncio.Event, lost: Callable[[], N
     election = leaderelection.LeaderElection(
         electionconfig.Config(
             LeaseLock(settings.lease_name, settings.namespace or own_namespace(), identity()),
-            lease_duration=seconds(settings.lease_duration),
-            renew_deadline=seconds(settings.renew_deadline),
-            retry_period=seconds(settings.retry_period),
+            lease_duration=round(seconds(settings.lease_duration)),
+            renew_deadline=round(seconds(settings.renew_deadline)),
+            retry_period=round(seconds(settings.retry_period)),
             onstarted_leading=started,
-            onstopped_leading=lost,
+            onstopped_leading=lambda: None,
         )
     )
-    threading.Thread(target=election.run, name="leader-election", daemon=True).start()
+
+    def run() -> None:
+        try:
+            election.run()
+        except Exception:
+            log.exception("the election broke")
+        lost()  # whether it ended or broke: without it nobody knows who leads
+
+    threading.Thread(target=run, name="leader-election", daemon=True).start()
