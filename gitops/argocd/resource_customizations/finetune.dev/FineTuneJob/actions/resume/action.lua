@@ -1,0 +1,3 @@
+-- Continue from the newest checkpoint.
+obj.spec.suspend = false
+return obj
