@@ -1,0 +1,87 @@
+"""The queue and the metrics."""
+
+import asyncio
+
+from prometheus_client import generate_latest
+
+from finetune_operator.metrics import OperatorMetrics
+from finetune_operator.queue import WorkQueue
+from tests.operator.simulation import Simulation
+
+
+def test_a_key_waits_once_and_has_one_worker_at_a_time() -> None:
+    async def story() -> None:
+        queue: WorkQueue[str] = WorkQueue()
+        queue.add("a")
+        queue.add("a")
+        assert len(queue) == 1
+        assert await queue.get() == "a"
+        queue.add("a")  # while it is worked on: afterwards again
+        assert len(queue) == 0
+        queue.done("a", None)
+        assert len(queue) == 1
+
+    asyncio.run(story())
+
+
+def test_a_requeue_comes_back_and_an_event_comes_sooner() -> None:
+    async def story() -> None:
+        queue: WorkQueue[str] = WorkQueue()
+        queue.add("a")
+        await queue.get()
+        queue.done("a", 3600)
+        assert len(queue) == 0
+        queue.add("a")
+        assert await queue.get() == "a"
+        queue.done("a", 0.05)
+        assert await asyncio.wait_for(queue.get(), 5) == "a"
+
+    asyncio.run(story())
+
+
+def test_failures_back_off_and_a_good_pass_forgets_them() -> None:
+    async def story() -> None:
+        queue: WorkQueue[str] = WorkQueue()
+        loop = asyncio.get_running_loop()
+        delays = []
+        for _ in range(9):
+            queue.add("a")
+            await queue.get()
+            queue.failed("a")
+            delays.append(queue._timers["a"].when() - loop.time())
+        assert [round(d, 1) for d in delays] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+        queue.add("a")
+        await queue.get()
+        queue.done("a", None)
+        assert "a" not in queue._failures
+
+    asyncio.run(story())
+
+
+def scrape(sim: Simulation, leading: bool) -> str:
+    metrics = OperatorMetrics(lambda: sim.jobs.values(), sim.settings)
+    metrics.leader.set(1 if leading else 0)
+    return generate_latest(metrics.registry).decode()
+
+
+def test_figures_of_jobs_come_from_their_statuses() -> None:
+    sim = Simulation()
+    sim.submit("tune")
+    while sim.step.get("tune-a1", 0) < 5:
+        sim.reconcile("tune")
+        sim.tick()
+    text = scrape(sim, leading=True)
+    job = 'finetunejob="tune",namespace="team"'
+    assert f"finetune_job_progress_ratio{{{job}}} 0.4" in text
+    assert f'finetune_job_state{{{job},state="Running"}} 1.0' in text
+    assert f"finetune_job_gpus{{{job}}} 16.0" in text
+    assert f"finetune_job_cost_per_hour{{{job}}} 32.0" in text
+    assert 'finetune_jobs{namespace="team",state="Running"} 1.0' in text
+    assert "finetune_job_checkpoint_timestamp_seconds" in text
+
+
+def test_only_the_leader_tells_of_jobs() -> None:
+    sim = Simulation()
+    sim.submit("tune")
+    sim.run("tune")
+    assert 'finetunejob="tune"' not in scrape(sim, leading=False)

@@ -1,0 +1,130 @@
+"""What is said of every way a worker can end."""
+
+from typing import Any
+
+import pytest
+
+from finetune_api.causes import Cause, Retry
+from finetune_api.run import Termination
+from finetune_operator.failures import judge
+from finetune_operator.observe import observe
+
+NO_NODES: frozenset[str] = frozenset()
+
+
+def pod(index: int = 0, *, node: str = "node-1", **status: Any) -> dict[str, Any]:
+    """A worker pod, as the API server would show it."""
+    deleting = status.pop("deleting", False)
+    return {
+        "kind": "Pod",
+        "metadata": {
+            "name": f"tune-a1-{index}-x",
+            "labels": {"finetune.dev/attempt": "1", "batch.kubernetes.io/job-completion-index": str(index)},
+            **({"deletionTimestamp": "2026-01-01T00:01:00Z"} if deleting else {}),
+        },
+        "spec": {"nodeName": node},
+        "status": {"phase": "Running", **status},
+    }
+
+
+def ended(
+    code: int, at: int = 0, container: str = "trainer", reason: str = "Error", message: str = ""
+) -> dict[str, Any]:
+    """Status of a pod whose container ended."""
+    state = {"exitCode": code, "reason": reason, "message": message, "finishedAt": f"2026-01-01T00:00:{at:02}Z"}
+    kind = "initContainerStatuses" if container == "fetch" else "containerStatuses"
+    return {"phase": "Failed", kind: [{"name": container, "state": {"terminated": state}}]}
+
+
+def word(cause: Cause, message: str = "said", **fields: Any) -> str:
+    """A termination message of the trainer's."""
+    return Termination(cause=cause, message=message, **fields).to_message()
+
+
+JOB = {
+    "kind": "Job",
+    "metadata": {"name": "tune-a1", "labels": {"finetune.dev/attempt": "1"}},
+    "status": {"active": 2},
+}
+
+
+def judged(*pods: dict[str, Any], dead: frozenset[str] = NO_NODES, job: dict[str, Any] | None = JOB) -> Any:
+    seen = observe("tune", [*([job] if job else []), *pods])
+    return judge(seen.job(1), seen.pods_of(1), dead)
+
+
+@pytest.mark.parametrize(
+    ("status", "cause", "says"),
+    [
+        (ended(137, reason="OOMKilled"), Cause.OUT_OF_MEMORY, "resources.limits.memory"),
+        (ended(1, message=word(Cause.NON_FINITE_LOSS, "step 7")), Cause.NON_FINITE_LOSS, "step 7"),
+        (ended(64, container="fetch", message=word(Cause.MODEL_NOT_FOUND)), Cause.MODEL_NOT_FOUND, "said"),
+        (ended(137), Cause.KILLED, "SIGKILL"),
+        (ended(139), Cause.KILLED, "SIGSEGV"),
+        (ended(143), Cause.TERMINATED, "told to stop"),
+        (ended(75), Cause.TERMINATED, "told to stop"),
+        (ended(1, message="torch.OutOfMemoryError: CUDA out of memory. Tried"), Cause.OUT_OF_GPU_MEMORY, "gradient_ch"),
+        (ended(1, message="x\nRuntimeError: CUDA error: uncorrectable ECC error"), Cause.GPU_ERROR, "ECC"),
+        (ended(1, message="ncclRemoteError: a peer has gone"), Cause.COMMUNICATION_ERROR, "lost each other"),
+        (ended(1, message="/usr/bin/python: No module named finetune_trainer"), Cause.INVALID_CONFIGURATION, "image"),
+        (ended(1, message="Traceback\nValueError: boom"), Cause.TRAINER_ERROR, "ValueError: boom"),
+        (ended(128, reason="StartError", message="exec failed"), Cause.INVALID_CONFIGURATION, "cannot start"),
+        ({"phase": "Failed", "reason": "Evicted", "message": "low on disk"}, Cause.EVICTED, "low on disk"),
+        ({"phase": "Failed", "reason": "NodeShutdown"}, Cause.EVICTED, "NodeShutdown"),
+        ({"phase": "Failed", "reason": "UnexpectedAdmissionError"}, Cause.NODE_LOST, "UnexpectedAdmissionError"),
+        ({"phase": "Failed"}, Cause.UNKNOWN, "no reason given"),
+        ({"deleting": True}, Cause.TERMINATED, "was deleted"),
+    ],
+)
+def test_one_pod(status: dict[str, Any], cause: Cause, says: str) -> None:
+    found = judged(pod(**status), pod(1))
+    assert found.cause is cause
+    assert says in found.message
+
+
+@pytest.mark.parametrize(
+    ("reason", "cause", "retry"),
+    [
+        ("PreemptionByScheduler", Cause.PREEMPTED, Retry.FREE),
+        ("EvictionByEvictionAPI", Cause.EVICTED, Retry.FREE),
+        ("TerminationByKubelet", Cause.EVICTED, Retry.FREE),
+        ("DeletionByTaintManager", Cause.NODE_LOST, Retry.FREE),
+        ("DeletionByPodGC", Cause.NODE_LOST, Retry.FREE),
+        ("SomethingNew", Cause.EVICTED, Retry.FREE),
+    ],
+)
+def test_a_disruption_explains_the_exit_code_and_costs_no_restart(reason: str, cause: Cause, retry: Retry) -> None:
+    condition = {"type": "DisruptionTarget", "status": "True", "reason": reason}
+    found = judged(pod(conditions=[condition], **ended(143)), pod(1))
+    assert (found.cause, found.retry, found.exit_code) == (cause, retry, 143)
+
+
+def test_a_pod_on_a_dead_node_is_the_nodes_fault() -> None:
+    found = judged(pod(deleting=True), pod(1, node="node-2"), dead=frozenset({"node-1"}))
+    assert found.cause is Cause.NODE_LOST
+    assert found.node_suspect
+
+
+def test_what_happened_first_is_the_cause() -> None:
+    first = pod(1, **ended(1, at=5, message=word(Cause.TRAINER_ERROR, "the culprit")))
+    second = pod(0, **ended(1, at=9, message=word(Cause.TRAINER_ERROR, "a victim")))
+    assert judged(second, first).message == "the culprit"
+
+
+def test_who_only_lost_his_peers_is_not_the_cause_even_when_first() -> None:
+    victim = pod(0, **ended(1, at=3, message=word(Cause.COMMUNICATION_ERROR)))
+    culprit = pod(1, **ended(1, at=4, message=word(Cause.OUT_OF_GPU_MEMORY)))
+    assert judged(victim, culprit).cause is Cause.OUT_OF_GPU_MEMORY
+
+
+def test_the_workers_own_exit_code_is_told_not_the_launchers() -> None:
+    said = word(Cause.KILLED, exit_code=-9)
+    assert judged(pod(**ended(1, message=said))).exit_code == -9
+
+
+def test_a_job_that_is_gone_was_deleted_by_someone() -> None:
+    assert judged(job=None).cause is Cause.JOB_DELETED
+
+
+def test_nothing_is_wrong_with_a_running_gang() -> None:
+    assert judged(pod(), pod(1)) is None
