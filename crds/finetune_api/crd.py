@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from finetune_api.rules import IMMUTABLE, NEW_JOB, RULES, Rule
+from finetune_api.rules import IMMUTABLE, NEW_JOB, RULES, Rule, told
 from finetune_api.schema import PATTERNS, PRESERVE, spec_schema, status_schema
 
 GROUP, VERSION, KIND, PLURAL = "finetune.dev", "v1alpha1", "FineTuneJob", "finetunejobs"
@@ -42,7 +42,7 @@ SELECTABLE = (".spec.stage", ".spec.profile", ".status.state")
 
 def crd() -> dict[str, Any]:
     """The whole object."""
-    root = {
+    root: dict[str, Any] = {
         "description": "A FineTuneJob trains a language model: apply it, and its status tells where the run stands.",
         "type": "object",
         "required": ["spec"],
@@ -56,8 +56,7 @@ def crd() -> dict[str, Any]:
     }
     _speak_patterns(root["properties"]["spec"])
     for rule in RULES:
-        if rule.cel is not None:
-            _validations(_node(root, rule.at)).append(_validation(root, rule))
+        _validations(_node(root, rule.at)).append(_validation(root, rule))
     _validations(root).extend(_transitions(root))
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -119,12 +118,11 @@ def _validations(node: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _validation(root: dict[str, Any], rule: Rule) -> dict[str, Any]:
     path = f".{rule.field}" if rule.field else ""
-    target = _node(root, f"{rule.at}{path}".strip("."))
-    told = f" is not accepted; accepted: {rule.accepted}; remedy: {rule.remedy}"
-    result: dict[str, Any] = {"rule": rule.cel, "message": f"this{told}"}
-    shown = _shown(target)
+    shown = None if rule.problem else _shown(_node(root, f"{rule.at}{path}".strip(".")))
+    words = f"; {told(rule)}"
+    result: dict[str, Any] = {"rule": rule.cel, "message": (rule.problem or "this is not accepted") + words}
     if shown:
-        result["messageExpression"] = f"{_literal(shown + _plain(told))}.format([self{path}])"
+        result["messageExpression"] = f"{_literal(shown + ' is not accepted' + _plain(words))}.format([self{path}])"
     if path:
         result["fieldPath"] = path
     return result

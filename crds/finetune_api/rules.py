@@ -2,17 +2,24 @@
 
 A row is written once and judged twice: its CEL expression by the API server at admission, its Python predicate
 by ``mistakes.read`` (the operator's condition, and ``finetune run``). In both, ``self`` is the value at ``at``,
-and both say the same words. A row without CEL is about something CEL cannot see (DeepSpeed's own keys, the pod
-template, target_modules): only the condition tells it. Rows hang as low in the schema as they can, because the
-API server does not judge an unchanged part of an object again: a rule that a new version adds never makes
-status updates of older objects fail.
+and both say the same words. What CEL cannot see (DeepSpeed's own keys, the pod template, target_modules) is in
+``checks.py`` and told by the condition alone.
+
+Rows hang as low in the schema as they can, because the API server does not judge an unchanged part of an object
+again: a rule that a new version adds never makes status updates of older objects fail.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.schema import METHOD_PARAMETERS
+from finetune_api.base import seconds
+from finetune_api.compatibility import COMPATIBILITY, Row
+from finetune_api.schema import METHOD_PARAMETERS, spec_schema
+
+NAME_LENGTH = 63 - len("-a99999") - len("-9999")
+"""Pods are called ``<name>-a<attempt>-<index>``, and that is their hostname: 63 characters at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,42 +28,361 @@ class Rule:
 
     at: str
     """The part of the object both predicates get as ``self``: "", "spec", "spec.data.train[]" …"""
-    field: str
+    field: str = ""
     """The field the user must change, from ``at``; empty: ``at`` itself."""
     holds: Callable[[Any], bool] | None
-    """Python's predicate. None: pydantic's own validation says it (kept here for the CEL)."""
-    cel: str | None
-    """CEL's predicate. None: only the condition can judge it."""
+    """Python's predicate. None: pydantic's validation says the same."""
+    cel: str
+    """CEL's predicate."""
     accepted: str
     remedy: str
-    value: Callable[[Any], Any] | None = None
-    """What to show as the value, where it is not the field's own (condition-only rows)."""
+    problem: str = ""
+    """What is wrong, where showing the value would not tell it."""
+
+
+def told(rule: Rule) -> str:
+    """The part of the message that does not depend on the value."""
+    return f"accepted: {rule.accepted}; remedy: {rule.remedy}"
+
+
+INVISIBLE = frozenset(
+    name for name, node in spec_schema()["properties"]["method"]["properties"].items() if "type" not in node
+)
+"""Parameters of several types: no structural schema says that, so CEL cannot see them."""
+
+
+def foreign_parameter(name: str) -> tuple[str, str]:
+    """Accepted and remedy, for a parameter that another method has."""
+    owners = [method for method, names in METHOD_PARAMETERS.items() if name in names]
+    return (
+        f"{name} with spec.method.type {' or '.join(owners)}",
+        f"remove it, or set spec.method.type: {' or '.join(owners)}",
+    )
 
 
 def _parameters_of_methods() -> list[Rule]:
-    owners: dict[str, list[str]] = {}
-    for method, names in METHOD_PARAMETERS.items():
-        for name in names:
-            owners.setdefault(name, []).append(method)
+    rules = []
+    for name in dict.fromkeys(name for names in METHOD_PARAMETERS.values() for name in names):
+        owners = [method for method, names in METHOD_PARAMETERS.items() if name in names]
+        if name in INVISIBLE or len(owners) == len(METHOD_PARAMETERS):
+            continue
+        accepted, remedy = foreign_parameter(name)
+        rules.append(
+            Rule(
+                at="spec.method",
+                field=name,
+                holds=None,
+                cel=f"!has(self.{name}) || self.type in {owners}",
+                accepted=accepted,
+                remedy=remedy,
+            )
+        )
+    return rules
+
+
+def compatibility_rules(table: Mapping[str, Row], stages: tuple[str, ...]) -> list[Rule]:
+    """What each method does not go with, from the table."""
+    rules: list[Rule] = []
+
+    def refuse(method: str, field: str, holds: Callable[[Any], bool], cel: str, accepted: str, remedy: str) -> None:
+        rules.append(
+            Rule(
+                at="spec",
+                field=field,
+                holds=lambda self: self.method.type != method or holds(self),
+                cel=f"self.method.type != '{method}' || {cel}",
+                accepted=f"{accepted} with spec.method.type: {method}",
+                remedy=remedy,
+            )
+        )
+
+    for method, row in table.items():
+        with_zero3 = " or ".join(name for name, other in table.items() if 3 in other.zero_stages)
+        if set(row.stages) != set(stages):
+            wanted = tuple(row.stages)
+            refuse(
+                method,
+                "stage",
+                lambda self, wanted=wanted: self.stage in wanted,  # type: ignore[misc]
+                f"self.stage in {list(row.stages)}",
+                "one of " + ", ".join(row.stages),
+                "choose one of them, or another spec.method.type",
+            )
+        if set(row.zero_stages) != {0, 1, 2, 3}:
+            partitions = (None, *row.zero_stages)
+            refuse(
+                method,
+                "deepspeed.zero_optimization.stage",
+                lambda self, wanted=partitions: self.deepspeed.zero_optimization.stage in wanted,  # type: ignore[misc]
+                "!has(self.deepspeed.zero_optimization.stage) || "
+                f"self.deepspeed.zero_optimization.stage in {list(row.zero_stages)}",
+                "one of " + ", ".join(map(str, row.zero_stages)),
+                "choose one of them, or leave it out: the plan chooses "
+                f"{row.default_zero_stage}; ZeRO-3 goes with {with_zero3}",
+            )
+        for allowed, field in (
+            (row.packing, "data.packing"),
+            (row.gradient_checkpointing, "training.gradient_checkpointing"),
+            (row.merge, "output.merge"),
+        ):
+            if not allowed:
+                section, _, key = field.partition(".")
+                refuse(
+                    method,
+                    field,
+                    lambda self, section=section, key=key: not getattr(getattr(self, section), key),  # type: ignore[misc]
+                    f"!self.{field}",
+                    "false",
+                    "leave it out: the output is a whole model already"
+                    if key == "merge"
+                    else "leave it out, or choose another spec.method.type",
+                )
+    return rules
+
+
+_CLAIM = r"^pvc://[a-z0-9]([-a-z0-9]{0,55}[a-z0-9])?(/.*)?$"
+
+
+def _claim(at: str, field: str = "uri", optional: bool = False) -> Rule:
+    def holds(self: Any) -> bool:
+        uri = getattr(self, field)
+        return not (uri or "").startswith("pvc://") or re.search(_CLAIM, uri) is not None
+
+    return Rule(
+        at=at,
+        field=field,
+        holds=holds,
+        cel=(f"!has(self.{field}) || " if optional else "")
+        + f"!self.{field}.startsWith('pvc://') || self.{field}.matches(r'{_CLAIM}')",
+        accepted="pvc://CLAIM/PATH, CLAIM of at most 57 lower-case letters, digits and -",
+        remedy="name a PersistentVolumeClaim of the job's namespace",
+    )
+
+
+def _source_rules(at: str) -> list[Rule]:
+    """For every source of rows."""
     return [
         Rule(
-            at="spec.method",
-            field=name,
-            holds=None,
-            cel=None
-            if name in INVISIBLE
-            else f"!has(self.{name}) || self.type in [{', '.join(repr(m) for m in methods)}]",
-            accepted=f"a parameter of the method; {name} is one of {', '.join(methods)}",
-            remedy=f"remove it, or set spec.method.type to {' or '.join(methods)}",
-        )
-        for name, methods in owners.items()
+            at=at,
+            field="uri",
+            holds=lambda self: (
+                not self.uri.startswith("hf://")
+                or re.search(r"^hf://datasets/[^/@]+/[^/@]+(/.+)?$", self.uri) is not None
+            ),
+            cel="!self.uri.startsWith('hf://') || self.uri.matches(r'^hf://datasets/[^/@]+/[^/@]+(/.+)?$')",
+            accepted="hf://datasets/ORG/NAME for a data set of the hub",
+            remedy="write datasets/ after hf://; a branch or commit goes into revision, a split into split",
+        ),
+        Rule(
+            at=at,
+            field="uri",
+            holds=lambda self: self.uri.startswith("hf://") or re.search(r"\.jsonl?$", self.uri) is not None,
+            cel=r"self.uri.startsWith('hf://') || self.uri.matches(r'\.jsonl?$')",
+            accepted="a file whose name ends in .jsonl or .json",
+            remedy="name one file, not a folder; convert other formats to JSON lines",
+        ),
+        _claim(at),
+        *(
+            Rule(
+                at=at,
+                field=field,
+                holds=lambda self, field=field, default=default: (  # type: ignore[misc]
+                    self.uri.startswith("hf://") or getattr(self, field) == default
+                ),
+                cel=f"self.uri.startsWith('hf://') || self.{field} == '{default}'",
+                accepted=f"{default}, as uri is not hf://",
+                remedy=f"remove {field}; files elsewhere have no such thing",
+            )
+            for field, default in (("revision", "main"), ("split", "train"))
+        ),
     ]
 
 
-INVISIBLE = ("target_modules",)
-"""Parameters of several types: no structural schema, so CEL cannot see them."""
+def _distinct(at: str) -> Rule:
+    return Rule(
+        at=at,
+        holds=lambda self: len({(s.uri, s.split, s.revision) for s in self}) == len(self),
+        cel="self.all(a, self.exists_one(b, b.uri == a.uri && b.split == a.split && b.revision == a.revision))",
+        problem="the same source is named more than once",
+        accepted="every source once",
+        remedy="remove the repetition"
+        + ("; to see its rows more often, set its weight" if at.endswith("train") else ""),
+    )
 
-RULES: tuple[Rule, ...] = (*_parameters_of_methods(),)
+
+def _at_least(field: str, attribute: str, low: str) -> Rule:
+    high = "168h"
+    return Rule(
+        at="spec.recovery",
+        field=field,
+        holds=lambda self: seconds(low) <= seconds(getattr(self, attribute)) <= seconds(high),
+        cel=f"duration(self.{field}) >= duration('{low}') && duration(self.{field}) <= duration('{high}')",
+        accepted=f"from {low} to {high}",
+        remedy="choose a length of time in that range",
+    )
+
+
+_HF_MODEL = r"^hf://[A-Za-z0-9][-A-Za-z0-9_.]*(/[A-Za-z0-9][-A-Za-z0-9_.]*)?$"
+_GGUF_FILE = r"^[^/]*\.gguf$"
+_LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+
+RULES: tuple[Rule, ...] = (
+    # ---- the whole object
+    Rule(
+        at="",
+        field="metadata.name",
+        holds=lambda self: re.search(_LABEL, self.metadata.name) is not None and len(self.metadata.name) <= NAME_LENGTH,
+        cel=f"self.metadata.name.matches(r'{_LABEL}') && size(self.metadata.name) <= {NAME_LENGTH}",
+        accepted=f"at most {NAME_LENGTH} lower-case letters, digits and -, beginning with a letter",
+        remedy="choose another name: the host names of the pods are made of it",
+    ),
+    Rule(
+        at="",
+        field="spec.model.uri",
+        holds=lambda self: self.spec.model.uri != f"job://{self.metadata.name}",
+        cel="self.spec.model.uri != 'job://' + self.metadata.name",
+        accepted="the name of another FineTuneJob",
+        remedy="name the job whose output this one starts from; a job cannot wait for itself",
+    ),
+    # ---- the model
+    Rule(
+        at="spec.model",
+        field="uri",
+        holds=lambda self: not self.uri.startswith("hf://") or re.search(_HF_MODEL, self.uri) is not None,
+        cel=f"!self.uri.startsWith('hf://') || self.uri.matches(r'{_HF_MODEL}')",
+        accepted="hf://ORG/NAME for a model of the hub",
+        remedy="leave out what follows the name; a branch or commit goes into revision, a file into gguf_file",
+    ),
+    Rule(
+        at="spec.model",
+        field="uri",
+        holds=lambda self: not self.uri.endswith(".gguf"),
+        cel="!self.uri.endsWith('.gguf')",
+        accepted="the folder of the model",
+        remedy="name the folder in uri and the file in gguf_file",
+    ),
+    Rule(
+        at="spec.model",
+        field="uri",
+        holds=lambda self: not self.uri.startswith("job://") or len(self.uri) <= len("job://") + NAME_LENGTH,
+        cel=f"!self.uri.startsWith('job://') || size(self.uri) <= {len('job://') + NAME_LENGTH}",
+        accepted=f"job://NAME with a name of at most {NAME_LENGTH} characters",
+        remedy="name an existing FineTuneJob: none can have such a name",
+    ),
+    _claim("spec.model"),
+    Rule(
+        at="spec.model",
+        field="revision",
+        holds=lambda self: self.uri.startswith("hf://") or self.revision == "main",
+        cel="self.uri.startsWith('hf://') || self.revision == 'main'",
+        accepted="main, as uri is not hf://",
+        remedy="remove revision; only the hub has branches, tags and commits",
+    ),
+    Rule(
+        at="spec.model",
+        field="gguf_file",
+        holds=lambda self: not self.gguf_file or re.search(_GGUF_FILE, self.gguf_file) is not None,
+        cel=f"self.gguf_file == '' || self.gguf_file.matches(r'{_GGUF_FILE}')",
+        accepted="the name of a file in uri that ends in .gguf, without a path",
+        remedy="name the folder in uri and only the file here",
+    ),
+    Rule(
+        at="spec.model",
+        field="gguf_file",
+        holds=lambda self: not self.gguf_file or not self.uri.startswith("job://"),
+        cel="self.gguf_file == '' || !self.uri.startsWith('job://')",
+        accepted="nothing, as uri is job://",
+        remedy="remove gguf_file: the output of a FineTuneJob is safetensors",
+    ),
+    # ---- the method
+    *_parameters_of_methods(),
+    *compatibility_rules(COMPATIBILITY, tuple(spec_schema()["properties"]["stage"]["enum"])),
+    # ---- the data
+    *_source_rules("spec.data.train[]"),
+    *_source_rules("spec.data.eval[]"),
+    Rule(
+        at="spec.data.eval[]",
+        field="weight",
+        holds=lambda self: self.weight == 1,
+        cel="self.weight == 1.0",
+        accepted="1: every held-out row is evaluated once",
+        remedy="remove weight; it is for training rows only",
+    ),
+    _distinct("spec.data.train"),
+    _distinct("spec.data.eval"),
+    Rule(
+        at="spec.data",
+        field="chat_template",
+        holds=lambda self: self.chat_template == "" or "messages" in self.chat_template,
+        cel="self.chat_template == '' || self.chat_template.contains('messages')",
+        accepted="a Jinja template that renders the variable messages",
+        remedy="paste the template's text here (not its name or path), or leave it out for the tokenizer's own",
+    ),
+    # ---- the optimisation
+    Rule(
+        at="spec.training",
+        field="max_steps",
+        holds=lambda self: self.max_steps != 0,
+        cel="self.max_steps != 0",
+        accepted="-1, or at least 1",
+        remedy="leave it out to train num_train_epochs epochs",
+    ),
+    Rule(
+        at="spec.training",
+        field="warmup_steps",
+        holds=lambda self: self.warmup_steps < 1 or float(self.warmup_steps).is_integer(),
+        cel="self.warmup_steps < 1.0 || double(int(self.warmup_steps)) == self.warmup_steps",
+        accepted="a share of all steps below 1, or a whole number of steps",
+        remedy="round it",
+    ),
+    Rule(
+        at="spec.training",
+        field="warmup_steps",
+        holds=lambda self: self.max_steps <= 0 or self.warmup_steps <= self.max_steps,
+        cel="self.max_steps <= 0 || self.warmup_steps <= double(self.max_steps)",
+        accepted="at most max_steps",
+        remedy="lower it, e.g. to 0.03 (3 % of all steps), or raise max_steps",
+    ),
+    Rule(
+        at="spec.training",
+        field="warmup_steps",
+        holds=lambda self: self.lr_scheduler_type != "constant" or self.warmup_steps == 0,
+        cel="self.lr_scheduler_type != 'constant' || self.warmup_steps == 0.0",
+        accepted="0 with lr_scheduler_type: constant, which has no warm-up",
+        remedy="set lr_scheduler_type: constant_with_warmup",
+    ),
+    Rule(
+        at="spec",
+        field="training.eval_steps",
+        holds=lambda self: self.training.eval_steps == 0 or len(self.data.eval) > 0,
+        cel="self.training.eval_steps == 0 || size(self.data.eval) > 0",
+        accepted="0, as spec.data.eval is empty",
+        remedy="add held-out rows in spec.data.eval, or remove eval_steps",
+    ),
+    Rule(
+        at="spec.evaluation",
+        field="prompts",
+        holds=lambda self: all(self.prompts),
+        cel="self.prompts.all(p, size(p) > 0)",
+        problem="one of the prompts is empty",
+        accepted="texts",
+        remedy="remove the empty one",
+    ),
+    # ---- where it lies
+    Rule(
+        at="spec",
+        field="output.uri",
+        holds=lambda self: self.output.uri != self.model.uri,
+        cel="self.output.uri != self.model.uri",
+        accepted="another folder than spec.model.uri",
+        remedy="choose a folder of its own: the model to start from would be overwritten",
+    ),
+    _claim("spec.output"),
+    _claim("spec.checkpoint", optional=True),
+    # ---- recovery
+    _at_least("hangTimeout", "hang_timeout", "30s"),
+    _at_least("startTimeout", "start_timeout", "1m"),
+)
 
 
 NEW_JOB = (

@@ -89,13 +89,19 @@ def _structural(node: dict[str, Any], defs: dict[str, Any], at: str) -> dict[str
             if node.get("required"):
                 result["required"] = list(node["required"])
             if "default" in result:
-                result["default"] = {}  # the defaults of its fields fill it
+                result["default"] = _defaults(result)
         elif isinstance(extra, dict):
             result["additionalProperties"] = _structural(extra, defs, f"{at}{{}}")
     result.update({k: v for k, v in node.items() if k.startswith("x-kubernetes-")})
     if "type" not in result and not result.get(PRESERVE):
         raise NotStructuralError(f"{at}: no type can be derived from {node}")
     return result
+
+
+def _defaults(node: dict[str, Any]) -> dict[str, Any]:
+    """What an empty object becomes. The API server judges CEL rules on the default as it is written, before
+    the defaults of its fields fill it, so it is written in full."""
+    return {name: child["default"] for name, child in node["properties"].items() if "default" in child}
 
 
 def _kept(node: dict[str, Any]) -> dict[str, Any]:
@@ -150,10 +156,11 @@ def _flat_union(node: dict[str, Any], defs: dict[str, Any], at: str) -> dict[str
             + ".",
             **properties[key],
         }
-    result = {"description": unwrapped(node["description"]), "type": "object"}
+    result: dict[str, Any] = {"description": unwrapped(node["description"]), "type": "object"}
+    result["properties"] = properties
     if "default" in node:
-        result["default"] = {}
-    return {**result, "properties": properties}
+        result["default"] = _defaults(result)
+    return result
 
 
 def _by_value(children: dict[str, dict[str, Any]]) -> str:
