@@ -1,0 +1,111 @@
+"""One writer at a time: who may write into a job's checkpoint folder.
+
+A deleted pod is no proof of a dead process. Every start of a run claims the folder by creating the next numbered
+object below ``attempts/`` (an atomic create), and a writer whose claim is no longer the newest writes no manifest
+and deletes nothing more. Called by ``run.py`` (claim) and ``saving.py`` (check).
+"""
+
+import json
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api.causes import Cause
+from finetune_api.run import ENV_ATTEMPT
+from finetune_trainer.outcome import RunError
+from finetune_trainer.storage import Store
+
+CLAIMS = "attempts/"
+ENV_RUN = "FINETUNE_RUN"
+"""Identity of the job object (its uid): tells a job that was deleted and made again from an old attempt."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """The claim of this run on its checkpoint folder."""
+
+    store: Store
+    number: int
+    """Of the claim; the highest one holds."""
+    attempt: int
+    run: str
+
+    def check(self) -> None:
+        """Raise RunError(FENCED) where a newer claim exists."""
+        newest = max(claims(self.store), default=self.number)
+        if newest > self.number:
+            raise RunError(
+                Cause.FENCED,
+                f"Attempt {self.attempt} was overtaken: {self.store.uri(name_of(newest))} holds the checkpoints "
+                "now. This process ends without writing; nothing is to be done.",
+            )
+
+    def note(self, what: str, facts: dict[str, Any]) -> None:
+        """Write something down beside the claim (``attempts/000007.began``), for the report of a later attempt."""
+        self.store.put(f"{name_of(self.number)}.{what}", json.dumps(facts).encode())
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Every claim of this job so far, oldest first, with what was noted beside it."""
+        found = []
+        for number in claims(self.store):
+            told = read(self.store, name_of(number))
+            if told.get("run", "") != self.run:
+                continue
+            for what in ("began", "ended"):
+                told |= read(self.store, f"{name_of(number)}.{what}")
+            found.append(told)
+        return found
+
+
+def name_of(number: int) -> str:
+    """Path of a claim: ``attempts/000007``."""
+    return f"{CLAIMS}{number:06d}"
+
+
+def claims(store: Store) -> list[int]:
+    """Numbers of all claims."""
+    names = (entry.path.removeprefix(CLAIMS) for entry in store.list(CLAIMS.rstrip("/")))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def claim(store: Store, attempt: int | None = None, run: str | None = None) -> Fence:
+    """Claim the folder for this attempt.
+
+    ``attempt`` and ``run`` default to the environment's. Raises RunError(FENCED) where a later attempt of the same
+    job has claimed before: an old pod that starts late must not overtake it.
+    """
+    run = os.environ.get(ENV_RUN, "") if run is None else run
+    given = attempt if attempt is not None else int(os.environ.get(ENV_ATTEMPT, "0"))
+    while True:
+        standing = claims(store)
+        last = read(store, name_of(standing[-1])) if standing else {}
+        known = int(last.get("attempt", 0)) if last.get("run", "") == run else 0
+        if given and known > given:
+            raise RunError(
+                Cause.FENCED,
+                f"Attempt {given} started after attempt {known} had claimed {store.uri()}. It ends at once; "
+                "nothing is to be done.",
+            )
+        number = (standing[-1] if standing else 0) + 1
+        word = {
+            "attempt": given or known + 1,
+            "run": run,
+            "host": socket.gethostname(),
+            "id": secrets.token_hex(8),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        created = store.put_if_absent(name_of(number), json.dumps(word).encode())
+        if created or read(store, name_of(number)).get("id") == word["id"]:  # the answer to a create can get lost
+            return Fence(store, number, word["attempt"], run)  # type: ignore[arg-type]
+
+
+def read(store: Store, path: str) -> dict[str, Any]:
+    """A JSON object below ``attempts/``; empty where there is none that can be read."""
+    try:
+        word = json.loads(store.get(path))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return word if isinstance(word, dict) else {}
