@@ -1,0 +1,404 @@
+"""The training step over a DeepSpeed engine: one path for one CPU process and for many GPUs, ZeRO 0 to 3.
+
+DeepSpeed partitions, reduces and updates. What it would average is undone here: the loss of a step is the sum over
+the whole global batch divided by the label tokens of the whole global batch, however the batch is cut into
+processes and forward passes. Every random draw of a pass is seeded by (seed, step, slot).
+
+Called by ``run.py``. ``checkpoint.py`` and ``saving.py`` see the engine through ``state.py``.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from finetune_api.causes import Cause
+from finetune_api.run import TrainerConfig
+from finetune_trainer.feed import Slot, StepBatch, draw_seed
+from finetune_trainer.objectives import Objective
+from finetune_trainer.objectives.sft import IGNORED
+from finetune_trainer.outcome import RunError
+from finetune_trainer.stopping import Stop
+from finetune_trainer.world import World
+
+ENV_COMPILE = "FINETUNE_COMPILE"
+"""auto: decoder layers are compiled where that is known to be safe. 1: always. 0: never."""
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all processes know after a step."""
+
+    loss_sum: float
+    tokens: int
+    pairs: int
+    next_weight: int
+    """Label tokens of the next global batch."""
+    stop: bool
+    """Some process was asked to stop."""
+    fatal: bool
+    """Some process cannot go on; it says why itself."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One process's view of a step, still on the device."""
+
+    loss_sum: torch.Tensor
+    """Scalar: this process's summed loss."""
+    grad_norm: torch.Tensor | float
+    """L2 norm of the whole gradient before clipping."""
+    applied: bool
+    """False: DeepSpeed found the gradient not finite and left the weights alone."""
+
+
+class Engine:
+    """A DeepSpeed engine and the step we make with it."""
+
+    def __init__(
+        self, model: torch.nn.Module, config: TrainerConfig, world: World, objective: Objective, stop: Stop
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.objective = objective
+        self.stop = stop
+        self.zero_stage = zero_stage(config)
+        self.plain = is_plain(config)
+        """No ZeRO and no precision section: the optimizer is ours, so are the gradient's norm and clipping."""
+        self.passes = passes(config, world)
+        """Forward passes per process and step; ragged batches are filled with stand-ins."""
+        self._autocast = self._autocast_dtype(model) if self.plain else None
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        if not self.trainable:
+            raise RunError(Cause.INVALID_CONFIGURATION, "The method leaves no parameter to train.")
+        import deepspeed
+
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=self._adamw(model),
+            config=deepspeed_config(config, world),
+            dist_init_required=False,
+        )
+        self.module = self.engine.module
+        if self.plain and world.size == 1:
+            self.engine.enable_backward_allreduce = False  # it would flatten and copy every gradient
+        self._noise = Noise(self.module, config, world) if config.training.neftune_noise_alpha else None
+        self.compiled = compile_layers(self.module, config, world.device, self.zero_stage)
+
+    def _adamw(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        training = self.config.training
+        decayed = [p for p in self.trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
+        others = [p for p in self.trainable if len(getattr(p, "ds_shape", p.shape)) < 2]  # biases and norms
+        groups = [
+            {"params": parameters, "weight_decay": decay}
+            for parameters, decay in ((decayed, training.weight_decay), (others, 0.0))
+            if parameters
+        ]
+        return torch.optim.AdamW(
+            groups,
+            lr=training.learning_rate,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_epsilon,
+            fused=True,
+        )
+
+    def _autocast_dtype(self, model: torch.nn.Module) -> torch.dtype | None:
+        """bf16 where fp32 adapters stand in a bf16 model: their products run on tensor cores, their sums in fp32."""
+        frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+        trained = {p.dtype for p in model.parameters() if p.requires_grad}
+        return torch.bfloat16 if torch.bfloat16 in frozen and torch.float32 in trained else None
+
+    # The step
+
+    def step(self, batch: StepBatch, weight: int, learning_rate: float) -> StepOutcome:
+        """Forward and backward over this process's slots, then the update.
+
+        ``weight``: label tokens of the whole global batch, over all processes.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.module.train()
+        # DeepSpeed averages gradients over the processes; the loss is a sum over all of them.
+        scale = self.world.size / max(weight, 1)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for number, slot in enumerate(batch.slots):
+            self.engine.set_gradient_accumulation_boundary(number + 1 == len(batch.slots))
+            inputs = self.to_device(slot)
+            self._seed(batch.step, slot, inputs)
+            loss = self._loss_sum(inputs)
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            total += loss.detach().double()
+            self.stop.beat()
+        norm: torch.Tensor | float
+        if self.plain:
+            norm = self._clip()
+        self.engine.step()
+        if not self.plain:
+            norm = self.engine.get_global_grad_norm()
+            norm = math.inf if norm is None else norm
+        return StepOutcome(total, norm, bool(self.engine.was_step_applied()))
+
+    def _loss_sum(self, inputs: dict[str, Any]) -> torch.Tensor:
+        if not self.plain:
+            return self.objective.loss_sum(self.engine, inputs)  # type: ignore[no-any-return]
+        # DeepSpeed's forward would switch autocast off; without ZeRO it does nothing else that is needed here.
+        with self.autocast():
+            return self.objective.loss_sum(self.module, inputs)  # type: ignore[no-any-return]
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of a forward pass."""
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, dtype=self._autocast)
+
+    def _clip(self) -> torch.Tensor:
+        gradients = [p.grad for p in self.trainable if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if (limit := self.config.training.max_grad_norm) > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.trainable, limit, norm, foreach=True)
+        return norm
+
+    def _seed(self, step: int, slot: Slot, inputs: dict[str, Any]) -> None:
+        """Everything that draws in this pass (dropout, noise) draws by (seed, step, slot)."""
+        import random
+
+        import numpy as np
+
+        seed = draw_seed(self.config.training.seed, step, slot.number)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        if self._noise is not None:
+            self._noise.prepare(draw_seed(seed, 1), inputs)
+
+    def to_device(self, slot: Slot) -> dict[str, Any]:
+        """A slot's tensors on this process's device."""
+        return move(slot.batch, self.world.device)
+
+    def agree(
+        self, outcome: StepOutcome | None, batch: StepBatch | None, following: StepBatch | None, *, fatal: bool = False
+    ) -> Agreed:
+        """The one small reduction of a step: loss, counts, the next batch's weight, and whether to go on.
+
+        Collective. ``batch`` is the one just done, ``following`` the next one.
+        """
+        loss = outcome.loss_sum if outcome is not None else torch.zeros((), device=self.world.device)
+        counts = torch.tensor(
+            [
+                batch.tokens if batch else 0,
+                batch.pairs if batch else 0,
+                following.weight if following else 0,
+                self.stop.requested,
+                fatal,
+            ],
+            dtype=torch.float64,
+        )
+        words = torch.cat([loss.double().reshape(1), counts.to(self.world.device)])
+        if self.world.size > 1:
+            dist.all_reduce(words)
+        values = words.tolist()
+        return Agreed(values[0], int(values[1]), int(values[2]), int(values[3]), values[4] > 0, values[5] > 0)
+
+    def check_finite(self, step: int, loss: float, norm: float, applied: bool, learning_rate: float) -> None:
+        """Raise RunError(NON_FINITE_LOSS) where a step went wrong. All processes see the same numbers."""
+        if math.isfinite(loss) and math.isfinite(norm) and applied:
+            return
+        what = f"The loss became {loss}" if not math.isfinite(loss) else f"The gradient's norm became {norm}"
+        raise RunError(
+            Cause.NON_FINITE_LOSS,
+            f"{what} at step {step} (learning rate {learning_rate:g}, loss {loss:g}, gradient norm {norm:g}). "
+            "Nothing was saved after it. Lower training.learning_rate, add training.warmup_steps, set "
+            "training.max_grad_norm: 1.0, or look for damaged rows in the data.",
+        )
+
+    # Evaluation
+
+    def evaluate(self, sources: dict[str, Any], collate: Callable[[list[Any]], dict[str, Any]]) -> dict[str, float]:
+        """Loss (nats per label token) and perplexity: ``loss``, ``perplexity`` and, per source, ``loss/NAME``.
+
+        Weighted by tokens, over all processes. Collective; every process makes equally many passes.
+        """
+        per_device = self.config.training.per_device_eval_batch_size
+        sums = torch.zeros(len(sources), 2, dtype=torch.float64, device=self.world.device)
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                for row, sequences in enumerate(sources.values()):
+                    for batch in self._eval_batches(sequences, per_device, collate):
+                        weight = self.objective.weight(batch)
+                        loss = self._loss_sum(move(batch, self.world.device))
+                        sums[row, 0] += loss.double()
+                        sums[row, 1] += weight
+                        self.stop.beat()
+        finally:
+            self.module.train()
+        if self.world.size > 1:
+            dist.all_reduce(sums)
+        figures: dict[str, float] = {}
+        values = sums.tolist()
+        whole = [sum(column) for column in zip(*values, strict=True)] if values else [0.0, 0.0]
+        named = [("", whole), *((f"/{name}", value) for name, value in zip(sources, values, strict=True))]
+        for name, (loss_sum, weight_sum) in named:
+            if weight_sum:
+                mean = loss_sum / weight_sum
+                figures[f"loss{name}"] = mean
+                figures[f"perplexity{name}"] = math.exp(min(mean, 700.0))
+        return figures
+
+    def _eval_batches(
+        self, sequences: Any, per_device: int, collate: Callable[[list[Any]], dict[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        count = len(sequences)
+        slots = -(-count // per_device)
+        for turn in range(-(-slots // self.world.size)):
+            number = turn * self.world.size + self.world.rank
+            if number < slots:
+                first = number * per_device
+                yield collate([sequences[i] for i in range(first, min(first + per_device, count))])
+            else:
+                batch = collate([sequences[0]])
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+                yield batch
+
+    # The result
+
+    def weights(self, only_trainable: bool) -> dict[str, torch.Tensor] | None:
+        """Under ZeRO-3 the gathered weights in host memory on rank 0 ({} elsewhere); None where the model itself
+        holds them. Collective."""
+        if self.zero_stage < 3:
+            return None
+        import deepspeed
+
+        gathered: dict[str, torch.Tensor] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if only_trainable and not parameter.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.world.first:
+                    gathered[name] = parameter.detach().cpu().clone()
+            self.stop.beat()
+        if self.world.first and not only_trainable:
+            persistent = self.module.state_dict().keys() - gathered.keys()
+            buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
+            gathered |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
+        return gathered
+
+
+def zero_stage(config: TrainerConfig) -> int:
+    """0 to 3."""
+    return int(config.deepspeed.get("zero_optimization", {}).get("stage") or 0)
+
+
+def is_plain(config: TrainerConfig) -> bool:
+    """Neither ZeRO nor a precision section of DeepSpeed is asked for."""
+    return zero_stage(config) == 0 and not any(
+        config.deepspeed.get(section, {}).get("enabled") for section in ("bf16", "fp16")
+    )
+
+
+def passes(config: TrainerConfig, world: World) -> int:
+    """Forward passes per process that a global batch takes."""
+    return math.ceil(config.global_batch_size / (config.training.per_device_train_batch_size * world.size))
+
+
+def deepspeed_config(config: TrainerConfig, world: World) -> dict[str, Any]:
+    """The plan's DeepSpeed configuration, with what depends on the world and on how we step."""
+    given = deepcopy(config.deepspeed)
+    given["train_micro_batch_size_per_gpu"] = config.training.per_device_train_batch_size
+    given["gradient_accumulation_steps"] = passes(config, world)
+    given.pop("train_batch_size", None)
+    given["gradient_clipping"] = 0.0 if is_plain(config) else config.training.max_grad_norm
+    given.setdefault("zero_allow_untested_optimizer", True)
+    # torch's AdamW runs on the host too; DeepSpeed's own would be compiled with g++ at the first run.
+    given.setdefault("zero_force_ds_cpu_optimizer", False)
+    given.setdefault("steps_per_print", 1_000_000_000)
+    return given
+
+
+def before_loading(config: TrainerConfig, world: World) -> Any:
+    """Under ZeRO-3: tell transformers to partition the weights while it reads them. Keep what is returned alive
+    until the model is loaded. None otherwise."""
+    if zero_stage(config) < 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(deepspeed_config(config, world))
+
+
+class Noise:
+    """NEFTune (arXiv:2310.05914): uniform noise on the input embeddings, of alpha / sqrt(length x width).
+
+    Length is that of the token's own document, so that neither padding nor packing changes the amount.
+    """
+
+    def __init__(self, module: Any, config: TrainerConfig, world: World) -> None:
+        self.alpha = config.training.neftune_noise_alpha
+        self.generator = torch.Generator(world.device)
+        self.lengths: torch.Tensor | None = None
+        module.get_input_embeddings().register_forward_hook(self._add)
+
+    def prepare(self, seed: int, batch: dict[str, Any]) -> None:
+        """The next forward pass draws by this seed, for this batch."""
+        self.generator.manual_seed(seed)
+        self.lengths = document_lengths(batch)
+
+    def _add(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if self.lengths is None or not module.training or output.shape[:2] != self.lengths.shape:
+            return None
+        lengths, self.lengths = self.lengths, None  # once per pass
+        noise = torch.empty_like(output).uniform_(-1.0, 1.0, generator=self.generator)
+        amount = self.alpha / torch.sqrt(lengths * output.shape[-1])
+        return output + noise * amount.unsqueeze(-1).to(output.dtype)
+
+
+def document_lengths(batch: dict[str, Any]) -> torch.Tensor:
+    """(B, T) fp32: for every token the length of the document it belongs to, padding excluded."""
+    ids = batch["input_ids"]
+    rows, width = ids.shape
+    positions = batch.get("position_ids")
+    mask = batch.get("attention_mask")
+    counted = torch.ones(ids.shape, device=ids.device) if mask is None else mask.to(torch.float32)
+    starts = torch.zeros_like(ids, dtype=torch.bool) if positions is None else positions == 0
+    starts = starts.clone()
+    starts[:, 0] = True
+    document = starts.cumsum(-1) - 1 + width * torch.arange(rows, device=ids.device).unsqueeze(-1)
+    counts = torch.zeros(rows * width, device=ids.device).scatter_add_(0, document.reshape(-1), counted.reshape(-1))
+    return counts[document].clamp(min=1.0)
+
+
+def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch's tensors on a device."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def compile_layers(module: torch.nn.Module, config: TrainerConfig, device: torch.device, zero_stage: int) -> int:
+    """Compile the decoder layers in place; how many.
+
+    Only where it is known to be safe: on a GPU, with rows of one length (packing), and not under ZeRO-3, whose
+    hooks break compiled layers (measured). ``FINETUNE_COMPILE`` overrides.
+    """
+    choice = os.environ.get(ENV_COMPILE, "auto")
+    if choice == "0" or (choice != "1" and (device.type != "cuda" or not config.data.packing or zero_stage == 3)):
+        return 0
+    count = 0
+    for layer in decoder_layers(module):
+        layer.compile()
+        count += 1
+    return count
+
+
+def decoder_layers(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    """The repeated blocks of a transformers model."""
+    names: set[str] = set()
+    for part in module.modules():
+        names |= set(getattr(part, "_no_split_modules", None) or ())
+    return [part for part in module.modules() if type(part).__name__ in names]
