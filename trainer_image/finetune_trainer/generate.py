@@ -1,0 +1,59 @@
+"""What the model answers, before and after: greedy decoding of ``evaluation.prompts``.
+
+Called by ``run.py``. Without ZeRO-3 the prompts are shared out over the processes; with it every process takes part
+in every answer, because each holds a part of every weight.
+"""
+
+from typing import Any
+
+import torch
+
+from finetune_trainer.engine import Engine
+from finetune_trainer.world import World
+
+
+def answers(engine: Engine, tokenizer: Any, prompts: list[str], max_new_tokens: int, world: World) -> list[str]:
+    """One answer per prompt, on every process. Draws nothing at random. Collective."""
+    together = engine.zero_stage == 3
+    mine: dict[int, str] = {}
+    engine.module.eval()
+    try:
+        for number, prompt in enumerate(prompts):
+            if together or number % world.size == world.rank:
+                mine[number] = _answer(engine, tokenizer, prompt, max_new_tokens, together)
+                engine.stop.beat()
+    finally:
+        engine.module.train()
+    collected: dict[str, str] = {}
+    for part in world.gather("answers", {str(number): text for number, text in mine.items()}):
+        collected |= part
+    return [collected[str(number)] for number in range(len(prompts))]
+
+
+def _answer(engine: Engine, tokenizer: Any, prompt: str, max_new_tokens: int, together: bool) -> str:
+    if getattr(tokenizer, "chat_template", None):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = {
+        key: value.to(engine.world.device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")
+    }
+    # Every token has another length of the cache: compiled layers would be compiled anew for each.
+    with torch.no_grad(), engine.autocast(), torch.compiler.set_stance("force_eager"):
+        output = engine.module.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            synced_gpus=together and engine.world.size > 1,
+        )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
