@@ -1,0 +1,160 @@
+"""A tiny model, tokenizer and data set, and a run of the trainer over them: what the trainer's tests share.
+
+Everything is made on the spot from fixed seeds: a Llama of two layers and 64 hidden units, a word-level tokenizer
+with a chat template, and rows whose answers follow from their questions, so that the loss can fall.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune_api.run import (
+    ENV_ATTEMPT,
+    ENV_CONFIG,
+    ENV_HTTP_PORT,
+    ENV_TERMINATION_LOG,
+    ENV_WORK,
+    Termination,
+    TrainerConfig,
+)
+
+ROOT = Path(__file__).parents[2]
+WORDS = (
+    "red green blue one two three four five six seven cat dog bird fish tree house is the a an of and to what who "
+    "color number animal thing you are hello name say count please now"
+).split()
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def make_model(directory: Path, *, dtype: str = "float32", seed: int = 0, tied: bool = False) -> Path:
+    """A Llama of 64 hidden units and two layers with its tokenizer, as transformers saves them."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory.mkdir(parents=True, exist_ok=True)
+    special = ["<pad>", "<s>", "<end>", "<unk>", "<user>", "<assistant>", "<system>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="<end>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(directory)
+    return directory
+
+
+def make_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """Alpaca rows of differing lengths."""
+    import random
+
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = [draw.choice(WORDS) for _ in range(draw.randint(2, 9))]
+        rows.append({"instruction": "say " + " ".join(words), "input": "", "output": " ".join(words[::-1])})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_config(root: Path, **changes: Any) -> TrainerConfig:
+    """A configuration over ``root/model`` and ``root/train.jsonl``; ``changes`` as in ``merge``."""
+    document: dict[str, Any] = {
+        "namespace": "team",
+        "name": "tiny",
+        "stage": "sft",
+        "model": {"uri": f"file://{root}/model", "dtype": "float32"},
+        "method": {"type": "lora", "r": 4, "lora_alpha": 8},
+        "data": {"train": [{"uri": f"file://{root}/train.jsonl"}], "max_length": 48},
+        "training": {
+            "learning_rate": 3e-3,
+            "max_steps": 8,
+            "per_device_train_batch_size": 2,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 2,
+            "weight_decay": 0.01,
+        },
+        "evaluation": {},
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+        "checkpoint_uri": f"file://{root}/checkpoints",
+        "save_steps": 3,
+        "save_total_limit": 3,
+        "output_uri": f"file://{root}/output",
+        "global_batch_size": 4,
+        "accelerator": "cpu",
+    }
+    return TrainerConfig.model_validate(merge(document, changes))
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, mappings key by key; a mapping with ``type`` replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and "type" not in value
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def environment(root: Path, config: TrainerConfig, attempt: int = 1, **more: str) -> dict[str, str]:
+    """The environment of a trainer process, with its configuration written to ``root/config.json``."""
+    path = root / "config.json"
+    path.write_text(config.model_dump_json())
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("FINETUNE_", "TORCHELASTIC"))}
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        keep.pop(key, None)
+    return keep | {
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "trainer_image")),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        ENV_CONFIG: str(path),
+        ENV_ATTEMPT: str(attempt),
+        ENV_WORK: str(root / f"work-{attempt}"),
+        ENV_HTTP_PORT: "0",
+        ENV_TERMINATION_LOG: str(root / "termination"),
+        **more,
+    }
+
+
+def start(environ: dict[str, str], processes: int = 1, port: int = 0, module: str = "launch") -> subprocess.Popen[str]:
+    """A trainer, started as in a pod."""
+    command = [sys.executable, "-m", f"finetune_trainer.{module}"]
+    if processes > 1:
+        command += [f"--nproc-per-node={processes}", f"--master-port={port}"]
+    return subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def word(root: Path) -> Termination:
+    """The termination message of the last run."""
+    return Termination.model_validate_json((root / "termination").read_bytes())
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a folder's metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,712 @@
+"""One process of a training run: load, prepare, train, save, report.
+
+``python -m finetune_trainer.run`` (or ``launch``, which starts one per GPU). Everything comes from the
+configuration that ``$FINETUNE_CONFIG`` names; every ending leaves a termination message and an exit code that say
+what happened. The heavy imports wait until progress is served.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_api.causes import Cause
+from finetune_api.run import (
+    ENV_CACHE,
+    ENV_CONFIG,
+    ENV_SAVE_STEPS,
+    ENV_SAVE_TOTAL_LIMIT,
+    ENV_WORK,
+    EXIT_STOPPED,
+    Answer,
+    CheckpointInfo,
+    OutputInfo,
+    Termination,
+    TrainerConfig,
+)
+from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
+from finetune_trainer.outcome import RunError
+from finetune_trainer.stopping import Stop, leave
+from finetune_trainer.telemetry import History, Pulse, Telemetry, host_memory, now
+from finetune_trainer.world import local_rank, rank, world_size
+
+ENV_TRACE = "FINETUNE_TRACE"
+"""A folder: each process writes the data rows of every step there (for tests)."""
+
+
+def main() -> int:
+    """Run this process to its end; never returns from a failure of its own making."""
+    stop = Stop()
+    stop.install()  # before any thread: they inherit the blocked signal
+    job: Job | None = None
+    try:
+        config = read_config()
+        job = Job(config, Telemetry(config, serve=rank() == 0), stop)
+        stop.on_leave = job.stopped
+        code = job.run()
+    except BaseException as error:
+        code = failed(error, job)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    # Not sys.exit: threads of NCCL, gloo and the store may be waiting for peers that have ended.
+    leave(code)
+    return code
+
+
+def read_config() -> TrainerConfig:
+    """The configuration. RunError(INVALID_CONFIGURATION) where it is not there or not valid."""
+    path = os.environ.get(ENV_CONFIG, "")
+    try:
+        return TrainerConfig.model_validate_json(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"${ENV_CONFIG} must name the run's configuration, a JSON file. It is {path or 'not set'}: {error}",
+        ) from error
+
+
+def failed(error: BaseException, job: "Job | None") -> int:
+    """Leave the last word of a failure; its exit code."""
+    if not isinstance(error, RunError):
+        traceback.print_exception(error)
+    cause, message = diagnose(error, phase=job.doing if job else "", batch=job.memory_settings() if job else "")
+    print(f"{cause}: {message}", file=sys.stderr, flush=True)
+    word = job.word(cause, message) if job else Termination(cause=cause, message=message[:2000], rank=rank())
+    code = word.exit_code = exit_code(cause)
+    leave_word(word)
+    if job is not None:
+        job.end_attempt(word)
+    return code
+
+
+@dataclass
+class Window:
+    """What has gathered since the last logged step, over all processes."""
+
+    loss_sum: float = 0.0
+    weight: int = 0
+    tokens: int = 0
+    pairs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+@dataclass
+class Tally:
+    """What a run remembers from attempt to attempt (``run.json``)."""
+
+    window: Window = field(default_factory=Window)
+    seconds: float = 0.0
+    """In training steps."""
+    tokens: int = 0
+    before: dict[str, str] = field(default_factory=dict)
+    """Answers before training, by prompt."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluated_step: int = -1
+
+    def document(self) -> bytes:
+        """As JSON."""
+        return json.dumps({**self.__dict__, "window": self.window.__dict__}).encode()
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> "Tally":
+        """Read back."""
+        return cls(**{**document, "window": Window(**document["window"])}) if document else cls()
+
+
+class Job:
+    """One attempt at a run, in one process."""
+
+    def __init__(self, config: TrainerConfig, telemetry: Telemetry, stop: Stop) -> None:
+        self.config = config
+        self.telemetry = telemetry
+        self.stop = stop
+        self.doing = "starting"
+        self.step = 0
+        self.max_steps = 0
+        self.loss: float | None = None
+        self.tally = Tally()
+        self.last_checkpoint: CheckpointInfo | None = None
+        self.outputs: list[OutputInfo] = []
+        self.fence: Any = None
+        self.save_steps = int(os.environ.get(ENV_SAVE_STEPS) or config.save_steps)
+        self.save_total_limit = int(os.environ.get(ENV_SAVE_TOTAL_LIMIT) or config.save_total_limit)
+        self.work = Path(os.environ.get(ENV_WORK) or tempfile.mkdtemp(prefix="finetune-"))
+        self.cache = Path(os.environ.get(ENV_CACHE) or self.work / "cache")
+        telemetry.metrics.info(config.stage, config.method.type, config.model.uri, world_size())
+
+    def run(self) -> int:
+        """Load, prepare, train, save, report. The exit code."""
+        self.load()
+        self.prepare()
+        if not self.train():
+            return self.leave_stopped()
+        self.finish()
+        return 0
+
+    # Load
+
+    def load(self) -> None:
+        """The processes meet; model and data come to this node; rows become sequences."""
+        self._phase("loading", "loading the libraries")
+        from finetune_trainer import data, fetch, model
+        from finetune_trainer.fence import claim
+        from finetune_trainer.storage import Store
+        from finetune_trainer.world import join
+
+        config = self.config
+        self.world = join(config.accelerator)
+        self.world.alive = self.stop.beat
+        self.pulse = Pulse(self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats)
+        if self.world.first:
+            self.telemetry.watch(self.pulse.ages)
+        self.telemetry.update(world_size=self.world.size)
+        self.checkpoints = Store(config.checkpoint_uri)
+        self.fence = self._on_first("claim", lambda: claim(self.checkpoints))
+        self._phase("loading", f"fetching {config.model.uri} and the data")
+        self.fetched = self.world.in_turn("fetch", lambda: fetch.fetch(config, self.cache))
+        self.tokenizer = model.load_tokenizer(self.fetched.model, config)
+        self._phase("preparing", "preparing the data")
+        self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
+        self.collate: Callable[[list[Any]], dict[str, Any]] = lambda sequences: data.collate(
+            sequences, self._pad_token_id()
+        )
+
+    def _pad_token_id(self) -> int:
+        token = self.tokenizer.pad_token_id
+        return int(token if token is not None else self.tokenizer.eos_token_id or 0)
+
+    # Prepare
+
+    def prepare(self) -> None:
+        """The model, the method's trainable part, DeepSpeed's engine, and the newest checkpoint in it."""
+        import torch
+
+        from finetune_trainer import model
+        from finetune_trainer.checkpoint import resume
+        from finetune_trainer.engine import Engine, before_loading
+        from finetune_trainer.feed import draw_seed
+        from finetune_trainer.flops import model_cost, peak_flops
+        from finetune_trainer.methods import METHODS
+        from finetune_trainer.objectives import OBJECTIVES
+        from finetune_trainer.saving import Saver
+        from finetune_trainer.schedule import learning_rate, sequences_wanted, steps_for
+        from finetune_trainer.state import TrainableState
+
+        config, world = self.config, self.world
+        stream = self.prepared.train
+        self.wanted = sequences_wanted(config, stream.sequences)
+        self.max_steps = steps_for(config, self.wanted)
+        self.rate = learning_rate(config, self.max_steps)
+        self.telemetry.update(max_steps=self.max_steps)
+        self.telemetry.metrics.max_steps.set(self.max_steps)
+        self._phase("loading", f"loading {config.model.uri}")
+        torch.manual_seed(draw_seed(config.training.seed))  # what the method draws is the same on every process
+        self.partitioning = before_loading(config, world)
+        base = model.load_model(self.fetched.model, config, world.device)
+        trained = METHODS[config.method.type].prepare(base, config.method, config)
+        self.trainable, self.total = model.parameter_counts(trained)
+        self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
+        self.cost = model_cost(base, self.total, trains_all=config.method.type == "full")
+        self.peak = peak_flops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
+        self.objective = OBJECTIVES[config.stage]
+        self.engine = Engine(trained, config, world, self.objective, self.stop)
+        self.state = TrainableState(self.engine.engine, world.rank, world.size)
+        self._say_layout()
+
+        self.inputs = self._inputs()
+        self.resumed = resume(self.checkpoints, config, world, self.state, self.fence, self.inputs, self.work)
+        self.step = self.resumed.step
+        self.last_checkpoint = self.resumed.info
+        self.history = History(self.work / f"metrics-{world.rank}.jsonl")
+        if world.first:
+            self.history.restore(self.resumed.metrics, self.step)
+            self.tally = Tally.of(self.resumed.run)
+            self._say_resumed()
+        self.saver = Saver(
+            self.checkpoints,
+            config,
+            world,
+            self.state,
+            fence=self.fence,
+            inputs=self.inputs,
+            work=self.work,
+            limit=self.save_total_limit,
+            kept=self.resumed.kept,
+            on_saved=self._saved,
+        )
+
+    def _inputs(self) -> dict[str, str]:
+        """Digests of what the result depends on; held-out rows do not change it."""
+        wanted = {self.config.model.uri, *(source.uri for source in self.config.data.train)}
+        return {
+            uri: digest
+            for uri, digest in self.fetched.digests.items()
+            if any(uri == name or uri.startswith(f"{name}@") for name in wanted)
+        }
+
+    def _say_layout(self) -> None:
+        per_turn = self.config.training.per_device_train_batch_size * self.world.size
+        if self.config.global_batch_size % per_turn:
+            self._print(
+                f"the global batch of {self.config.global_batch_size} sequences is not a multiple of "
+                f"{per_turn} (per_device_train_batch_size x {self.world.size} processes): it is kept, and "
+                f"{self.engine.passes * per_turn - self.config.global_batch_size} places of each step stay empty"
+            )
+        self._print(
+            f"training {self.trainable:,} of {self.total:,} parameters on {self.world.size} process(es), "
+            f"ZeRO-{self.engine.zero_stage}, {self.max_steps} steps of {self.config.global_batch_size} sequences "
+            f"({self.engine.passes} passes per process)"
+            + (f", {self.engine.compiled} layers compiled" if self.engine.compiled else "")
+        )
+
+    def _say_resumed(self) -> None:
+        resumed = self.resumed
+        for skipped in resumed.skipped:
+            self._print(f"passed over {skipped.uri}: {skipped.problem}")
+        if resumed.info is not None:
+            self._print(f"continuing from {resumed.info.uri} (written by attempt {resumed.attempt})")
+        self.telemetry.update(
+            resumed_from_step=resumed.step if resumed.info else None,
+            checkpoints=resumed.kept,
+            skipped_checkpoints=resumed.skipped,
+            step=resumed.step,
+            evaluation=self.tally.evaluation,
+        )
+        if self.fence is not None:
+            facts = {
+                "resumed_from": resumed.step if resumed.info else None,
+                "world_size": self.world.size,
+                "skipped": [{"step": s.step, "problem": s.problem} for s in resumed.skipped],
+            }
+            with suppress(RunError):  # for the report only
+                self.fence.note("began", facts)
+
+    # Train
+
+    def train(self) -> bool:
+        """The steps. False: stopped on request, saved."""
+        from finetune_trainer.feed import Feed
+
+        config, world, engine = self.config, self.world, self.engine
+        self._answer_before()
+        self._phase("training", f"training from step {self.step} to {self.max_steps}")
+        feed = Feed(
+            self.prepared.train,
+            self.collate,
+            self.objective,
+            rank=world.rank,
+            size=world.size,
+            per_device=config.training.per_device_train_batch_size,
+            global_batch=config.global_batch_size,
+            first_step=self.step + 1,
+            position=self.resumed.position,
+            end=self.wanted,
+            pin=world.device.type == "cuda",
+        )
+        self.position = self.resumed.position
+        trace = self._trace()
+        batch, waited = feed.take()
+        agreed = engine.agree(None, None, batch)
+        self.stop.beat(stepping=True)
+        while batch is not None:
+            if agreed.stop:
+                feed.close()
+                return False
+            began = time.monotonic()
+            weight, rate = agreed.next_weight, self.rate(batch.step - 1)
+            outcome = engine.step(batch, weight, rate)
+            following, waits = feed.take()
+            agreed = engine.agree(outcome, batch, following, fatal=self.saver.fatal is not None)
+            loss, norm = agreed.loss_sum / max(weight, 1), float(outcome.grad_norm)
+            engine.check_finite(batch.step, loss, norm, outcome.applied, rate)
+            if agreed.fatal:
+                raise self.saver.fatal or RunError(
+                    Cause.COMMUNICATION_ERROR, "Another process of the run cannot go on; its own message tells why."
+                )
+            self.step, self.position, self.loss = batch.step, batch.position, loss
+            trace(batch)
+            window = self.tally.window
+            window.loss_sum += agreed.loss_sum
+            window.weight += weight
+            window.tokens += agreed.tokens
+            window.pairs += agreed.pairs
+            window.steps += 1
+            window.waited += waited
+            seconds = time.monotonic() - began
+            window.seconds += seconds
+            self.tally.seconds += seconds
+            self.tally.tokens += agreed.tokens
+            self._stepped(batch.epoch, rate, norm, seconds, waited, agreed.tokens)
+            last = following is None
+            self._log_if_due(batch.epoch, batch.ends_epoch, rate, norm, last=last)
+            if last or self.step % self.save_steps == 0:
+                self._save()
+            batch, waited = following, waits
+        self.stop.beat(stepping=False)
+        with self.stop.never_leave():  # the last save is finished also where a stop is asked for now
+            if self.world.share("evaluate", bool(self.prepared.eval) and self.tally.evaluated_step != self.step):
+                self._evaluate()  # a run that was stopped between its last step and its end
+            self.saver.wait()
+        return True
+
+    def _stepped(self, epoch: float, rate: float, norm: float, seconds: float, waited: float, tokens: int) -> None:
+        metrics = self.telemetry.metrics
+        metrics.loss.set(self.loss)
+        metrics.learning_rate.set(rate)
+        metrics.grad_norm.set(norm)
+        metrics.step.set(self.step)
+        metrics.epoch.set(epoch)
+        metrics.tokens.inc(tokens)
+        metrics.step_seconds.observe(seconds)
+        metrics.data_wait.inc(waited)
+        pace = self.telemetry.progress().step_seconds
+        pace = seconds if pace is None else 0.9 * pace + 0.1 * seconds
+        self.telemetry.update(
+            step=self.step,
+            epoch=round(epoch, 4),
+            loss=self.loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            step_seconds=pace,
+            eta_seconds=round(pace * (self.max_steps - self.step), 1),
+            last_step_time=now(),
+            message=f"step {self.step} of {self.max_steps}",
+        )
+        self.stop.beat()
+
+    def _log_if_due(self, epoch: float, ends_epoch: bool, rate: float, norm: float, *, last: bool) -> None:
+        training = self.config.training
+        evaluate = bool(self.prepared.eval) and (
+            last or (self.step % training.eval_steps == 0 if training.eval_steps else ends_epoch)
+        )
+        if not (evaluate or last or self.step % training.logging_steps == 0):
+            return
+        record = self._record(epoch, rate, norm)
+        if evaluate:
+            record |= self._evaluate()
+        if self.world.first:
+            self.history.add(record)
+            self._print(_line(record, self.max_steps))
+
+    def _record(self, epoch: float, rate: float, norm: float) -> dict[str, Any]:
+        """One line of metrics.jsonl, over the steps since the last one."""
+        window = self.tally.window
+        self.tally.window = Window()
+        seconds = max(window.seconds, 1e-9)
+        pace = window.tokens / seconds
+        mfu = None
+        if self.peak:
+            mfu = self.cost.of(window.tokens, window.pairs) / seconds / (self.peak * self.world.size)
+            self.telemetry.metrics.mfu.set(mfu)
+        memory = self._memory()
+        for kind, size in memory.items():
+            self.telemetry.metrics.memory(kind, size)
+        self.telemetry.metrics.tokens_per_second.set(pace)
+        self.telemetry.update(tokens_per_second=round(pace, 2), mfu=mfu)
+        return {
+            "step": self.step,
+            "epoch": round(epoch, 6),
+            "loss": window.loss_sum / max(window.weight, 1),
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": self.tally.tokens,
+            "tokens_per_second": round(pace, 3),
+            "step_seconds": round(seconds / max(window.steps, 1), 6),
+            "data_wait_seconds": round(window.waited / max(window.steps, 1), 6),
+            "memory": memory,
+            "mfu": mfu,
+            "time": now(),
+        }
+
+    def _memory(self) -> dict[str, int]:
+        import torch
+
+        sizes = {"rss": host_memory()}
+        if self.world.device.type == "cuda":
+            sizes |= {
+                "allocated": torch.cuda.memory_allocated(),
+                "peak": torch.cuda.max_memory_allocated(),
+                "reserved": torch.cuda.memory_reserved(),
+            }
+        return sizes
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
+        if not self.prepared.eval:
+            return {}
+        before = self.telemetry.progress().phase
+        self._phase("evaluating")
+        figures = self.engine.evaluate(self.prepared.eval, self.collate)
+        self.tally.evaluation, self.tally.evaluated_step = figures, self.step
+        self.telemetry.metrics.evaluation(figures)
+        self.telemetry.update(evaluation=figures)
+        self._phase(before)
+        return {f"eval_{name}": value for name, value in figures.items()}
+
+    def _answer_before(self) -> None:
+        """The answers of the untrained model; a resumed run has them from its checkpoint. Collective."""
+        from finetune_trainer.generate import answers
+
+        wanted = self.config.evaluation
+        missing = self.world.share("prompts", [p for p in wanted.prompts if p not in self.tally.before])
+        if not missing or self.step:
+            return
+        self._phase("evaluating", "asking the model before training")
+        said = answers(self.engine, self.tokenizer, missing, wanted.max_new_tokens, self.world)
+        self.tally.before |= dict(zip(missing, said, strict=True))
+
+    def _trace(self) -> Callable[[Any], None]:
+        folder = os.environ.get(ENV_TRACE)
+        if not folder:
+            return lambda batch: None
+        path = Path(folder) / f"rows-{self.world.size}-{self.world.rank}.jsonl"
+
+        def write(batch: Any) -> None:
+            with path.open("a") as file:
+                file.write(json.dumps({"step": batch.step, "rows": batch.rows}) + "\n")
+
+        return write
+
+    # Save
+
+    def _documents(self) -> dict[str, bytes]:
+        from finetune_trainer.checkpoint import METRICS, RUN
+
+        if not self.world.first:
+            return {}
+        return {METRICS: self.history.content(), RUN: self.tally.document()}
+
+    def _save(self) -> None:
+        self.saver.save(self.step, self.position, self._documents())
+        self.stop.beat()
+
+    def _saved(self, saved: Any) -> None:
+        """From the saving thread, on rank 0."""
+        metrics = self.telemetry.metrics
+        if saved.info is not None:
+            self.last_checkpoint = saved.info
+            metrics.checkpoint_seconds.set(saved.seconds)
+            metrics.checkpoint_time.set(time.time())
+            metrics.checkpoint_bytes.set(saved.info.size)
+            self._print(f"saved {saved.info.uri} ({saved.info.size / 2**20:.1f} MiB in {saved.seconds:.1f} s)")
+        else:
+            metrics.checkpoint_failures.inc()
+            self._print(f"step {saved.step} could not be saved, training goes on: {saved.problem}")
+        self.telemetry.checkpoints(self.saver.kept, self.saver.failures)
+
+    def leave_stopped(self) -> int:
+        """All processes agreed to stop: save what was done since the last save, and leave."""
+        with self.stop.never_leave():
+            self._phase("saving", f"stopping: saving step {self.step}")
+            if self.step and self.saver.saved_step != self.step:
+                self.saver.save(self.step, self.position, self._documents())
+            self.saver.wait(hurry=True)
+            kept = self.saver.saved_step == self.step or not self.world.first
+            message = f"Stopped on request after step {self.step}" + (
+                ", which is saved." if kept else f"; it could not be saved: {self.saver.last_problem}"
+            )
+            self._leave_word(self.word(Cause.TERMINATED, message))
+        return EXIT_STOPPED
+
+    # Report
+
+    def finish(self) -> None:
+        """The answers after, the result and the report, and the last word."""
+        self._phase("exporting", "writing the result")
+        answers = self._answers()
+        weights = self.engine.weights(only_trainable=self.config.method.type != "full")
+        if self.world.first:
+            self._export(weights, answers)
+        self._phase("done", f"done after {self.step} steps")
+        if self.world.first or local_rank() == 0:
+            self._leave_word(self.word(Cause.SUCCEEDED, f"Trained {self.step} steps."))
+        self.pulse.close()
+
+    def _answers(self) -> list[Answer]:
+        from finetune_trainer.generate import answers
+
+        wanted = self.config.evaluation
+        if not wanted.prompts:
+            return []
+        after = answers(self.engine, self.tokenizer, wanted.prompts, wanted.max_new_tokens, self.world)
+        return [
+            Answer(prompt=prompt, before=self.tally.before.get(prompt, ""), after=text)
+            for prompt, text in zip(wanted.prompts, after, strict=True)
+        ]
+
+    def _export(self, weights: dict[str, Any] | None, answers: list[Answer]) -> None:
+        from finetune_trainer import export, report
+
+        config = self.config
+        folder = self.work / "output"
+        kind = "model" if config.method.type == "full" else "adapter"
+        export.write_weights(self.engine.module, self.tokenizer, weights, config, folder)
+        facts = {
+            "namespace": config.namespace,
+            "name": config.name,
+            "step": self.step,
+            "base_model": config.model.uri,
+            "inputs": self.inputs,
+            "evaluation": self.tally.evaluation,
+        }
+        if config.merge and kind == "adapter":
+            self._phase("exporting", "merging the adapter into the model")
+            merged = self.work / "merged"
+            export.merge(config, self.fetched.model, folder, merged)
+            self.outputs.append(export.upload(merged, f"{config.output_uri.rstrip('/')}/merged", "merged", facts))
+        self.stop.beat()
+        page = report.Report(
+            config=config,
+            records=self.history.records(),
+            evaluation=self.tally.evaluation,
+            answers=answers,
+            data=self.prepared.report,
+            attempts=self._attempts(),
+            checkpoints=list(self.saver.kept),
+            skipped=self.resumed.skipped,
+            checkpoint_failures=self.saver.failures,
+            outputs=list(self.outputs),
+            trainable_parameters=self.trainable,
+            total_parameters=self.total,
+            world_size=self.world.size,
+            device=_device_name(self.world.device),
+            seconds=self.tally.seconds,
+            versions=_versions(),
+        )
+        (folder / "metrics.jsonl").write_bytes(self.history.content())
+        try:
+            report.write_plot(page, folder / "loss.png")
+            report.write_page(page, folder / "report.html")
+        except Exception as error:  # a result without its report is still the result
+            traceback.print_exception(error)
+        self.outputs.insert(0, export.upload(folder, config.output_uri, kind, facts))
+
+    def _attempts(self) -> list[dict[str, Any]]:
+        """Every start of this run and what became of it, as far as it was written down."""
+        try:
+            attempts = list(self.fence.attempts()) if self.fence is not None else []
+        except RunError:
+            return []
+        if attempts:
+            attempts[-1] |= {"cause": Cause.SUCCEEDED.value, "message": f"{self.step} steps"}
+        return attempts
+
+    # Words
+
+    def word(self, cause: Cause, message: str) -> Termination:
+        """The last word, with where the run stands."""
+        return Termination(
+            cause=cause,
+            message=message[:2000],
+            exit_code=exit_code(cause),
+            rank=rank(),
+            step=self.step,
+            max_steps=self.max_steps,
+            loss=self.loss,
+            evaluation=self.tally.evaluation,
+            outputs=self.outputs,
+            last_checkpoint=self.last_checkpoint,
+        )
+
+    def stopped(self, why: str) -> None:
+        """From the waiting thread: the process leaves without a save."""
+        self._leave_word(self.word(Cause.TERMINATED, why))
+
+    def _leave_word(self, word: Termination) -> None:
+        print(f"{word.cause}: {word.message}", flush=True)
+        leave_word(word)
+        self.end_attempt(word)
+
+    def end_attempt(self, word: Termination) -> None:
+        """Write down beside the claim how this attempt ended, for the report of a later one; for 5 s at most.
+
+        A process that dies of another one's death leaves the telling to that one, if it comes to it.
+        """
+        if self.fence is None or (word.cause in ECHOES and word.exit_code != EXIT_STOPPED):
+            return
+        facts = {"cause": word.cause.value, "message": word.message, "step": word.step, "ended": now()}
+        writing = threading.Thread(target=self._note_end, args=(facts,), daemon=True)
+        writing.start()
+        writing.join(5.0)
+
+    def _note_end(self, facts: dict[str, Any]) -> None:
+        with suppress(RunError):
+            self.fence.note("ended", facts)
+
+    def memory_settings(self) -> str:
+        """The settings that decide over memory, in words."""
+        training = self.config.training
+        return (
+            f"per_device_train_batch_size {training.per_device_train_batch_size}, max_length "
+            f"{self.config.data.max_length}, gradient_checkpointing "
+            f"{str(training.gradient_checkpointing).lower()}, ZeRO stage "
+            f"{self.config.deepspeed.get('zero_optimization', {}).get('stage', 0)}"
+        )
+
+    def _phase(self, phase: str, message: str = "") -> None:
+        self.doing = {"loading": "loading", "preparing": "preparing the data"}.get(phase, phase)
+        self.telemetry.phase(phase, message)
+        self.stop.beat()
+
+    def _print(self, text: str) -> None:
+        if rank() == 0:
+            print(text, flush=True)
+
+    def _on_first(self, name: str, work: Callable[[], Any]) -> Any:
+        """``work`` on rank 0 only; its RunError is raised on every process. None elsewhere."""
+        result, problem = None, None
+        if self.world.first:
+            try:
+                result = work()
+            except RunError as error:
+                problem = [error.cause.value, error.message]
+        problem = self.world.share(name, problem)
+        if problem is not None:
+            raise RunError(Cause(problem[0]), problem[1])
+        return result
+
+
+def _line(record: dict[str, Any], max_steps: int) -> str:
+    """A logged step for people: one line."""
+    text = (
+        f"step {record['step']}/{max_steps} epoch {record['epoch']:.2f} loss {record['loss']:.4f} "
+        f"lr {record['learning_rate']:.3e} grad_norm {record['grad_norm']:.3f} "
+        f"{record['tokens_per_second']:,.0f} tok/s {record['step_seconds']:.3f} s/step"
+    )
+    if record.get("mfu") is not None:
+        text += f" mfu {record['mfu']:.1%}"
+    if "eval_loss" in record:
+        text += f" eval_loss {record['eval_loss']:.4f}"
+    return text
+
+
+def _device_name(device: Any) -> str:
+    if device.type != "cuda":
+        return "CPU"
+    import torch
+
+    return str(torch.cuda.get_device_name())
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "transformers", "peft", "deepspeed"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
