@@ -1,0 +1,1 @@
+"""The command line: ``finetune``, also reachable as ``kubectl finetune``."""

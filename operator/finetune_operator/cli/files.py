@@ -1,0 +1,182 @@
+"""YAML files → FineTuneJobs as the API would take them, or every mistake in them.
+
+Called by the commands of ``main.py``. Three things a cluster does not do happen here, so that a file can be moved and
+tried: ``file://./data.jsonl`` is made absolute, from the folder of the YAML file; ``--set`` changes fields; ``--cpu``
+takes the GPUs out. Reads files, starts nothing.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from finetune_api.mistakes import read
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.cluster import Object
+from finetune_operator.manifests import API_VERSION, KIND
+from finetune_operator.settings import Profile, Settings
+
+
+class RefusedError(Exception):
+    """What was given cannot be used: every mistake, a line each."""
+
+    def __init__(self, mistakes: Iterable[str]) -> None:
+        self.mistakes = list(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
+@dataclass(frozen=True)
+class Document:
+    """One FineTuneJob of a file, valid."""
+
+    source: str
+    """Name of the file."""
+    job: Object
+    spec: FineTuneJobSpec
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Namespace and name."""
+        return self.job["metadata"]["namespace"], self.job["metadata"]["name"]
+
+
+def load(paths: Sequence[str], changes: Sequence[str] = (), *, cpu: bool = False) -> tuple[list[Document], list[str]]:
+    """All FineTuneJobs of the files (``-``: standard input), and what was passed over.
+
+    Raises :class:`RefusedError` with every mistake of every file.
+    """
+    found: list[Document] = []
+    notes: list[str] = []
+    mistakes: list[str] = []
+    for path in paths:
+        try:
+            objects = _objects(path)
+        except RefusedError as refused:
+            mistakes += refused.mistakes
+            continue
+        jobs = [o for o in objects if o.get("kind") == KIND]
+        others = sorted({str(o.get("kind")) for o in objects if o.get("kind") != KIND})
+        if others:
+            notes.append(f"{path}: {', '.join(others)} passed over; only {KIND} is read.")
+        if not jobs:
+            mistakes.append(f"{path}: no {KIND} in it; accepted: kind: {KIND} of {API_VERSION}.")
+        for job in jobs:
+            try:
+                found.append(_document(path, job, changes, cpu))
+            except RefusedError as refused:
+                mistakes += refused.mistakes
+    names = [document.key for document in found]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        mistakes.append(f"{name[1]}: given {names.count(name)} times; accepted: each name once in a namespace.")
+    if mistakes:
+        raise RefusedError(mistakes)
+    return found, notes
+
+
+def _objects(path: str) -> list[Object]:
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text()
+        objects = [o for o in yaml.safe_load_all(text) if o is not None]
+    except OSError as error:
+        raise RefusedError([f"{path}: cannot be read: {error.strerror or error}."]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        at = f" line {where.line + 1}, column {where.column + 1}" if where else ""
+        raise RefusedError([f"{path}:{at} is not YAML: {getattr(error, 'problem', None) or error}."]) from error
+    flat: list[Object] = []
+    for one in objects:
+        if not isinstance(one, dict):
+            raise RefusedError([f"{path}: holds {type(one).__name__}; accepted: Kubernetes objects."])
+        flat += one["items"] if one.get("kind") == "List" and isinstance(one.get("items"), list) else [one]
+    return flat
+
+
+def _document(path: str, job: Object, changes: Sequence[str], cpu: bool) -> Document:
+    given = job.get("metadata")
+    metadata: Object = given if isinstance(given, dict) else {}
+    name = metadata.get("name")
+    label = f"{path}: {name or '(no name)'}"
+    base = Path.cwd() if path == "-" else Path(path).absolute().parent
+    job = {**job, "metadata": {"namespace": "default", **metadata}, "spec": _absolute(job.get("spec"), base)}
+    for change in changes:
+        _change(job, change, str(name))
+    if cpu and isinstance(job["spec"], dict):
+        workers = job["spec"].get("workers")
+        job["spec"]["workers"] = {**(workers if isinstance(workers, dict) else {}), "gpusPerWorker": 0}
+    found = read(job)
+    if not isinstance(found, FineTuneJobSpec):
+        raise RefusedError(f"{label}: {mistake.text()}" for mistake in found)
+    return Document(path, job, found)
+
+
+_RELATIVE = re.compile(r"^file://(\.{1,2}(/.*)?)$")
+
+
+def _absolute(value: Any, base: Path) -> Any:
+    """``file://./x`` and ``file://../x`` → absolute, wherever they stand."""
+    if isinstance(value, dict):
+        return {key: _absolute(entry, base) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_absolute(entry, base) for entry in value]
+    if isinstance(value, str) and (found := _RELATIVE.match(value)):
+        slash = "/" if value.endswith("/") else ""
+        return f"file://{(base / found.group(1)).resolve()}{slash}"
+    return value
+
+
+_CHANGE = re.compile(r"^(?:(?P<job>[a-z0-9][-a-z0-9.]*):)?(?P<path>[A-Za-z_][\w.\[\]-]*)=(?P<value>.*)$", re.DOTALL)
+
+
+def _change(job: Object, change: str, name: str) -> None:
+    """Apply one ``[JOB:]path=value``; the value is YAML."""
+    found = _CHANGE.match(change)
+    if found is None:
+        raise RefusedError([f"--set {change}: accepted: [JOB:]field=value, e.g. training.max_steps=20."])
+    if found["job"] and found["job"] != name:
+        return
+    try:
+        value = _absolute(yaml.safe_load(found["value"]), Path.cwd())
+    except yaml.YAMLError as error:
+        raise RefusedError([f"--set {change}: the value is not YAML: {error}."]) from error
+    steps: list[str | int] = [int(s) if s.isdigit() else s for s in re.findall(r"[^.\[\]]+", found["path"])]
+    if steps[0] not in ("spec", "metadata"):
+        steps.insert(0, "spec")
+    at: Any = job
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        fits = isinstance(at, list) and isinstance(step, int) and step < len(at)
+        if not fits and not (isinstance(at, dict) and isinstance(step, str)):
+            raise RefusedError([f"--set {change}: there is no {step} in {found['path']} of job {name}."])
+        if following is None:
+            at[step] = value
+        elif isinstance(at, dict) and not isinstance(at.get(step), dict | list):
+            at[step] = {}
+            at = at[step]
+        else:
+            at = at[step]
+
+
+def settings(path: Path | None, documents: Sequence[Document] = ()) -> tuple[Settings, list[str]]:
+    """Settings for this machine, from a file in the form of ``finetune operator --config``; and what to tell of it.
+
+    Profiles are the platform's. One that is not known here is replaced by the default, and that is said.
+    """
+    try:
+        read_in = yaml.safe_load(path.read_text()) if path else None
+        found = Settings.model_validate(read_in or {})
+    except (OSError, yaml.YAMLError) as error:
+        raise RefusedError([f"{path}: cannot be read: {error}."]) from error
+    except ValidationError as error:
+        raise RefusedError(
+            f"{path}: {'.'.join(str(p) for p in e['loc'])}: {e['msg']}." for e in error.errors()
+        ) from error
+    profiles = {"default": Profile(), **found.profiles}
+    notes = []
+    for name in sorted({d.spec.profile for d in documents} - profiles.keys()):
+        notes.append(f"Profile {name} is not known here; the default is used (--profile-file gives profiles).")
+        profiles[name] = profiles["default"]
+    return found.model_copy(update={"profiles": profiles, "progress_interval": "1s"}), notes

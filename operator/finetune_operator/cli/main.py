@@ -1,0 +1,397 @@
+"""``finetune``: the commands and their options. Each one is thin; the work is in the modules beside this one.
+
+Exit codes: 0 succeeded, 1 failed, 2 what was given has mistakes, 130 interrupted.
+"""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from types import FrameType
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from finetune_api.conditions import Condition, State
+from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator import manifests
+from finetune_operator.cli import files, results
+from finetune_operator.cli.display import Plain, Terminal
+from finetune_operator.cli.files import Document, RefusedError
+from finetune_operator.cli.run import Runner, needs_trainer, prepare, status_of
+from finetune_operator.cluster import Object
+from finetune_operator.cluster.local import Key, LocalCluster
+from finetune_operator.cluster.store import Folder, folders, tail
+from finetune_operator.observe import parse_time
+from finetune_operator.plan import Owner, make_plan
+from finetune_operator.status import condition, duration
+
+FAILED, MISTAKES, INTERRUPTED = 1, 2, 130
+
+
+class _Main(click.Group):
+    """Prints mistakes one per line, and nothing else of an exception that is meant for the user."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except RefusedError as refused:
+            for mistake in refused.mistakes:
+                click.echo(mistake, err=True)
+            ctx.exit(MISTAKES)
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Fine-tune language models: one file says what, on which data, and where the result goes.
+
+    On this machine, without Kubernetes:   finetune run FILE
+
+    On a cluster with the operator:        kubectl apply -f FILE
+
+    The file is the same. get, status, logs, suspend and delete are about runs of this machine.
+    """
+
+
+_files = click.argument("files", nargs=-1, required=True, metavar="FILE...")
+_set = click.option(
+    "--set", "changes", multiple=True, metavar="[JOB:]FIELD=VALUE",
+    help="Change a field of the spec, e.g. training.max_steps=20 or data.train[0].uri=file://./mine.jsonl.",
+)  # fmt: skip
+_cpu = click.option("--cpu", is_flag=True, help="Train on the CPU: spec.workers.gpusPerWorker is taken as 0.")
+_state_dir = click.option(
+    "--state-dir", type=click.Path(path_type=Path, file_okay=False), default=Path(".finetune"), show_default=True,
+    envvar="FINETUNE_STATE_DIR", help="Folder for state and logs of local runs.",
+)  # fmt: skip
+_namespace = click.option("-n", "--namespace", default="default", show_default=True, help="Namespace of the job.")
+_profiles = click.option(
+    "--profile-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+    help="Profiles that spec.profile may name: a file as for finetune operator --config.",
+)  # fmt: skip
+
+
+# --- running --------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@_files
+@_set
+@_cpu
+@_state_dir
+@_profiles
+@click.option("--fresh", is_flag=True, help="Forget an earlier run of these jobs: its state and its local checkpoints.")
+@click.option("--plain", is_flag=True, help="Plain lines, also in a terminal.")
+def run(
+    files: tuple[str, ...],
+    changes: tuple[str, ...],
+    cpu: bool,
+    state_dir: Path,
+    profile_file: Path | None,
+    fresh: bool,
+    plain: bool,
+) -> None:
+    """Train what FILE says on this machine, and wait for it.
+
+    Pods are processes, storage may be file://, and everything else is as on a cluster: workers that fail are restarted
+    from the newest checkpoint, and job:// inputs are trained first. Paths like file://./data.jsonl are relative to
+    the file they stand in. Storage credentials are taken from your environment (AWS_ACCESS_KEY_ID, HF_TOKEN ...).
+
+    Ctrl-C saves a checkpoint and stops; the same command goes on from there. Ctrl-C twice stops at once.
+    """
+    documents, notes = _load(files, changes, cpu)
+    settings, more = _settings(profile_file, documents)
+    needs_trainer()
+    console = Console(highlight=False, soft_wrap=True)
+    view = Terminal(console) if console.is_terminal and not plain else Plain(click.echo)
+    cluster = LocalCluster(state_dir, told=view.told)
+    try:
+        for note in [*notes, *more]:
+            view.say(note)
+        runner = Runner(cluster, settings, prepare(cluster, documents, view.say, fresh=fresh), view)
+        with view, _stopping(runner, view.say):
+            runner.run()
+    except OSError as error:
+        raise RefusedError([f"{error.filename or state_dir}: {error.strerror or error}."]) from error
+    finally:
+        cluster.close()
+    sys.exit(_outcome(documents, cluster, bool(runner.interruptions)))
+
+
+@contextlib.contextmanager
+def _stopping(runner: Runner, say: Callable[[str], None]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal ask the runner to stop."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if runner.interruptions == 0:
+            say("Stopping: checkpoints are saved first. Once more stops at once, without them.")
+        runner.interrupt()
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _outcome(documents: Sequence[Document], cluster: LocalCluster, interrupted: bool) -> int:
+    """Tell what came of every job; the exit code."""
+    states = []
+    for document in documents:
+        folder = cluster.folder(*document.key)
+        status = status_of(folder.job)
+        states.append(status.state)
+        if interrupted and status.state not in (State.SUCCEEDED, State.FAILED):
+            click.echo(results.stopped(document.key[1], status))
+        else:
+            results.tell(document.key[1], document.spec, status, folder, click.echo)
+            _why_not(status)
+    if all(state == State.SUCCEEDED for state in states):
+        return 0
+    if interrupted:
+        click.echo("The same command goes on from there.")
+        return INTERRUPTED
+    if State.FAILED in states:
+        click.echo("\nThe same command, when the cause is mended, tries again from the newest checkpoint.")
+    return FAILED
+
+
+_EXPLAINED_BY = {
+    State.WAITING: Condition.INPUTS_READY,
+    State.SUSPENDED: Condition.SUSPENDED,
+    State.INVALID: Condition.ACCEPTED,
+}
+
+
+def _why_not(status: FineTuneJobStatus) -> None:
+    """Why a job that is neither done nor failed does not run."""
+    kind = _EXPLAINED_BY.get(State(status.state or State.PENDING))
+    found = condition(status, kind) if kind else None
+    if found is not None:
+        click.echo(f"  {found.message}")
+
+
+# --- looking at files -----------------------------------------------------------------------------------------
+
+
+@main.command()
+@_files
+@_set
+@_cpu
+def validate(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool) -> None:
+    """Check FILE as the operator would: every mistake at once, one per line. Exit code 2 where there is one."""
+    documents, _ = _load(files, changes, cpu)
+    for document in documents:
+        click.echo(f"{document.source}: {document.key[1]}: valid")
+
+
+@main.command()
+@_files
+@_set
+@_cpu
+@_profiles
+def plan(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool, profile_file: Path | None) -> None:
+    """Print, as YAML, the objects the operator would make for FILE, with every default resolved."""
+    documents, notes = _load(files, changes, cpu)
+    settings, more = _settings(profile_file, documents)
+    for note in [*notes, *more]:
+        click.echo(f"# {note}", err=True)
+    made: list[Object] = []
+    for document in documents:
+        (namespace, name), uri = document.key, document.spec.model.uri
+        labels = document.job["metadata"].get("labels") or {}
+        owner = Owner(namespace, name, "00000000-0000-0000-0000-000000000000", labels)
+        inputs = {uri: f"(output of {uri})"} if uri.startswith("job://") else {}
+        found = make_plan(owner, document.spec, settings.profiles[document.spec.profile], inputs)
+        made += [manifests.config_map(found), manifests.service(found)]
+        made += [manifests.network_policy(found)] if found.profile.network_policy else []
+        made.append(manifests.job(found, 1))
+    click.echo(yaml.dump_all(made, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120), nl=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text of several lines as a block, and no anchors."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Never: manifests share pieces, and people copy parts of them."""
+        return True
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
+def _load(paths: Sequence[str], changes: Sequence[str], cpu: bool) -> tuple[list[Document], list[str]]:
+    return files.load(paths, changes, cpu=cpu)
+
+
+def _settings(path: Path | None, documents: Sequence[Document]) -> tuple[files.Settings, list[str]]:
+    return files.settings(path, documents)
+
+
+# --- runs of this machine -------------------------------------------------------------------------------------
+
+
+@main.command()
+@_state_dir
+def get(state_dir: Path) -> None:
+    """List the runs of this machine."""
+    found = folders(state_dir)
+    if not found:
+        click.echo(f"No runs in {state_dir}.")
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("NAME", "STATE", "PROGRESS", "STEP", "LOSS", "ETA", "CHECKPOINT", "RESTARTS", "AGE"):
+        table.add_column(title, no_wrap=True)
+    for folder in found:
+        table.add_row(*_row(folder))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _row(folder: Folder) -> list[str]:
+    job = folder.job or {}
+    status, shown = status_of(job), status_of(job).progress
+    return [
+        folder.path.name,
+        status.state,
+        shown.percent if shown else "",
+        f"{shown.step}/{shown.max_steps}" if shown and shown.max_steps else "",
+        shown.loss if shown else "",
+        shown.eta if shown else "",
+        _age(status.last_checkpoint_time),
+        str(status.restarts),
+        _age(job.get("metadata", {}).get("creationTimestamp")),
+    ]
+
+
+def _age(moment: str | None) -> str:
+    began = parse_time(moment)
+    return duration((datetime.now(UTC) - began).total_seconds()) if began else ""
+
+
+@main.command()
+@click.argument("name")
+@_namespace
+@_state_dir
+def status(name: str, namespace: str, state_dir: Path) -> None:
+    """Print the whole status of a run of this machine, as YAML."""
+    job = _found(state_dir, namespace, name).job or {}
+    click.echo(yaml.dump(job.get("status") or {}, Dumper=_Dumper, sort_keys=False, allow_unicode=True), nl=False)
+
+
+@main.command()
+@click.argument("name")
+@_namespace
+@_state_dir
+@click.option("--attempt", type=int, help="Of this attempt; default: the newest.")
+@click.option("--worker", type=int, default=0, show_default=True, help="Of the worker with this number.")
+@click.option("--lines", type=int, default=1000, show_default=True, help="That many, from the end.")
+@click.option("-f", "--follow", is_flag=True, help="Go on as they come, until the worker has ended.")
+def logs(
+    name: str, namespace: str, state_dir: Path, attempt: int | None, worker: int, lines: int, follow: bool
+) -> None:
+    """Print the logs of a worker of this machine."""
+    folder = _found(state_dir, namespace, name)
+    attempts = status_of(folder.job).attempts
+    number = attempt or (attempts[-1].number if attempts else 1)
+    pod = f"{manifests.job_name(name, number)}-{worker}"
+    paths = [folder.log(pod, container) for container in (FETCH_CONTAINER, TRAINER_CONTAINER)]
+    if not any(path.exists() for path in paths):
+        raise RefusedError([f"There is no log of worker {worker} in attempt {number} of {name} ({paths[1]})."])
+    for path in paths:
+        for line in tail(path, lines, limit=1 << 26):
+            click.echo(line)
+    if follow:
+        _follow(folder, pod, paths[1])
+
+
+def _follow(folder: Folder, pod: str, path: Path) -> None:
+    place = path.stat().st_size if path.exists() else 0
+    while True:
+        # Looked at before reading: what is written before the end is read.
+        alive = ((folder.get("Pod", pod) or {}).get("status") or {}).get("phase") in ("Pending", "Running")
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(place)
+                text = file.read()
+            place += len(text)
+            click.echo(text.decode(errors="replace"), nl=False)
+        if not alive:
+            return
+        time.sleep(0.3)
+
+
+@main.command()
+@click.argument("name")
+@_namespace
+@_state_dir
+def suspend(name: str, namespace: str, state_dir: Path) -> None:
+    """Ask a run of this machine to save a checkpoint and stop; finetune run goes on with it."""
+    folder = _found(state_dir, namespace, name)
+    LocalCluster(state_dir).set_suspended(*_key(folder), True)
+    click.echo(f"{name} is asked to stop.")
+
+
+@main.command()
+@click.argument("name")
+@_namespace
+@_state_dir
+def delete(name: str, namespace: str, state_dir: Path) -> None:
+    """Forget a run of this machine: its state and logs. Outputs and checkpoints stay where they are."""
+    folder = _found(state_dir, namespace, name)
+    if not folder.claim():
+        raise RefusedError([f"{name} is running. Stop it first: finetune suspend {name}"])
+    folder.forget()
+    folder.path.rmdir()
+    click.echo(f"{name} is forgotten.")
+
+
+def _found(state_dir: Path, namespace: str, name: str) -> Folder:
+    folder = Folder(state_dir / namespace / name)
+    if folder.job is None:
+        known = ", ".join(f.path.name for f in folders(state_dir)) or "none"
+        raise RefusedError([f"There is no run {name} in {state_dir}/{namespace}; there: {known}."])
+    return folder
+
+
+def _key(folder: Folder) -> Key:
+    return folder.path.parent.name, folder.path.name
+
+
+# --- the rest -------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option(
+    "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The operator's settings, YAML."
+)
+def operator(config: Path | None) -> None:
+    """Run the operator against the cluster of this pod or of KUBECONFIG."""
+    from finetune_operator import handlers
+    from finetune_operator.settings import load
+
+    handlers.main(load(config))
+
+
+@main.command()
+def version() -> None:
+    """Print the version."""
+    try:
+        click.echo(installed_version("finetune-operator"))
+    except PackageNotFoundError:
+        click.echo("not installed (running from a checkout)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The loop of ``finetune run``: the operator's own reconcile over the cluster that is this machine.
+
+Called by ``main.py``. :func:`prepare` decides what is to run and refuses what cannot; :class:`Runner` turns until every
+job has come to rest. It decides nothing about a run: that is ``reconcile``'s, here as on Kubernetes. Ctrl-C is
+``spec.suspend: true``: the trainers save a checkpoint, the pods go, and the same command goes on from there.
+"""
+
+import importlib.util
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from finetune_api.conditions import Condition, Reason, State
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.cli.files import Document, RefusedError
+from finetune_operator.cluster import ClusterError, Object
+from finetune_operator.cluster.local import Key, LocalCluster, no_room
+from finetune_operator.observe import observe
+from finetune_operator.plan import Owner, changed_fields, checkpoint_uri, result_part
+from finetune_operator.reconcile import reconcile
+from finetune_operator.settings import Settings
+from finetune_operator.status import condition
+
+LONGEST = 3600.0
+"""Seconds between two passes without cause."""
+RETRY = 5.0
+"""Seconds until a pass that failed is tried again."""
+
+
+class View(Protocol):
+    """Who watches: a terminal, a log, a test."""
+
+    def show(self, key: Key, status: FineTuneJobStatus) -> None:
+        """Where a job stands now."""
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+
+
+def status_of(job: Object | None) -> FineTuneJobStatus:
+    """The status of a FineTuneJob as it lies in the state folder."""
+    return FineTuneJobStatus.model_validate((job or {}).get("status") or {})
+
+
+def needs_trainer() -> None:
+    """Refuse to start where the trainer is not installed: every pod would fail for it."""
+    missing = [name for name in ("finetune_trainer", "torch") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RefusedError(
+            [f"The trainer is not installed ({', '.join(missing)} missing). pip install 'finetune-operator[trainer]'"]
+        )
+
+
+def prepare(
+    cluster: LocalCluster, documents: Sequence[Document], say: Callable[[str], None], *, fresh: bool = False
+) -> list[Key]:
+    """Submit the jobs; the keys of those that are to run come back. Raises RefusedError, having changed nothing."""
+    given = {document.key for document in documents}
+    mistakes = [m for document in documents for m in _cannot_run(cluster, document, given, fresh)]
+    if mistakes:
+        raise RefusedError(mistakes)
+    keys = []
+    for document in documents:
+        try:
+            cluster.claim(*document.key)
+        except ClusterError as error:
+            raise RefusedError([error.message]) from error
+        before = status_of(cluster.finetunejob(*document.key))
+        if before.state == State.SUCCEEDED and not fresh:
+            say(f"{document.key[1]} has already succeeded; --fresh trains it again.")
+        else:
+            if before.state == State.FAILED or fresh:
+                cluster.forget(*document.key)
+                cluster.claim(*document.key)
+            if fresh:
+                _remove_checkpoints(document, say)
+            cluster.submit(document.job)
+        keys.append(document.key)
+    return keys
+
+
+def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fresh: bool) -> list[str]:
+    mistakes = []
+    (namespace, name), spec = document.key, document.spec
+    label = f"{document.source}: {name}"
+    wanted = spec.workers.replicas * spec.workers.gpus_per_worker
+    if wanted > len(cluster.gpus.names):
+        mistakes.append(f"{label}: {no_room(wanted, len(cluster.gpus.names))}")
+    if spec.model.uri.startswith("job://"):
+        other = spec.model.uri.removeprefix("job://")
+        state = status_of(cluster.finetunejob(namespace, other)).state
+        if (namespace, other) not in given and state != State.SUCCEEDED:
+            found = f"is {state} here" if state else "was not run here"
+            mistakes.append(
+                f"{label}: spec.model.uri = {spec.model.uri}: {other} {found}; accepted: a job that has "
+                "succeeded, or one given with this one. Add its file to the command."
+            )
+    folder = cluster.folder(namespace, name)
+    before = status_of(folder.job)
+    frozen = observe(name, folder.list("ConfigMap")).frozen_spec
+    if frozen is not None and not fresh and before.state != State.FAILED:
+        changes = changed_fields(frozen, result_part(spec))
+        what = "has already succeeded" if before.state == State.SUCCEEDED else "has begun"
+        mistakes += [
+            f"{label} {what} with another configuration: {change}. Put it back, give the job another name, "
+            "or start it anew with --fresh (its state and checkpoints here are deleted)."
+            for change in changes
+        ]
+    return mistakes
+
+
+def _remove_checkpoints(document: Document, say: Callable[[str], None]) -> None:
+    """Only complete or begun checkpoints (``step-N``), only on this machine."""
+    namespace, name = document.key
+    uri = checkpoint_uri(Owner(namespace, name, "", {}), document.spec)
+    if not uri.startswith("file://"):
+        say(f"{name}: checkpoints in {uri} are not deleted; the run continues from the newest one that fits.")
+        return
+    for path in Path(uri.removeprefix("file://")).glob("step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Runner:
+    """Turns the reconcile loop for some jobs until each has come to rest."""
+
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        settings: Settings,
+        keys: Sequence[Key],
+        view: View,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.cluster = cluster
+        self.settings = settings
+        self.keys = list(keys)
+        self.view = view
+        self.interruptions = 0
+        self._now = now
+        self._stopping = False
+        self._problems: dict[Key, str] = {}
+
+    def interrupt(self) -> None:
+        """Ctrl-C: once to save and stop, twice to stop at once. Safe in a signal handler."""
+        self.interruptions += 1
+        self.cluster.wake()
+
+    def run(self) -> None:
+        """Until every job has come to rest, or a second interruption."""
+        due = dict.fromkeys(self.keys, time.monotonic())
+        while due:
+            changed = self.cluster.wait(max(0.0, min(due.values()) - time.monotonic()))
+            if self.interruptions > 1:
+                self.cluster.kill()
+                return
+            if self.interruptions and not self._stopping:
+                self._stopping = True
+                for key in due:
+                    self.cluster.set_suspended(*key, True)
+                changed |= due.keys()
+            for key in [key for key in due if key in changed or due[key] <= time.monotonic()]:
+                due[key] = time.monotonic() + self._pass(key)
+                if self._rests(key):
+                    del due[key]
+                    for other in due:  # it may be what another one waits for
+                        due[other] = 0.0
+
+    def _pass(self, key: Key) -> float:
+        """One pass; seconds until the next one."""
+        try:
+            result = reconcile(self.cluster, self.settings, *key, self._now)
+        except ClusterError as error:
+            if self._problems.get(key) != error.message:
+                self.view.say(f"{key[1]}: {error.message} Tried again every {RETRY:.0f} s.")
+            self._problems[key] = error.message
+            return RETRY
+        self._problems.pop(key, None)
+        self.view.show(key, status_of(result.job))
+        return result.requeue if result.requeue is not None else LONGEST
+
+    def _rests(self, key: Key) -> bool:
+        job = self.cluster.finetunejob(*key)
+        if self.cluster.runs(*key):
+            return False
+        status = status_of(job)
+        if job is None or status.state in (State.SUCCEEDED, State.FAILED, State.INVALID, State.SUSPENDED):
+            return True
+        inputs = condition(status, Condition.INPUTS_READY)
+        return inputs is not None and inputs.reason == Reason.INPUT_JOB_FAILED

@@ -1,0 +1,649 @@
+"""Specs that users get wrong: one row each, with the words they must be told.
+
+Two tests read the table. ``tests/unit/test_api_mistakes.py`` runs every row through ``mistakes.read``;
+``tests/cluster_api/test_admission.py`` applies every row to a real API server and sees that what should be refused
+there is, and that the rest is let through to the condition.
+"""
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any
+
+GOOD: dict[str, Any] = {
+    "apiVersion": "finetune.dev/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "tune"},
+    "spec": {
+        "model": {"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"},
+        "data": {"train": [{"uri": "s3://team/rows.jsonl"}]},
+        "output": {"uri": "s3://team/models/tune"},
+    },
+}
+
+
+class Delete:
+    """As a value: the field is taken out."""
+
+
+SCHEMA = "schema"
+"""Refused at admission, in the API server's own words."""
+RULE = "rule"
+"""Refused at admission by a CEL rule, in our words."""
+CONDITION = "condition"
+"""Let through by the API server; the Accepted condition tells it."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One bad spec."""
+
+    id: str
+    change: dict[str, Any]
+    """Path → value, laid over GOOD."""
+    field: str
+    """The field that is named."""
+    says: str
+    """What the message contains."""
+    by: str = RULE
+    """Who refuses it first."""
+    server_says: str = ""
+    """What the API server's message contains, where it words it itself; the field always."""
+
+    @property
+    def object(self) -> dict[str, Any]:
+        """The whole object."""
+        return changed(GOOD, self.change)
+
+
+def changed(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """A copy with values at paths such as ``spec.data.train[0].uri``; missing objects are made."""
+    result = copy.deepcopy(base)
+    for path, value in change.items():
+        parts = [int(p) if p.isdigit() else p for p in re.findall(r"[^.\[\]]+", path)]
+        parent: Any = result
+        for part in parts[:-1]:
+            parent = parent.setdefault(part, {}) if isinstance(parent, dict) else parent[part]
+        if value is Delete:
+            del parent[parts[-1]]
+        elif isinstance(parent, list) and parts[-1] == len(parent):
+            parent.append(value)
+        else:
+            parent[parts[-1]] = value
+    return result
+
+
+_S3 = {"spec.model.uri": "s3://team/base"}
+_HF_DATA = {"spec.data.train[0].uri": "hf://datasets/tatsu-lab/alpaca"}
+_TRAINER = "spec.workers.template.spec.containers"
+_ZERO = "spec.deepspeed.zero_optimization"
+
+BAD: tuple[Bad, ...] = (
+    # ---- unknown and misspelt fields
+    Bad(
+        "a misspelt field",
+        {"spec.training.learning_rat": 1e-4},
+        "spec.training.learning_rat",
+        "did you mean learning_rate?",
+        SCHEMA,
+        "unknown field",
+    ),
+    Bad(
+        "a field in the wrong section",
+        {"spec.learning_rate": 1e-4},
+        "spec.learning_rate",
+        "did you mean spec.training.learning_rate?",
+        SCHEMA,
+        "unknown field",
+    ),
+    Bad(
+        "snake case where Kubernetes has camel case",
+        {"spec.workers.gpus_per_worker": 8},
+        "spec.workers.gpus_per_worker",
+        "did you mean gpusPerWorker?",
+        SCHEMA,
+        "unknown field",
+    ),
+    Bad(
+        "camel case where Hugging Face has snake case",
+        {"spec.checkpoint.saveSteps": 8},
+        "spec.checkpoint.saveSteps",
+        "did you mean save_steps?",
+        SCHEMA,
+        "unknown field",
+    ),
+    Bad(
+        "an unknown field of a source",
+        {"spec.data.train[0].wieght": 2},
+        "spec.data.train[0].wieght",
+        "did you mean weight?",
+        SCHEMA,
+        "unknown field",
+    ),
+    Bad(
+        "an unknown field without a likely meaning",
+        {"spec.output.zzz": 2},
+        "spec.output.zzz",
+        "one of uri, merge, max_shard_size",
+        SCHEMA,
+        "unknown field",
+    ),
+    # ---- missing
+    Bad("no model", {"spec.model": Delete}, "spec.model", "it is missing", SCHEMA, "Required"),
+    Bad("no uri of the model", {"spec.model": {}}, "spec.model.uri", "it is missing", SCHEMA, "Required"),
+    Bad("no data", {"spec.data": Delete}, "spec.data", "it is missing", SCHEMA, "Required"),
+    Bad("no training rows", {"spec.data": {}}, "spec.data.train", "it is missing", SCHEMA, "Required"),
+    Bad("an empty list of sources", {"spec.data.train": []}, "spec.data.train", "a list of 1 to 64", SCHEMA, "at least 1"),
+    Bad("a source without a uri", {"spec.data.train[0]": {}}, "spec.data.train[0].uri", "add it", SCHEMA, "Required"),
+    Bad("no output", {"spec.output": Delete}, "spec.output", "it is missing", SCHEMA, "Required"),
+    Bad("credentials without a secret", {"spec.credentials": {}}, "spec.credentials.secretName", "missing", SCHEMA),
+    # ---- types
+    Bad(
+        "a number in quotes",
+        {"spec.training.learning_rate": "1e-4"},
+        "spec.training.learning_rate",
+        "write it without quotes",
+        SCHEMA,
+        "must be of type number",
+    ),
+    Bad("a word for a number", {"spec.data.max_length": "long"}, "spec.data.max_length", "a whole number", SCHEMA),
+    Bad("a fraction of a worker", {"spec.workers.replicas": 1.5}, "spec.workers.replicas", "a whole number", SCHEMA),
+    Bad("yes for true", {"spec.data.packing": "yes"}, "spec.data.packing", "true or false", SCHEMA),
+    Bad("a number for a branch", {"spec.model.revision": 3}, "spec.model.revision", "put it into quotes", SCHEMA),
+    Bad("one source, no list", {"spec.data.train": {"uri": "s3://a/b.jsonl"}}, "spec.data.train", "write a list", SCHEMA),
+    Bad("a text for the training", {"spec.training": "fast"}, "spec.training", "write its fields below it", SCHEMA),
+    Bad("a text for the method", {"spec.method": "lora"}, "spec.method", "an object", SCHEMA),
+    Bad("a prompt that is a number", {"spec.evaluation.prompts": [1]}, "spec.evaluation.prompts[0]", "a text", SCHEMA),
+    Bad("null for what is required", {"spec.output.uri": None}, "spec.output.uri", "pvc://CLAIM/PATH", SCHEMA),
+    # ---- ranges
+    Bad(
+        "a negative learning rate",
+        {"spec.training.learning_rate": -1},
+        "spec.training.learning_rate",
+        "-1 is not accepted; accepted: a number greater than 0 and at most 10; remedy: choose such a value",
+        SCHEMA,
+        "should be greater than 0",
+    ),
+    Bad("a learning rate of zero", {"spec.training.learning_rate": 0}, "spec.training.learning_rate", "greater", SCHEMA),
+    Bad("no epoch", {"spec.training.num_train_epochs": 0}, "spec.training.num_train_epochs", "greater than 0", SCHEMA),
+    Bad(
+        "an empty batch",
+        {"spec.training.per_device_train_batch_size": 0},
+        "spec.training.per_device_train_batch_size",
+        "a whole number of at least 1",
+        SCHEMA,
+    ),
+    Bad("certain dropout", {"spec.method.lora_dropout": 1.0}, "spec.method.lora_dropout", "less than 1", SCHEMA),
+    Bad("rank zero", {"spec.method.r": 0}, "spec.method.r", "at least 1", SCHEMA),
+    Bad("sequences too short", {"spec.data.max_length": 8}, "spec.data.max_length", "at least 16", SCHEMA),
+    Bad("no worker", {"spec.workers.replicas": 0}, "spec.workers.replicas", "at least 1", SCHEMA),
+    Bad("negative GPUs", {"spec.workers.gpusPerWorker": -1}, "spec.workers.gpusPerWorker", "at least 0", SCHEMA),
+    Bad("weight zero", {"spec.data.train[0].weight": 0}, "spec.data.train[0].weight", "greater than 0", SCHEMA),
+    Bad("a negative seed", {"spec.training.seed": -1}, "spec.training.seed", "at least 0", SCHEMA),
+    Bad("a negative TTL", {"spec.ttlSecondsAfterFinished": -1}, "spec.ttlSecondsAfterFinished", "at least 0", SCHEMA),
+    Bad("no checkpoint kept", {"spec.checkpoint.save_total_limit": 0}, "spec.checkpoint.save_total_limit", "1", SCHEMA),
+    Bad("an endless uri", {"spec.output.uri": "s3://" + "x" * 1020}, "spec.output.uri", "shorten it", SCHEMA, "Too long"),
+    # ---- choices
+    Bad("an unknown stage", {"spec.stage": "sftt"}, "spec.stage", "did you mean sft?", SCHEMA, "Unsupported value"),
+    Bad("an unknown method", {"spec.method.type": "lorra"}, "spec.method.type", "one of full, lora, qlora", SCHEMA),
+    Bad("an unknown format", {"spec.data.train[0].format": "sharegpt"}, "spec.data.train[0].format", "messages", SCHEMA),
+    Bad("an unknown schedule", {"spec.training.lr_scheduler_type": "cosin"}, "spec.training.lr_scheduler_type", "cosine?", SCHEMA),
+    Bad("half precision", {"spec.model.dtype": "float16"}, "spec.model.dtype", "bfloat16", SCHEMA),
+    Bad("ZeRO-4", {f"{_ZERO}.stage": 4}, f"{_ZERO}.stage", "one of 0, 1, 2, 3", SCHEMA),
+    # ---- names and places
+    Bad(
+        "a name with upper case",
+        {"metadata.name": "Tune"},
+        "metadata.name",
+        "letters",
+        SCHEMA,
+        "RFC 1123",
+    ),
+    Bad("a name that begins with a digit", {"metadata.name": "7b"}, "metadata.name", "beginning with a letter"),
+    Bad("a name with a dot", {"metadata.name": "llama-3.1"}, "metadata.name", "lower-case letters, digits and -"),
+    Bad("a name too long for its pods", {"metadata.name": "x" * 52}, "metadata.name", "at most 51"),
+    Bad(
+        "a model without a scheme",
+        {"spec.model.uri": "HuggingFaceTB/SmolLM2-135M"},
+        "spec.model.uri",
+        "a model of the Hugging Face hub is hf://ORG/NAME",
+    ),
+    Bad("the web address of a model", {"spec.model.uri": "https://huggingface.co/a/b"}, "spec.model.uri", "hf://ORG/NAME"),
+    Bad("a path for a uri", {"spec.output.uri": "/mnt/out"}, "spec.output.uri", "pvc://CLAIM/PATH or file:///PATH"),
+    Bad("a relative file", {"spec.output.uri": "file://out"}, "spec.output.uri", "file:///PATH"),
+    Bad("output to the hub", {"spec.output.uri": "hf://me/model"}, "spec.output.uri", "a storage that can be written to"),
+    Bad("checkpoints to the hub", {"spec.checkpoint.uri": "hf://me/x"}, "spec.checkpoint.uri", "can be written to"),
+    Bad("rows of a job", {"spec.data.train[0].uri": "job://other"}, "spec.data.train[0].uri", "hf://datasets/ORG/NAME"),
+    Bad("a file of the hub", {"spec.model.uri": "hf://a/b/weights"}, "spec.model.uri", "a file into gguf_file"),
+    Bad("a branch in the uri", {"spec.model.uri": "hf://a/b@main"}, "spec.model.uri", "goes into revision"),
+    Bad("a data set as the model", {"spec.model.uri": "hf://datasets/a/b"}, "spec.model.uri", "hf://ORG/NAME for a model"),
+    Bad("a GGUF file as the folder", {"spec.model.uri": "s3://a/m.gguf"}, "spec.model.uri", "the file in gguf_file"),
+    Bad("a model as data", {"spec.data.train[0].uri": "hf://a/b"}, "spec.data.train[0].uri", "datasets/ after hf://"),
+    Bad("a table", {"spec.data.train[0].uri": "s3://a/rows.csv"}, "spec.data.train[0].uri", "to JSON lines"),
+    Bad(
+        "compressed held-out rows",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl"}, {"uri": "s3://a/rows.jsonl.gz"}]},
+        "spec.data.eval[1].uri",
+        "not compressed",
+    ),
+    Bad("a claim no volume can have", {"spec.model.uri": "pvc://My_Claim/x"}, "spec.model.uri", "PersistentVolumeClaim"),
+    Bad("a claim of the rows", {"spec.data.train[0].uri": "pvc://A/x.jsonl"}, "spec.data.train[0].uri", "Claim"),
+    Bad("a claim of held-out rows", {"spec.data.eval": [{"uri": "pvc://A/x.json"}]}, "spec.data.eval[0].uri", "Claim"),
+    Bad("a claim of the output", {"spec.output.uri": "pvc://a.b/x"}, "spec.output.uri", "PersistentVolumeClaim"),
+    Bad("a claim of checkpoints", {"spec.checkpoint.uri": "pvc://-/x"}, "spec.checkpoint.uri", "PersistentVolumeClaim"),
+    Bad("itself as the input", {"spec.model.uri": "job://tune"}, "spec.model.uri", "a job cannot wait for itself"),
+    Bad("a job with an impossible name", {"spec.model.uri": f"job://{'x' * 52}"}, "spec.model.uri", "at most 51"),
+    Bad("the base model overwritten", {**_S3, "spec.output.uri": "s3://team/base"}, "spec.output.uri", "overwritten"),
+    Bad("a secret with a bad name", {"spec.credentials.secretName": "My_Secret"}, "spec.credentials.secretName", "lower"),
+    Bad("a profile with a bad name", {"spec.profile": "H100!"}, "spec.profile", "lower-case letters"),
+    Bad("a size without a unit", {"spec.output.max_shard_size": "5"}, "spec.output.max_shard_size", "add the unit"),
+    # ---- the model and the sources, over several fields
+    Bad("a revision of a bucket", {**_S3, "spec.model.revision": "v2"}, "spec.model.revision", "only the hub has branches"),
+    Bad("a revision of a file", {"spec.data.train[0].revision": "v2"}, "spec.data.train[0].revision", "not hf://"),
+    Bad("a split of a file", {"spec.data.train[0].split": "test"}, "spec.data.train[0].split", "remove split"),
+    Bad(
+        "a split of a held-out file",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl", "split": "test"}]},
+        "spec.data.eval[0].split",
+        "remove split",
+    ),
+    Bad(
+        "a revision of a held-out file",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl", "revision": "x"}]},
+        "spec.data.eval[0].revision",
+        "remove revision",
+    ),
+    Bad(
+        "a model as held-out rows",
+        {"spec.data.eval": [{"uri": "hf://a/b"}]},
+        "spec.data.eval[0].uri",
+        "datasets/ after hf://",
+    ),
+    Bad("a GGUF path", {"spec.model.gguf_file": "q4/model.gguf"}, "spec.model.gguf_file", "only the file here"),
+    Bad("no GGUF file", {"spec.model.gguf_file": "model.safetensors"}, "spec.model.gguf_file", "ends in .gguf"),
+    Bad(
+        "GGUF of a job's output",
+        {"spec.model": {"uri": "job://first", "gguf_file": "x.gguf"}},
+        "spec.model.gguf_file",
+        "the output of a FineTuneJob is safetensors",
+    ),
+    Bad("the same rows twice", {"spec.data.train[1]": {"uri": "s3://team/rows.jsonl"}}, "spec.data.train", "set its weight"),
+    Bad(
+        "the same held-out rows twice",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl"}, {"uri": "s3://a/b.jsonl"}]},
+        "spec.data.eval",
+        "named more than once",
+    ),
+    Bad(
+        "weighted held-out rows",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl", "weight": 2}]},
+        "spec.data.eval[0].weight",
+        "for training rows only",
+    ),
+    Bad("the name of a template", {"spec.data.chat_template": "chatml"}, "spec.data.chat_template", "template's text here"),
+    # ---- the method
+    Bad(
+        "a rank without an adapter",
+        {"spec.method": {"type": "full", "r": 8}},
+        "spec.method.r",
+        "8 is not accepted; accepted: r with spec.method.type lora or qlora; remedy: remove it, or set",
+    ),
+    Bad("alpha without an adapter", {"spec.method": {"type": "full", "lora_alpha": 8}}, "spec.method.lora_alpha", "remove it"),
+    Bad("dropout without one", {"spec.method": {"type": "full", "lora_dropout": 0}}, "spec.method.lora_dropout", "remove"),
+    Bad("DoRA without one", {"spec.method": {"type": "full", "use_dora": True}}, "spec.method.use_dora", "remove it"),
+    Bad("rsLoRA without one", {"spec.method": {"type": "full", "use_rslora": True}}, "spec.method.use_rslora", "remove it"),
+    Bad(
+        "modules to save without one",
+        {"spec.method": {"type": "full", "modules_to_save": ["lm_head"]}},
+        "spec.method.modules_to_save",
+        "remove it",
+    ),
+    Bad("4 bits for lora", {"spec.method.bnb_4bit_quant_type": "nf4"}, "spec.method.bnb_4bit_quant_type", "type: qlora"),
+    Bad(
+        "double quantisation for lora",
+        {"spec.method.bnb_4bit_use_double_quant": True},
+        "spec.method.bnb_4bit_use_double_quant",
+        "set spec.method.type: qlora",
+    ),
+    Bad(
+        "modules without an adapter",
+        {"spec.method": {"type": "full", "target_modules": ["q_proj"]}},
+        "spec.method.target_modules",
+        "remove it",
+        CONDITION,
+    ),
+    Bad("no target module", {"spec.method.target_modules": []}, "spec.method.target_modules", "at least one", CONDITION),
+    Bad("an empty target", {"spec.method.target_modules": ""}, "spec.method.target_modules", "at least one", CONDITION),
+    Bad("a number as target", {"spec.method.target_modules": 3}, "spec.method.target_modules", "a list of texts", CONDITION),
+    Bad("a number in the targets", {"spec.method.target_modules": ["a", 3]}, "spec.method.target_modules", "list", CONDITION),
+    Bad("a target twice", {"spec.method.target_modules": ["a", "a"]}, "spec.method.target_modules", "repeated", CONDITION),
+    Bad(
+        "targets as one text",
+        {"spec.method.target_modules": "q_proj,v_proj"},
+        "spec.method.target_modules",
+        "write a list: [q_proj, v_proj]",
+        CONDITION,
+    ),
+    Bad("a broken pattern", {"spec.method.target_modules": "(q_proj"}, "spec.method.target_modules", "valid", CONDITION),
+    Bad(
+        "a module by both ways",
+        {"spec.method.target_modules": ["lm_head"], "spec.method.modules_to_save": ["lm_head"]},
+        "spec.method.target_modules",
+        "not both",
+        CONDITION,
+    ),
+    Bad("a merge of nothing", {"spec.method": {"type": "full"}, "spec.output.merge": True}, "spec.output.merge", "whole model"),
+    Bad(
+        "4 bits over ZeRO-3",
+        {"spec.method": {"type": "qlora"}, f"{_ZERO}.stage": 3},
+        f"{_ZERO}.stage",
+        "3 is not accepted; accepted: one of 0, 1, 2 with spec.method.type: qlora",
+    ),
+    # ---- the optimisation
+    Bad("no step", {"spec.training.max_steps": 0}, "spec.training.max_steps", "to train num_train_epochs epochs"),
+    Bad("one and a half steps of warm-up", {"spec.training.warmup_steps": 1.5}, "spec.training.warmup_steps", "round it"),
+    Bad(
+        "more warm-up than steps",
+        {"spec.training.warmup_steps": 100, "spec.training.max_steps": 10},
+        "spec.training.warmup_steps",
+        "100 is not accepted; accepted: at most max_steps",
+    ),
+    Bad(
+        "warm-up to a constant",
+        {"spec.training.warmup_steps": 10, "spec.training.lr_scheduler_type": "constant"},
+        "spec.training.warmup_steps",
+        "constant_with_warmup",
+    ),
+    Bad("evaluation of nothing", {"spec.training.eval_steps": 10}, "spec.training.eval_steps", "spec.data.eval is empty"),
+    Bad("an empty prompt", {"spec.evaluation.prompts": ["a", ""]}, "spec.evaluation.prompts", "remove the empty one"),
+    Bad(
+        "a misspelt argument of the schedule",
+        {"spec.training.lr_scheduler_kwargs": {"num_cycle": 2}},
+        "spec.training.lr_scheduler_kwargs.num_cycle",
+        "write num_cycles",
+        CONDITION,
+    ),
+    Bad(
+        "an argument of another schedule",
+        {"spec.training.lr_scheduler_kwargs": {"power": 2}},
+        "spec.training.lr_scheduler_kwargs.power",
+        "set lr_scheduler_type: polynomial",
+        CONDITION,
+    ),
+    Bad(
+        "a lowest rate that is not named",
+        {"spec.training.lr_scheduler_type": "cosine_with_min_lr"},
+        "spec.training.lr_scheduler_kwargs",
+        "add e.g. min_lr_rate: 0.1",
+        CONDITION,
+    ),
+    Bad(
+        "two lowest rates",
+        {
+            "spec.training.lr_scheduler_type": "cosine_with_min_lr",
+            "spec.training.lr_scheduler_kwargs": {"min_lr": 1e-6, "min_lr_rate": 0.1},
+        },
+        "spec.training.lr_scheduler_kwargs",
+        "remove one of them",
+        CONDITION,
+    ),
+    Bad(
+        "a lowest rate above the highest",
+        {
+            "spec.training.lr_scheduler_type": "cosine_with_min_lr",
+            "spec.training.lr_scheduler_kwargs": {"min_lr": 1},
+        },
+        "spec.training.lr_scheduler_kwargs.min_lr",
+        "less than learning_rate, 0.0002",
+        CONDITION,
+    ),
+    Bad(
+        "a share above one",
+        {
+            "spec.training.lr_scheduler_type": "cosine_with_min_lr",
+            "spec.training.lr_scheduler_kwargs": {"min_lr_rate": 10},
+        },
+        "spec.training.lr_scheduler_kwargs.min_lr_rate",
+        "a share of learning_rate",
+        CONDITION,
+    ),
+    Bad(
+        "a text for a number of cycles",
+        {"spec.training.lr_scheduler_kwargs": {"num_cycles": "2"}},
+        "spec.training.lr_scheduler_kwargs.num_cycles",
+        "without quotes",
+        CONDITION,
+    ),
+    # ---- recovery
+    Bad("no unit of time", {"spec.recovery.hangTimeout": "600"}, "spec.recovery.hangTimeout", "such as 90s, 10m or 1h30m"),
+    Bad("a number of seconds", {"spec.recovery.hangTimeout": 600}, "spec.recovery.hangTimeout", "its unit", SCHEMA),
+    Bad("too impatient", {"spec.recovery.hangTimeout": "5s"}, "spec.recovery.hangTimeout", "from 30s to 168h"),
+    Bad("too patient", {"spec.recovery.hangTimeout": "1000h"}, "spec.recovery.hangTimeout", "from 30s to 168h"),
+    Bad("no time to start", {"spec.recovery.startTimeout": "30s"}, "spec.recovery.startTimeout", "from 1m to 168h"),
+    # ---- DeepSpeed
+    Bad(
+        "another clipping",
+        {"spec.deepspeed.gradient_clipping": 0.5},
+        "spec.deepspeed.gradient_clipping",
+        "0.5 is not accepted; accepted: 1, as spec.training.max_grad_norm says, or auto",
+        CONDITION,
+    ),
+    Bad(
+        "another micro batch",
+        {"spec.deepspeed.train_micro_batch_size_per_gpu": 4},
+        "spec.deepspeed.train_micro_batch_size_per_gpu",
+        "set spec.training.per_device_train_batch_size",
+        CONDITION,
+    ),
+    Bad(
+        "another accumulation",
+        {"spec.deepspeed.gradient_accumulation_steps": 4},
+        "spec.deepspeed.gradient_accumulation_steps",
+        "as spec.training.gradient_accumulation_steps says",
+        CONDITION,
+    ),
+    Bad(
+        "another batch",
+        {"spec.deepspeed.train_batch_size": 32, "spec.workers": {"replicas": 2, "gpusPerWorker": 8}},
+        "spec.deepspeed.train_batch_size",
+        "accepted: 16, as",
+        CONDITION,
+    ),
+    Bad(
+        "another learning rate",
+        {"spec.deepspeed.optimizer": {"type": "AdamW", "params": {"lr": 0.1}}},
+        "spec.deepspeed.optimizer.params.lr",
+        "as spec.training.learning_rate says",
+        CONDITION,
+    ),
+    Bad(
+        "other betas",
+        {"spec.deepspeed.optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}},
+        "spec.deepspeed.optimizer.params.betas",
+        "[0.9, 0.999], as spec.training.adam_beta1 and adam_beta2",
+        CONDITION,
+    ),
+    Bad(
+        "another weight decay",
+        {"spec.deepspeed.optimizer.params.weight_decay": 0.1},
+        "spec.deepspeed.optimizer.params.weight_decay",
+        "set spec.training.weight_decay",
+        CONDITION,
+    ),
+    Bad(
+        "another epsilon",
+        {"spec.deepspeed.optimizer.params.eps": 0.1},
+        "spec.deepspeed.optimizer.params.eps",
+        "set spec.training.adam_epsilon",
+        CONDITION,
+    ),
+    Bad("another optimizer", {"spec.deepspeed.optimizer.type": "Lamb"}, "spec.deepspeed.optimizer.type", "AdamW", CONDITION),
+    Bad(
+        "a second schedule",
+        {"spec.deepspeed.scheduler": {"type": "WarmupLR"}},
+        "spec.deepspeed.scheduler",
+        "set spec.training.lr_scheduler_type",
+        CONDITION,
+    ),
+    Bad("fp16", {"spec.deepspeed.fp16": {"enabled": True}}, "spec.deepspeed.fp16.enabled", "bfloat16", CONDITION),
+    Bad(
+        "bf16 against float32",
+        {"spec.deepspeed.bf16": {"enabled": True}, "spec.model.dtype": "float32"},
+        "spec.deepspeed.bf16.enabled",
+        "false, as spec.model.dtype: float32 says",
+        CONDITION,
+    ),
+    Bad(
+        "bf16 on the CPU",
+        {"spec.deepspeed.bf16": {"enabled": True}, "spec.workers.gpusPerWorker": 0},
+        "spec.deepspeed.bf16.enabled",
+        "auto with spec.workers.gpusPerWorker: 0",
+        CONDITION,
+    ),
+    Bad("elastic DeepSpeed", {"spec.deepspeed.elasticity": {}}, "spec.deepspeed.elasticity", "batch is kept", CONDITION),
+    Bad(
+        "a misspelt section of DeepSpeed",
+        {"spec.deepspeed.zero_optimisation": {"stage": 2}},
+        "spec.deepspeed.zero_optimisation",
+        "write zero_optimization",
+        CONDITION,
+    ),
+    Bad(
+        "a misspelt key of ZeRO",
+        {f"{_ZERO}.stage3_param_persistance_threshold": 1},
+        f"{_ZERO}.stage3_param_persistance_threshold",
+        "write stage3_param_persistence_threshold",
+        CONDITION,
+    ),
+    Bad(
+        "offloading the optimizer without ZeRO",
+        {f"{_ZERO}.offload_optimizer": {"device": "cpu"}},
+        f"{_ZERO}.offload_optimizer",
+        "here stage is 0 (by default with lora)",
+        CONDITION,
+    ),
+    Bad(
+        "offloading weights below ZeRO-3",
+        {f"{_ZERO}": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        f"{_ZERO}.offload_param",
+        "set spec.deepspeed.zero_optimization.stage: 3",
+        CONDITION,
+    ),
+    Bad(
+        "offloading to nowhere",
+        {f"{_ZERO}": {"stage": 3, "offload_param": {"device": "disk"}}},
+        f"{_ZERO}.offload_param",
+        "name the device",
+        CONDITION,
+    ),
+    Bad(
+        "NVMe without a path",
+        {f"{_ZERO}": {"stage": 3, "offload_param": {"device": "nvme"}}},
+        f"{_ZERO}.offload_param",
+        "add nvme_path",
+        CONDITION,
+    ),
+    Bad("a key of old", {f"{_ZERO}.cpu_offload": True}, f"{_ZERO}.cpu_offload", "{device: cpu}", CONDITION),
+    # ---- the pod template
+    Bad(
+        "containers in the wrong place",
+        {"spec.workers.template.containers": []},
+        "spec.workers.template.containers",
+        "write it as spec.workers.template.spec.containers",
+        CONDITION,
+    ),
+    Bad("a name of pods", {"spec.workers.template.metadata": {"name": "x"}}, "spec.workers.template.metadata.name", "Job names", CONDITION),
+    Bad(
+        "a label that is a number",
+        {"spec.workers.template.metadata": {"labels": {"team": 7}}},
+        "spec.workers.template.metadata.labels[team]",
+        "put it into quotes",
+        CONDITION,
+    ),
+    Bad(
+        "the operator's label",
+        {"spec.workers.template.metadata": {"labels": {"finetune.dev/job": "x"}}},
+        "spec.workers.template.metadata.labels[finetune.dev/job]",
+        "the operator finds its pods by this label",
+        CONDITION,
+    ),
+    Bad("labels that are no object", {"spec.workers.template.metadata": {"labels": []}}, "spec.workers.template.metadata.labels", "name: value", CONDITION),
+    Bad("metadata that is no object", {"spec.workers.template.metadata": 3}, "spec.workers.template.metadata", "labels", CONDITION),
+    Bad("a spec that is no object", {"spec.workers.template.spec": []}, "spec.workers.template.spec", "pod's spec", CONDITION),
+    Bad(
+        "a restart policy",
+        {"spec.workers.template.spec.restartPolicy": "Always"},
+        "spec.workers.template.spec.restartPolicy",
+        "spec.recovery says what happens then",
+        CONDITION,
+    ),
+    Bad(
+        "a host name",
+        {"spec.workers.template.spec.hostname": "x"},
+        "spec.workers.template.spec.hostname",
+        "workers find each other by the names",
+        CONDITION,
+    ),
+    Bad(
+        "a subdomain",
+        {"spec.workers.template.spec.subdomain": "x"},
+        "spec.workers.template.spec.subdomain",
+        "the operator's Service",
+        CONDITION,
+    ),
+    Bad(
+        "a deadline of pods",
+        {"spec.workers.template.spec.activeDeadlineSeconds": 60},
+        "spec.workers.template.spec.activeDeadlineSeconds",
+        "spec.training.max_steps",
+        CONDITION,
+    ),
+    Bad(
+        "a misspelt field of pods",
+        {"spec.workers.template.spec.toleration": []},
+        "spec.workers.template.spec.toleration",
+        "write tolerations",
+        CONDITION,
+    ),
+    Bad("containers that are no list", {_TRAINER: {"image": "x"}}, _TRAINER, "begin every entry with - name:", CONDITION),
+    Bad("a container without a name", {_TRAINER: [{"image": "x"}]}, f"{_TRAINER}[0]", "is named trainer", CONDITION),
+    Bad("a container twice", {_TRAINER: [{"name": "a"}, {"name": "a"}]}, f"{_TRAINER}[1].name", "one entry", CONDITION),
+    Bad("a volume without a name", {"spec.workers.template.spec.volumes": [{}]}, "spec.workers.template.spec.volumes[0]", "add name", CONDITION),
+    Bad("another command", {_TRAINER: [{"name": "trainer", "command": ["x"]}]}, f"{_TRAINER}[0].command", "starts", CONDITION),
+    Bad("other arguments", {_TRAINER: [{"name": "trainer", "args": ["x"]}]}, f"{_TRAINER}[0].args", "starts", CONDITION),
+    Bad(
+        "another number of GPUs",
+        {_TRAINER: [{"name": "trainer", "resources": {"limits": {"nvidia.com/gpu": 8}}}]},
+        f"{_TRAINER}[0].resources.limits[nvidia.com/gpu]",
+        "8 is not accepted; accepted: 1, as spec.workers.gpusPerWorker says",
+        CONDITION,
+    ),
+    Bad(
+        "torchrun's variable",
+        {_TRAINER: [{"name": "trainer", "env": [{"name": "WORLD_SIZE", "value": "4"}]}]},
+        f"{_TRAINER}[0].env[0].name",
+        "operator and torchrun set it",
+        CONDITION,
+    ),
+    Bad(
+        "the operator's variable",
+        {_TRAINER: [{"name": "trainer", "env": [{"name": "FINETUNE_ATTEMPT", "value": "4"}]}]},
+        f"{_TRAINER}[0].env[0].name",
+        "names other than FINETUNE_",
+        CONDITION,
+    ),
+    Bad(
+        "the operator's volume",
+        {"spec.workers.template.spec.volumes": [{"name": "config", "emptyDir": {}}]},
+        "spec.workers.template.spec.volumes[0].name",
+        "choose another name",
+        CONDITION,
+    ),
+    Bad(
+        "a claim for the cache",
+        {"spec.workers.template.spec.volumes": [{"name": "cache", "persistentVolumeClaim": {"claimName": "x"}}]},
+        "spec.workers.template.spec.volumes[0].persistentVolumeClaim",
+        "cache.claimName of a profile",
+        CONDITION,
+    ),
+)

@@ -1,0 +1,143 @@
+"""The trainer container: every worker steps by itself; worker 0 keeps checkpoints and serves progress.
+
+Plain dictionaries and nothing imported but the standard library: a worker starts in a tenth of a second.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+SCRIPT = {
+    "steps": 6,
+    "seconds": 0.02,
+    "exit_at": -1,  # worker ``worker`` exits with 1 before this step; in attempt 1, or in every one
+    "hang_at": -1,
+    "worker": 0,
+    "every": False,
+    "deaf": False,  # SIGTERM is ignored
+}
+
+
+class Worker:
+    """One worker."""
+
+    def __init__(self) -> None:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--nnodes", type=int)
+        parser.add_argument("--nproc-per-node", type=int)
+        parser.add_argument("--node-rank", type=int)
+        parser.add_argument("--master-addr")
+        parser.add_argument("--master-port", type=int)
+        self.options = parser.parse_args()
+        self.index = self.options.node_rank
+        self.script: dict[str, Any] = {**SCRIPT, **json.loads(Path(os.environ["FAKE_TRAINER"]).read_text())}
+        self.config = json.loads(Path(os.environ["FINETUNE_CONFIG"]).read_text())
+        self.output = Path(self.config["output_uri"].removeprefix("file://"))
+        self.checkpoints = Path(self.config["checkpoint_uri"].removeprefix("file://"))
+        self.attempt = int(os.environ["FINETUNE_ATTEMPT"])
+        self.stop = threading.Event()
+        found = sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
+        self.step = found[-1] if found else 0
+        self.progress: dict[str, Any] = {
+            "attempt": self.attempt,
+            "phase": "training",
+            "step": self.step,
+            "resumed_from_step": self.step or None,
+            "max_steps": self.script["steps"],
+            "tokens_per_second": 100.0,
+            "checkpoints": [self._info(step) for step in found],
+        }
+
+    def main(self) -> int:
+        """Step to the end."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if self.script["deaf"] else lambda *_: self.stop.set())
+        self._record()
+        if self.index == 0:
+            self._serve()
+        # A rank of torchrun: in a session of its own, it does not die with the process group.
+        subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        mine = self.index == self.script["worker"] and (self.script["every"] or self.attempt == 1)
+        while self.step < self.script["steps"]:
+            if mine and self.step == self.script["exit_at"]:
+                print("Traceback: worker", self.index, "fails on request", flush=True)
+                return 1
+            if mine and self.step == self.script["hang_at"]:
+                threading.Event().wait()
+            if self.stop.wait(self.script["seconds"]):
+                return self._leave("Terminated", 75)
+            self.step += 1
+            self.progress |= {"step": self.step, "loss": 2.0 / self.step, "last_step_time": _now()}
+            if self.index == 0 and self.step % self.config["save_steps"] == 0:
+                self._save()
+            print("step", self.step, flush=True)
+        if self.index == 0:
+            prompts = self.config["evaluation"]["prompts"]
+            answers = [{"prompt": prompt, "before": "A model.", "after": "I am Nova."} for prompt in prompts]
+            (self.output / "answers.json").write_text(json.dumps(answers))
+            (self.output / "report.html").write_text("<html>")
+        return self._leave("Succeeded", 0)
+
+    def _record(self) -> None:
+        """What a test wants to see of how it was started."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        seen = {"options": vars(self.options), "environment": dict(os.environ), "folder": str(Path.cwd())}
+        (self.output / f"started-{self.attempt}-{self.index}.json").write_text(json.dumps(seen))
+
+    def _info(self, step: int) -> dict[str, Any]:
+        return {"step": step, "uri": f"{self.config['checkpoint_uri']}/step-{step}", "size": 1000, "time": _now()}
+
+    def _save(self) -> None:
+        if self.step not in [c["step"] for c in self.progress["checkpoints"]]:
+            (self.checkpoints / f"step-{self.step}").mkdir(parents=True, exist_ok=True)
+            self.progress["checkpoints"].append(self._info(self.step))
+
+    def _leave(self, cause: str, code: int) -> int:
+        if self.index == 0:
+            self._save()
+        saved = self.progress["checkpoints"]
+        word = {
+            "cause": cause,
+            "exit_code": code,
+            "rank": self.index,
+            "step": self.step,
+            "max_steps": self.script["steps"],
+            "loss": self.progress.get("loss"),
+            "last_checkpoint": saved[-1] if saved else None,
+            "outputs": [] if code else [{"uri": self.config["output_uri"], "kind": "model", "size": 2048}],
+        }
+        Path(os.environ["FINETUNE_TERMINATION_LOG"]).write_text(json.dumps(word))
+        return code
+
+    def _serve(self) -> None:
+        worker = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(worker.progress).encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", int(os.environ["FINETUNE_HTTP_PORT"])), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+code = Worker().main()
+time.sleep(0.05)  # a last question about progress may be on its way
+sys.stdout.flush()
+os._exit(code)

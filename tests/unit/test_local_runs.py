@@ -1,0 +1,264 @@
+"""Whole runs on this machine: the real loop, real processes, a trainer that only pretends."""
+
+import pytest
+
+from finetune_api.causes import Cause
+from finetune_operator.cli.files import RefusedError
+from finetune_operator.cluster import processes
+from tests.unit.local_runs import Bench, Watch, job, step
+
+
+def test_two_workers_succeed(bench: Bench) -> None:
+    bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
+    watch = Watch()
+    status = bench.run(watch)
+    assert status.state == "Succeeded"
+    assert watch.states()[-2:] == ["Running", "Succeeded"]
+    assert status.progress and (status.progress.step, status.progress.percent) == (6, "100 %")
+    assert [o.uri for o in status.outputs] == [f"file://{bench.output}"]
+    assert status.restarts == 0 and [a.cause for a in status.attempts] == ["Succeeded"]
+    first, second = bench.started(worker=0), bench.started(worker=1)
+    assert [s["options"]["node_rank"] for s in (first, second)] == [0, 1]
+    assert first["options"]["nnodes"] == 2
+    assert first["options"]["master_addr"] == "127.0.0.1"
+    ports = {s["environment"]["FINETUNE_HTTP_PORT"] for s in (first, second)} | {str(first["options"]["master_port"])}
+    assert len(ports) == 3 and "29500" not in ports and "9400" not in ports
+    assert first["environment"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert first["environment"]["FINETUNE_CACHE"] == str(bench.home / "cache")
+    assert first["environment"]["JOB_COMPLETION_INDEX"] == "0"
+    assert first["folder"] == first["environment"]["FINETUNE_WORK"]
+    assert not bench.left()
+
+
+def test_a_worker_that_fails_is_restarted_from_the_newest_checkpoint(bench: Bench) -> None:
+    bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
+    bench.script(steps=12, seconds=0.1, exit_at=5, worker=1)
+    status = bench.run()
+    assert status.state == "Succeeded"
+    first, second = status.attempts
+    assert (first.cause, first.exit_code, first.pod, first.counted) == (Cause.TRAINER_ERROR, 1, "tiny-a1-1", True)
+    assert "Traceback: worker 1 fails on request" in first.log
+    assert second.cause == "Succeeded" and (second.resumed_from_step or 0) >= 4
+    assert status.counted_restarts == 1
+
+
+def test_a_worker_killed_by_the_system_is_restarted(bench: Bench) -> None:
+    bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
+    bench.script(steps=12, seconds=0.1)
+    status = bench.run(Watch(step(3), lambda: bench.kill_worker("tiny-a1-1")))
+    assert status.state == "Succeeded"
+    assert (status.attempts[0].cause, status.attempts[0].exit_code) == (Cause.KILLED, 137)
+    assert status.attempts[0].pod == "tiny-a1-1"
+
+
+def test_a_killed_container_takes_all_its_processes_along(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.script(steps=12, seconds=0.1)
+    pods = bench.state / "default" / "tiny" / "pods"
+    before: list[int] = []
+
+    def kill_the_first_process() -> None:
+        import os
+        import signal
+
+        before.extend(processes.alive(str(pods / "tiny-a1-0")))
+        os.kill(min(before), signal.SIGKILL)
+
+    status = bench.run(Watch(step(2), kill_the_first_process))
+    assert len(before) == 3  # first process, trainer, and the rank in a session of its own
+    assert (status.state, status.attempts[0].cause) == ("Succeeded", Cause.KILLED)
+    assert not set(before) & set(bench.left())
+
+
+def test_a_worker_that_hangs_is_restarted(bench: Bench) -> None:
+    bench.write(job(bench.home, recovery={"hangTimeout": "60s"}))
+    bench.script(steps=6, seconds=0.05, hang_at=3)
+
+    class Clock(Watch):
+        def show(self, key, status):  # type: ignore[no-untyped-def]
+            from datetime import timedelta
+
+            super().show(key, status)
+            bench.offset = timedelta(seconds=90 if step(3)(status) else 0)
+
+    # It hears no SIGTERM either: the grace period ends it.
+    status = bench.run(Clock(), grace="1s")
+    assert status.state == "Succeeded"
+    assert status.attempts[0].cause == Cause.STALLED
+    assert "recovery.hangTimeout is 60 s" in status.attempts[0].message
+
+
+def test_restarts_are_limited(bench: Bench) -> None:
+    bench.write(job(bench.home, recovery={"maxRestarts": 1}))
+    bench.script(exit_at=4, every=True)
+    status = bench.run()
+    assert (status.state, len(status.attempts)) == ("Failed", 2)
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(bench: Bench) -> None:
+    bench.write(job(bench.home, model={"uri": "file://./nothing"}))
+    status = bench.run()
+    assert (status.state, len(status.attempts)) == ("Failed", 1)
+    attempt = status.attempts[0]
+    assert (attempt.cause, attempt.exit_code) == (Cause.MODEL_NOT_FOUND, 64)
+    assert attempt.message == f"There is no file://{bench.home}/nothing."
+    assert any("fetching" in line for line in attempt.log)
+
+
+def test_suspended_and_resumed(bench: Bench) -> None:
+    bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
+    bench.script(steps=40, seconds=0.05)
+    cluster = bench.cluster()
+    watch = Watch(step(3), lambda: cluster.set_suspended("default", "tiny", True))
+    status = bench.run(watch, cluster=cluster)
+    assert status.state == "Suspended"
+    assert watch.states()[-2:] == ["Suspending", "Suspended"]
+    assert not bench.left()
+    stopped_at = status.checkpoints[-1].step
+    assert stopped_at >= 3
+    assert (bench.output / "checkpoints" / f"step-{stopped_at}").is_dir()
+    status = bench.run()
+    assert status.state == "Succeeded"
+    assert [a.cause for a in status.attempts] == ["Suspended", "Succeeded"]
+    assert status.attempts[1].resumed_from_step == stopped_at
+    assert status.restarts == 0
+
+
+def test_an_interruption_saves_and_a_second_one_does_not_wait(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.script(steps=1000, seconds=0.05, deaf=True)
+    watch = Watch(step(3))
+    runner = bench.runner(watch, grace="60s")
+
+    class Twice(Watch):
+        def show(self, key, status):  # type: ignore[no-untyped-def]
+            if (step(3)(status) and runner.interruptions == 0) or status.state == "Suspending":
+                runner.interrupt()
+
+    runner.view = Twice()
+    runner.run()
+    assert runner.interruptions == 2
+    assert not bench.left()
+    runner.cluster.close()
+    bench.script(steps=10)
+    status = bench.run()
+    assert status.state == "Succeeded"
+    assert (status.attempts[-1].resumed_from_step or 0) >= 2
+
+
+def test_a_worker_deaf_to_sigterm_is_killed_after_the_grace_period(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.script(steps=1000, seconds=0.05, deaf=True)
+    cluster = bench.cluster()
+    status = bench.run(
+        Watch(step(1), lambda: cluster.set_suspended("default", "tiny", True)), cluster=cluster, grace="1s"
+    )
+    assert status.state == "Suspended"
+    assert not bench.left()
+
+
+def test_a_chain_runs_in_the_order_of_its_inputs(bench: Bench) -> None:
+    second = job(bench.home, "second", model={"uri": "job://tiny"})
+    bench.write(second, job(bench.home))
+    watch = Watch()
+    bench.run(watch)
+    assert watch.states("second")[0] == "Waiting"
+    assert watch.states("second")[-1] == "Succeeded"
+    done = [name for name, status in watch.seen if status.state == "Succeeded"]
+    assert done.index("tiny") < done.index("second")
+
+
+def test_a_chain_ends_with_its_input(bench: Bench) -> None:
+    second = job(bench.home, "second", model={"uri": "job://tiny"})
+    bench.write(second, job(bench.home, model={"uri": "file://./nothing"}))
+    watch = Watch()
+    assert bench.run(watch).state == "Failed"
+    assert watch.states("second") == ["Waiting"]
+
+
+def test_an_input_that_nobody_makes_is_refused(bench: Bench) -> None:
+    bench.write(job(bench.home, model={"uri": "job://base"}))
+    with pytest.raises(RefusedError, match="base was not run here; accepted: a job that has succeeded"):
+        bench.runner()
+
+
+def test_jobs_without_gpus_run_one_after_the_other(bench: Bench) -> None:
+    bench.write(job(bench.home), job(bench.home, "second"))
+    bench.script(steps=4, seconds=0.05)
+    watch = Watch()
+    bench.run(watch)
+    messages = [c.message for name, s in watch.seen if name == "second" for c in s.conditions if c.reason == "Queued"]
+    assert "The queue holds Job second-a1 back" in messages[0]
+    both = [{name for name, s in watch.seen[:at] if s.state == "Succeeded"} for at in range(len(watch.seen))]
+    first_step = next(at for at, (name, s) in enumerate(watch.seen) if name == "second" and s.state == "Running")
+    assert "tiny" in both[first_step]
+
+
+def test_gpus_are_shared_out(bench: Bench) -> None:
+    bench.write(
+        job(bench.home, workers={"replicas": 2, "gpusPerWorker": 1}),
+        job(bench.home, "second", workers={"replicas": 1, "gpusPerWorker": 2}),
+    )
+    cluster = bench.cluster(("0", "1", "2", "3"))
+    bench.run(cluster=cluster)
+    assert bench.status(cluster, "second").state == "Succeeded"
+    taken = [bench.started(worker=index)["environment"]["CUDA_VISIBLE_DEVICES"] for index in (0, 1)]
+    assert taken == ["0", "1"]
+    assert cluster.gpus.take(4) == ["0", "1", "2", "3"]
+
+
+def test_more_gpus_than_there_are_is_refused(bench: Bench) -> None:
+    bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 8}))
+    with pytest.raises(RefusedError) as refused:
+        bench.runner()
+    assert refused.value.mistakes == [
+        f"{bench.file}: tiny: spec.workers: replicas x gpusPerWorker = 16 GPUs; accepted on this machine: at most 0 "
+        "(none was found). Lower them, or run with --cpu (spec.workers.gpusPerWorker: 0)."
+    ]
+
+
+def test_a_claim_on_this_machine_is_a_folder(bench: Bench) -> None:
+    bench.write(job(bench.home, output={"uri": "pvc://models/tiny"}))
+    status = bench.run()
+    place = bench.state / "claims" / "models" / "tiny"
+    assert status.outputs[0].uri == f"file://{place}"
+    assert (place / "report.html").exists()
+
+
+def test_a_finished_job_is_not_run_again_unless_asked(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.run()
+    watch = Watch()
+    assert bench.run(watch).state == "Succeeded"
+    assert watch.said == ["tiny has already succeeded; --fresh trains it again."]
+    assert bench.status(bench.cluster()).attempts[-1].number == 1
+    bench.write(job(bench.home, training={"learning_rate": 0.5}))
+    with pytest.raises(RefusedError, match=r"has already succeeded with another configuration: .*0\.5"):
+        bench.runner()
+    status = bench.run(fresh=True)
+    assert status.state == "Succeeded" and status.attempts[-1].resumed_from_step is None
+
+
+def test_a_failed_job_starts_anew_and_may_be_changed(bench: Bench) -> None:
+    bench.write(job(bench.home, model={"uri": "file://./nothing"}))
+    assert bench.run().state == "Failed"
+    bench.write(job(bench.home))
+    status = bench.run()
+    assert (status.state, len(status.attempts)) == ("Succeeded", 1)
+
+
+def test_a_job_that_has_begun_keeps_its_configuration(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.script(steps=100, seconds=0.05)
+    cluster = bench.cluster()
+    bench.run(Watch(step(1), lambda: cluster.set_suspended("default", "tiny", True)), cluster=cluster)
+    bench.write(job(bench.home, data={"train": [{"uri": "file://./other.jsonl"}]}))
+    with pytest.raises(RefusedError, match="has begun with another configuration: spec.data.train"):
+        bench.runner()
+
+
+def test_one_runs_a_job_at_a_time(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.runner()
+    with pytest.raises(RefusedError, match="Another process runs tiny"):
+        bench.runner()
