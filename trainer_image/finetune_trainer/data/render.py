@@ -1,0 +1,192 @@
+"""From conversations to tokens, with a mask that says which tokens are learned: the assistant's, and only those.
+
+Works with any chat template, marked with ``{% generation %}`` or not. The template is rendered up to before and
+up to after each answer; where both are beginnings of the whole text, the answer is what lies between. The text is
+then tokenised once, and a token is learned where it lies inside an answer. Called by ``data/__init__.py``.
+"""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from finetune_api.causes import Cause
+from finetune_trainer.data.formats import BadRowError, Conversation, Message
+from finetune_trainer.outcome import RunError
+
+log = logging.getLogger(__name__)
+
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+"""For models that were never taught to chat. It goes into the written tokenizer, so that the result is asked as
+it was taught."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text and what of it is learned."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    """[start, end) in characters of ``text``, in order, not overlapping."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised text of T tokens."""
+
+    ids: np.ndarray
+    """int32 (T,)"""
+    learned: np.ndarray
+    """bool (T,): the token is part of an answer."""
+
+
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer the fallback template where it has none."""
+    if not tokenizer.chat_template:
+        log.warning("the tokenizer has no chat template; using a plain one with '### User:' and '### Assistant:'")
+        tokenizer.chat_template = FALLBACK_TEMPLATE
+
+
+class Renderer:
+    """Conversations to tokens, for one tokenizer. Give it a chat template first (:func:`ensure_chat_template`)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ends = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+
+    def render(self, conversation: Conversation) -> list[Rendered]:
+        """The conversation as text, one element in general.
+
+        Templates that write earlier turns differently once later ones follow (dropping their thoughts, moving the
+        system prompt) give one element per answer, each up to and including it: exactly what the model will see when
+        it has to give that answer. BadRowError where the template refuses the conversation.
+        """
+        answers = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
+        whole = self._apply(conversation[: answers[-1] + 1])
+        spans = []
+        for number in answers:
+            after = whole if number == answers[-1] else self._apply(conversation[: number + 1])
+            span = self._span(conversation[: number + 1], after) if whole.startswith(after.rstrip()) else None
+            if span is None:
+                return [self._last_answer(conversation[: n + 1]) for n in answers if _learned(conversation[n])]
+            if _learned(conversation[number]):
+                spans.append(span)
+        return [self._closed(Rendered(whole, spans))]
+
+    def _last_answer(self, conversation: Conversation) -> Rendered:
+        whole = self._apply(conversation)
+        span = self._span(conversation, whole)
+        if span is None:
+            raise BadRowError(
+                "the chat template does not write the answer after what it writes before it, so it cannot be told what "
+                "to learn; give another data.chat_template"
+            )
+        return self._closed(Rendered(whole, [span]))
+
+    def _span(self, conversation: Conversation, after: str) -> tuple[int, int] | None:
+        """Where the last message, an answer, lies in ``after``, the conversation as text; None where it is unclear.
+
+        White space behind an answer's end token belongs to the template, not to the answer.
+        """
+        before = self._apply(conversation[:-1], asking=True) if len(conversation) > 1 else ""
+        start, end = len(before), len(after.rstrip())
+        if not after.startswith(before):
+            # Some prompts end in an opening that is put into the model's mouth (<think>) and not written otherwise.
+            start = _common(before, after)
+            if start < len(self._apply(conversation[:-1]).rstrip()):
+                return None
+        return (start, end) if end > start else None
+
+    def _closed(self, rendered: Rendered) -> Rendered:
+        """With an end token after the last answer, without which the model would never learn to stop."""
+        if not rendered.spans:
+            return rendered
+        start, end = rendered.spans[-1]
+        eos = self._tokenizer.eos_token
+        if not eos or rendered.text[end:].strip() or rendered.text[:end].endswith(self._ends):
+            return rendered
+        text = rendered.text[:end] + str(eos)
+        return Rendered(text, [*rendered.spans[:-1], (start, len(text))])
+
+    def _apply(self, conversation: Conversation, asking: bool = False) -> str:
+        plain = [{"role": message["role"], "content": message["content"]} for message in conversation]
+        try:
+            return str(self._tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=asking))
+        except Exception as error:  # jinja's own, and whatever a template raises by raise_exception
+            raise BadRowError(
+                f"the chat template refuses the conversation ({', '.join(m['role'] for m in plain)}): "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error
+
+    def encode(self, texts: Sequence[Rendered]) -> Iterator[Tokens]:
+        """Tokenise texts, many at once. Templates write special tokens themselves, so none are added."""
+        if not texts:
+            return
+        if not self._tokenizer.is_fast:
+            for rendered in texts:
+                yield self._encode_slow(rendered)
+            return
+        encoded = self._tokenizer(
+            [rendered.text for rendered in texts],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=False,
+            verbose=False,
+        )
+        for rendered, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            yield Tokens(np.asarray(ids, dtype=np.int32), _mask(offsets, rendered.spans))
+
+    def _encode_slow(self, rendered: Rendered) -> Tokens:
+        """Without offsets: an answer's tokens are those by which the text to its end is longer than to its start."""
+        ids = self._ids(rendered.text)
+        learned = np.zeros(len(ids), dtype=bool)
+        for start, end in rendered.spans:
+            first, last = (_common(self._ids(rendered.text[:cut]), ids) for cut in (start, end))
+            learned[first:last] = True
+        return Tokens(np.asarray(ids, dtype=np.int32), learned)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _learned(message: Message) -> bool:
+    return bool(message.get("train", True))
+
+
+def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
+    """bool (T,): the token begins inside a span. ``offsets``: [start, end) in characters, one pair per token.
+
+    A token that begins before an answer and reaches into it is not learned: when the model answers, the prompt's
+    tokens are there already, and it can never choose that one.
+    """
+    learned = np.zeros(len(offsets), dtype=bool)
+    starts = [offset[0] for offset in offsets]  # ascending; the bytes of one character share theirs
+    for start, end in spans:
+        learned[bisect_left(starts, start) : bisect_left(starts, end)] = True
+    return learned
+
+
+def _common(left: Sequence[object], right: Sequence[object]) -> int:
+    """Length of the common beginning."""
+    return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def check_vocabulary(highest: int, rows: int | None, uri: str) -> None:
+    """RunError(INVALID_CONFIGURATION) where the tokenizer makes tokens the model has no embedding for."""
+    if rows is not None and highest >= rows:
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"the tokenizer of {uri} gives token {highest}, but the model has embeddings for 0 to {rows - 1} only: "
+            "they do not belong together, or data.chat_template uses special tokens the model does not have",
+        )

@@ -1,0 +1,279 @@
+"""Which sequence comes when: a pure function of (seed, epoch, index), on every machine and after every restart.
+
+Rows are kept as flat arrays. An epoch is a list of rows (each source as often as its weight says), shuffled; with
+packing it is a list of packs of whole rows. Nothing depends on the number of processes, on time, or on the version of
+a random number library. Called by ``data/__init__.py`` (which builds it), ``feed.py`` and ``engine.py``.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune_trainer.data.render import Tokens
+
+IGNORED = -100
+"""Label of a token that is not learned (torch's cross_entropy ignores it)."""
+
+_WINDOW = 4096  # rows that are packed together: enough to fill over 99 %, few enough to keep the order random
+_KEPT_EPOCHS = 3  # an evaluation may look back while the next epoch is read ahead
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source: R rows of T tokens in all, in the order of the file."""
+
+    name: str
+    ids: np.ndarray
+    """int32 (T,)"""
+    learned: np.ndarray
+    """bool (T,)"""
+    starts: np.ndarray
+    """int64 (R + 1,): row r is ids[starts[r] : starts[r + 1]]."""
+
+    @staticmethod
+    def of(name: str, rows: Iterable[Tokens]) -> "Rows":
+        """Gather tokenised rows."""
+        kept = list(rows)
+        lengths = np.array([len(row.ids) for row in kept], dtype=np.int64)
+        return Rows(
+            name,
+            np.concatenate([row.ids for row in kept]) if kept else np.zeros(0, np.int32),
+            np.concatenate([row.learned for row in kept]) if kept else np.zeros(0, bool),
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 (R,): tokens of each row."""
+        return np.diff(self.starts)
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that carry a label."""
+        return int(self.learned.sum())
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What the model sees at once: one row, or several packed ones. L tokens."""
+
+    input_ids: np.ndarray
+    """int32 (L,)"""
+    labels: np.ndarray
+    """int32 (L,): the token itself where it is learned, else -100; not shifted. The first of a row never is."""
+    position_ids: np.ndarray
+    """int32 (L,): from 0 at the start of every row."""
+    packed: bool = False
+    rows: tuple[tuple[int, int], ...] = ()
+    """(source, row) of every row in it."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class Stream:
+    """The sequences of a run, epoch by epoch.
+
+    ``weights``: how often a source's rows come in one epoch; of 0.5, epochs 0 and 1 together show every row once.
+    ``shuffle=False``: rows in the order of the files (evaluation).
+    """
+
+    def __init__(
+        self,
+        rows: list[Rows],
+        weights: list[float],
+        seed: int,
+        packing: bool,
+        max_length: int,
+        shuffle: bool = True,
+    ) -> None:
+        self.rows, self.weights, self.seed = rows, weights, seed
+        self.packing, self.max_length, self.shuffle = packing, max_length, shuffle
+        self._plans: OrderedDict[int, _Plan] = OrderedDict()
+        self._sizes: list[int] = []
+
+    def sequences(self, epoch: int) -> int:
+        """Number of sequences in an epoch; with packing it differs from epoch to epoch by a few."""
+        if not self.packing:
+            return sum(self._share(source) for source in range(len(self.rows)))
+        while len(self._sizes) <= epoch:
+            self._sizes.append(len(self._plan(len(self._sizes)).bounds) - 1)
+        return self._sizes[epoch]
+
+    def sequence(self, epoch: int, index: int) -> Sequence:
+        """The sequence at a place of an epoch. IndexError where ``index`` is not below ``sequences(epoch)``."""
+        plan = self._plan(epoch)
+        if not 0 <= index < len(plan.bounds) - 1:
+            raise IndexError(f"epoch {epoch} has {len(plan.bounds) - 1} sequences, there is no {index}")
+        first, last = plan.bounds[index], plan.bounds[index + 1]
+        places = tuple((int(s), int(r)) for s, r in zip(plan.sources[first:last], plan.rows[first:last], strict=True))
+        return self._assemble(places)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(epoch, index) of the sequence at a position counted over all epochs from 0."""
+        if not self.packing:
+            return divmod(position, self.sequences(0))
+        epoch = 0
+        while position >= (size := self.sequences(epoch)):
+            position -= size
+            epoch += 1
+        return epoch, position
+
+    def tokens(self, epoch: int) -> int:
+        """Tokens of all rows of an epoch."""
+        plan = self._plan(epoch)
+        return int(sum(self.rows[s].lengths[plan.rows[plan.sources == s]].sum() for s in range(len(self.rows))))
+
+    def _assemble(self, places: tuple[tuple[int, int], ...]) -> Sequence:
+        ids, labels, positions = [], [], []
+        for source, row in places:
+            rows = self.rows[source]
+            start, end = rows.starts[row], rows.starts[row + 1]
+            part = rows.ids[start:end]
+            label = np.where(rows.learned[start:end], part, IGNORED).astype(np.int32)
+            label[0] = IGNORED  # it would be predicted from the row before it
+            ids.append(part)
+            labels.append(label)
+            positions.append(np.arange(end - start, dtype=np.int32))
+        return Sequence(np.concatenate(ids), np.concatenate(labels), np.concatenate(positions), self.packing, places)
+
+    def _share(self, source: int) -> int:
+        """Rows of a source in one epoch."""
+        size = len(self.rows[source])
+        return max(1, round(size * self.weights[source])) if size else 0
+
+    def _plan(self, epoch: int) -> "_Plan":
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._make_plan(epoch)
+            self._plans[epoch] = plan
+            if len(self._plans) > _KEPT_EPOCHS:
+                self._plans.popitem(last=False)
+        return plan
+
+    def _make_plan(self, epoch: int) -> "_Plan":
+        picked = [self._pick(source, epoch) for source in range(len(self.rows))]
+        sources = np.repeat(np.arange(len(picked)), [len(part) for part in picked])
+        rows = np.concatenate(picked) if picked else np.zeros(0, np.int64)
+        if self.shuffle:
+            order = permutation(len(rows), self.seed, 0, epoch)
+            sources, rows = sources[order], rows[order]
+        if not self.packing:
+            return _Plan(sources, rows, np.arange(len(rows) + 1))
+        lengths = np.empty(len(rows), np.int64)
+        for source, part in enumerate(self.rows):
+            chosen = sources == source
+            lengths[chosen] = part.lengths[rows[chosen]]
+        packs = pack(lengths, self.max_length)
+        if self.shuffle:  # a window's fullest packs come first otherwise
+            packs = [packs[number] for number in permutation(len(packs), self.seed, 1, epoch)]
+        order = np.array([number for members in packs for number in members], dtype=np.int64)
+        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(members) for members in packs])]).astype(
+            np.int64
+        )
+        return _Plan(sources[order], rows[order], bounds)
+
+    def _pick(self, source: int, epoch: int) -> np.ndarray:
+        """The rows of a source in an epoch: the next ones of an endless chain of shuffled passes over it."""
+        size, share = len(self.rows[source]), self._share(source)
+        if not size:
+            return np.zeros(0, np.int64)
+        if not self.shuffle:
+            return np.arange(share, dtype=np.int64) % size
+        first, parts = epoch * share, []
+        while share:
+            turn, offset = divmod(first, size)
+            part = permutation(size, self.seed, 2 + source, turn)[offset : offset + share]
+            parts.append(part)
+            first, share = first + len(part), share - len(part)
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One epoch: sequence i holds the rows (sources[k], rows[k]) for k from bounds[i] to bounds[i + 1]."""
+
+    sources: np.ndarray
+    rows: np.ndarray
+    bounds: np.ndarray
+
+
+def permutation(size: int, *key: int) -> np.ndarray:
+    """int64 (size,): an order of 0 … size-1 that depends on ``key`` and on nothing else.
+
+    Numbers are sorted by SplitMix64 of (key, number); numpy's generators may change between versions.
+    """
+    state = np.uint64(0x9E3779B97F4A7C15)
+    for part in key:
+        state = _mix(state ^ _mix(np.uint64(part)))
+    return np.argsort(_mix(np.arange(size, dtype=np.uint64) + state), kind="stable")
+
+
+def _mix(value: Any) -> Any:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014), on one number or an array."""
+    with np.errstate(over="ignore"):
+        value = value + np.uint64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Fill packs of ``capacity`` tokens with whole rows: best fit of the longest first, window by window.
+
+    ``lengths``: int (R,), none above ``capacity``. Returns the row numbers of every pack.
+    """
+    packs: list[list[int]] = []
+    for begin in range(0, len(lengths), _WINDOW):
+        window = lengths[begin : begin + _WINDOW]
+        free: list[tuple[int, int]] = []  # (room, pack), by room
+        for offset in np.argsort(-window, kind="stable").tolist():
+            length = int(window[offset])
+            found = bisect_left(free, (length, -1))  # the tightest pack it fits into
+            if found == len(free):
+                room, number = capacity, len(packs)
+                packs.append([])
+            else:
+                room, number = free.pop(found)
+            packs[number].append(begin + offset)
+            if room > length:
+                insort(free, (room - length, number))
+    return packs
+
+
+def collate(sequences: list[Sequence], pad_token_id: int, multiple_of: int = 8) -> dict[str, Any]:
+    """B sequences as one batch of int64 tensors (B, L), L the longest rounded up to ``multiple_of``.
+
+    ``input_ids``, ``labels``, ``position_ids``; ``attention_mask`` unless the sequences are packed: then the model
+    finds the rows by their positions, and padding is a row of its own (its positions start at 0 again). Padding is on
+    the right, without labels. ``num_tokens`` is an int: tokens that are not padding.
+    """
+    length = math.ceil(max(len(sequence) for sequence in sequences) / multiple_of) * multiple_of
+    packed = any(sequence.packed for sequence in sequences)
+    shape = (len(sequences), length)
+    ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORED, np.int64)
+    positions, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for number, sequence in enumerate(sequences):
+        size = len(sequence)
+        ids[number, :size], labels[number, :size] = sequence.input_ids, sequence.labels
+        positions[number, :size], mask[number, :size] = sequence.position_ids, 1
+        positions[number, size:] = np.arange(length - size)
+    batch: dict[str, Any] = {
+        "input_ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+        "num_tokens": int(mask.sum()),
+    }
+    if not packed:
+        batch["attention_mask"] = torch.from_numpy(mask)
+    return batch
