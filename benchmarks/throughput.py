@@ -1,0 +1,167 @@
+"""Tokens per second, memory and MFU of real runs of the trainer, on models of a real shape with random weights.
+
+    python benchmarks/throughput.py --shape 8b --method lora --batch 2 --length 4096
+    python benchmarks/throughput.py --shape tiny --method full --cpu        # does it work at all?
+
+A run goes through the operator's plan and the trainer, as a job would; nothing is left out. Prints one JSON line per
+run: the median over the steps after the first third (compilation and caches are warm then).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_model(folder: Path, shape: str) -> None:
+    """A Llama of that shape with random weights in bf16, and a small tokenizer of its own."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    del model
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=480, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 20], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|end|>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def make_rows(path: Path, count: int, words: int) -> None:
+    """Rows of about ``words`` tokens of random text."""
+    import random
+
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    with path.open("w") as file:
+        for _ in range(count):
+            text = "".join(draw.choice(letters) for _ in range(words))
+            file.write(json.dumps({"instruction": "x", "input": "", "output": text}) + "\n")
+
+
+def config_of(args: argparse.Namespace, model: Path, rows: Path, out: Path) -> Any:
+    """The trainer's configuration, as the operator's plan makes it."""
+    from finetune_api.spec import FineTuneJobSpec
+    from finetune_operator.plan import Owner, make_plan
+    from finetune_operator.settings import Profile
+
+    spec: dict[str, Any] = {
+        "model": {"uri": f"file://{model}"},
+        "method": {"type": args.method, **({"r": 16, "lora_alpha": 32} if args.method != "full" else {})},
+        "data": {"train": [{"uri": f"file://{rows}"}], "max_length": args.length, "packing": args.packing},
+        "training": {
+            "max_steps": args.steps,
+            "per_device_train_batch_size": args.batch,
+            "gradient_accumulation_steps": args.accumulation,
+            "gradient_checkpointing": args.checkpointing,
+            "learning_rate": 1e-4,
+        },
+        "workers": {"gpusPerWorker": 0 if args.cpu else args.gpus},
+        "checkpoint": {"save_steps": args.save_steps},
+        "output": {"uri": f"file://{out}"},
+    }
+    if args.zero is not None:
+        spec["deepspeed"] = {"zero_optimization": {"stage": args.zero}}
+    owner = Owner("bench", "bench", "uid", {})
+    return make_plan(owner, FineTuneJobSpec.model_validate(spec), Profile(), {}).config
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One run; its figures."""
+    model, rows = folder / f"model-{args.shape}", folder / f"rows-{args.length}.jsonl"
+    if not model.exists():
+        started = time.monotonic()
+        make_model(model, args.shape)
+        print(f"made a {args.shape} model in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    if not rows.exists():
+        words = args.document or args.length - 16
+        make_rows(rows, max(8, args.steps * args.batch * args.accumulation * args.length // words), words)
+    out = Path(tempfile.mkdtemp(dir=folder))
+    config = out / "config.json"
+    config.write_text(config_of(args, model, rows, out / "result").model_dump_json())
+    environment = {
+        **os.environ,
+        "FINETUNE_CONFIG": str(config),
+        "FINETUNE_WORK": str(out),
+        "FINETUNE_CACHE": str(folder / "cache"),
+        "FINETUNE_TERMINATION_LOG": str(out / "termination"),
+    }
+    launch = [sys.executable, "-m", "finetune_trainer.launch", "--nnodes=1", "--node-rank=0"]
+    launch += [f"--nproc-per-node={max(1, 0 if args.cpu else args.gpus)}", "--master-addr=127.0.0.1"]
+    started = time.monotonic()
+    done = subprocess.run([*launch, "--master-port=29511"], env=environment, check=False, capture_output=True, text=True)
+    if done.returncode:
+        tail = (done.stdout + done.stderr)[-3000:]
+        return {"error": done.returncode, "tail": tail}
+    records = [json.loads(line) for line in (out / "result" / "metrics.jsonl").read_text().splitlines()]
+    warm = records[len(records) // 3 :]
+    middle = statistics.median
+    return {
+        "tokens_per_second": round(middle(r["tokens_per_second"] for r in warm)),
+        "step_seconds": round(middle(r["step_seconds"] for r in warm), 3),
+        "data_wait_seconds": round(middle(r["data_wait_seconds"] for r in warm), 4),
+        "mfu": round(middle(r["mfu"] for r in warm), 3) if warm[0].get("mfu") else None,
+        "peak_gib": round(max(r["memory"].get("peak", r["memory"]["rss"]) for r in warm) / 2**30, 1),
+        "loss": [round(records[0]["loss"], 4), round(records[-1]["loss"], 4)],
+        "seconds_in_all": round(time.monotonic() - started),
+        "said": [line for line in done.stdout.splitlines() if line.startswith("training ")][:1],
+    }
+
+
+def main() -> None:
+    """Measure what the arguments say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--method", default="lora")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--document", type=int, default=0, help="tokens per row, for packing; 0: as long as a sequence")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--save-steps", type=int, default=1000000)
+    parser.add_argument("--zero", type=int)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "finetune-bench")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    asked = {k: v for k, v in vars(args).items() if k != "folder"}
+    print(json.dumps({**asked, **measure(args, args.folder)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
