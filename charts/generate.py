@@ -308,7 +308,7 @@ def _forget_helm(found: dict[str, Any]) -> None:
     if "app.kubernetes.io/managed-by" in labels:
         labels["app.kubernetes.io/managed-by"] = "kustomize"
     template = (found.get("spec") or {}).get("template")
-    if found["kind"] == "Deployment" and template:
+    if found.get("kind") == "Deployment" and template:
         del template["metadata"]["annotations"]["finetune.dev/settings-checksum"]
         _forget_helm(template)
 
