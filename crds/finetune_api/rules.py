@@ -159,6 +159,9 @@ def _claim(at: str, field: str = "uri", optional: bool = False) -> Rule:
     )
 
 
+_OTHER_FORMATS = r"\.(csv|tsv|txt|arrow|xlsx|ya?ml|gz|bz2|xz|zst|zip|tar|tgz)$"
+
+
 def _source_rules(at: str) -> list[Rule]:
     """For every source of rows."""
     return [
@@ -176,10 +179,10 @@ def _source_rules(at: str) -> list[Rule]:
         Rule(
             at=at,
             field="uri",
-            holds=lambda self: self.uri.startswith("hf://") or re.search(r"\.jsonl?$", self.uri) is not None,
-            cel=r"self.uri.startsWith('hf://') || self.uri.matches(r'\.jsonl?$')",
-            accepted="a file whose name ends in .jsonl or .json",
-            remedy="name one file, not a folder; convert other formats to JSON lines",
+            holds=lambda self: re.search(_OTHER_FORMATS, self.uri) is None,
+            cel=f"!self.uri.matches(r'{_OTHER_FORMATS}')",
+            accepted="a file whose name ends in .jsonl, .json or .parquet, or a folder of such files",
+            remedy="convert the rows to JSON lines, not compressed",
         ),
         _claim(at),
         *(

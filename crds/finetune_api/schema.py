@@ -60,7 +60,10 @@ def _of(model: type[BaseModel]) -> dict[str, Any]:
 def _structural(node: dict[str, Any], defs: dict[str, Any], at: str) -> dict[str, Any]:
     if "$ref" in node:
         target = defs[node["$ref"].rpartition("/")[2]]
-        return _structural({**target, **{k: v for k, v in node.items() if k != "$ref"}}, defs, at)
+        merged = {**target, **{k: v for k, v in node.items() if k != "$ref"}}
+        # The field's docstring or the class's: the one that says more.
+        merged["description"] = max(target["description"], merged["description"], key=len)
+        return _structural(merged, defs, at)
     if "oneOf" in node:
         return _flat_union(node, defs, at)
     if "anyOf" in node:
@@ -275,6 +278,8 @@ def accepted(node: dict[str, Any]) -> str:
 
 def _range(node: dict[str, Any]) -> str:
     low, high = node.get("minimum"), node.get("maximum")
+    if low is not None and high is not None and not {"exclusiveMinimum", "exclusiveMaximum"} & node.keys():
+        return f" from {text(low)} to {text(high)}"
     words = []
     if low is not None:
         words.append(f"greater than {text(low)}" if node.get("exclusiveMinimum") else f"of at least {text(low)}")

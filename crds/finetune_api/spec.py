@@ -49,7 +49,7 @@ class DataSource(HyperModel):
 
     uri: DataUri
     """Where the rows lie: hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH,
-    file:///PATH. Files: .jsonl or .json, as told by the name's ending."""
+    file:///PATH. A file (.jsonl, .json or .parquet, as told by its ending) or a folder of such files."""
     format: DataFormat = "alpaca"
     """How a row is written: alpaca (instruction, input, output, optional system and history)
     or messages (a list of role and content, as OpenAI's)."""

@@ -133,7 +133,14 @@ BAD: tuple[Bad, ...] = (
     Bad("no uri of the model", {"spec.model": {}}, "spec.model.uri", "it is missing", SCHEMA, "Required"),
     Bad("no data", {"spec.data": Delete}, "spec.data", "it is missing", SCHEMA, "Required"),
     Bad("no training rows", {"spec.data": {}}, "spec.data.train", "it is missing", SCHEMA, "Required"),
-    Bad("an empty list of sources", {"spec.data.train": []}, "spec.data.train", "a list of 1 to 64", SCHEMA, "at least 1"),
+    Bad(
+        "an empty list of sources",
+        {"spec.data.train": []},
+        "spec.data.train",
+        "a list of 1 to 64",
+        SCHEMA,
+        "at least 1",
+    ),
     Bad("a source without a uri", {"spec.data.train[0]": {}}, "spec.data.train[0].uri", "add it", SCHEMA, "Required"),
     Bad("no output", {"spec.output": Delete}, "spec.output", "it is missing", SCHEMA, "Required"),
     Bad("credentials without a secret", {"spec.credentials": {}}, "spec.credentials.secretName", "missing", SCHEMA),
@@ -150,7 +157,9 @@ BAD: tuple[Bad, ...] = (
     Bad("a fraction of a worker", {"spec.workers.replicas": 1.5}, "spec.workers.replicas", "a whole number", SCHEMA),
     Bad("yes for true", {"spec.data.packing": "yes"}, "spec.data.packing", "true or false", SCHEMA),
     Bad("a number for a branch", {"spec.model.revision": 3}, "spec.model.revision", "put it into quotes", SCHEMA),
-    Bad("one source, no list", {"spec.data.train": {"uri": "s3://a/b.jsonl"}}, "spec.data.train", "write a list", SCHEMA),
+    Bad(
+        "one source, no list", {"spec.data.train": {"uri": "s3://a/b.jsonl"}}, "spec.data.train", "write a list", SCHEMA
+    ),
     Bad("a text for the training", {"spec.training": "fast"}, "spec.training", "write its fields below it", SCHEMA),
     Bad("a text for the method", {"spec.method": "lora"}, "spec.method", "an object", SCHEMA),
     Bad("a prompt that is a number", {"spec.evaluation.prompts": [1]}, "spec.evaluation.prompts[0]", "a text", SCHEMA),
@@ -164,30 +173,42 @@ BAD: tuple[Bad, ...] = (
         SCHEMA,
         "should be greater than 0",
     ),
-    Bad("a learning rate of zero", {"spec.training.learning_rate": 0}, "spec.training.learning_rate", "greater", SCHEMA),
+    Bad(
+        "a learning rate of zero", {"spec.training.learning_rate": 0}, "spec.training.learning_rate", "greater", SCHEMA
+    ),
     Bad("no epoch", {"spec.training.num_train_epochs": 0}, "spec.training.num_train_epochs", "greater than 0", SCHEMA),
     Bad(
         "an empty batch",
         {"spec.training.per_device_train_batch_size": 0},
         "spec.training.per_device_train_batch_size",
-        "a whole number of at least 1",
+        "a whole number from 1 to 65536",
         SCHEMA,
     ),
     Bad("certain dropout", {"spec.method.lora_dropout": 1.0}, "spec.method.lora_dropout", "less than 1", SCHEMA),
-    Bad("rank zero", {"spec.method.r": 0}, "spec.method.r", "at least 1", SCHEMA),
-    Bad("sequences too short", {"spec.data.max_length": 8}, "spec.data.max_length", "at least 16", SCHEMA),
-    Bad("no worker", {"spec.workers.replicas": 0}, "spec.workers.replicas", "at least 1", SCHEMA),
-    Bad("negative GPUs", {"spec.workers.gpusPerWorker": -1}, "spec.workers.gpusPerWorker", "at least 0", SCHEMA),
+    Bad("rank zero", {"spec.method.r": 0}, "spec.method.r", "from 1", SCHEMA),
+    Bad("sequences too short", {"spec.data.max_length": 8}, "spec.data.max_length", "from 16", SCHEMA),
+    Bad("no worker", {"spec.workers.replicas": 0}, "spec.workers.replicas", "from 1", SCHEMA),
+    Bad("negative GPUs", {"spec.workers.gpusPerWorker": -1}, "spec.workers.gpusPerWorker", "from 0", SCHEMA),
     Bad("weight zero", {"spec.data.train[0].weight": 0}, "spec.data.train[0].weight", "greater than 0", SCHEMA),
-    Bad("a negative seed", {"spec.training.seed": -1}, "spec.training.seed", "at least 0", SCHEMA),
-    Bad("a negative TTL", {"spec.ttlSecondsAfterFinished": -1}, "spec.ttlSecondsAfterFinished", "at least 0", SCHEMA),
+    Bad("a negative seed", {"spec.training.seed": -1}, "spec.training.seed", "from 0", SCHEMA),
+    Bad("a negative TTL", {"spec.ttlSecondsAfterFinished": -1}, "spec.ttlSecondsAfterFinished", "from 0", SCHEMA),
     Bad("no checkpoint kept", {"spec.checkpoint.save_total_limit": 0}, "spec.checkpoint.save_total_limit", "1", SCHEMA),
-    Bad("an endless uri", {"spec.output.uri": "s3://" + "x" * 1020}, "spec.output.uri", "shorten it", SCHEMA, "Too long"),
+    Bad(
+        "an endless uri", {"spec.output.uri": "s3://" + "x" * 1020}, "spec.output.uri", "shorten it", SCHEMA, "Too long"
+    ),
     # ---- choices
     Bad("an unknown stage", {"spec.stage": "sftt"}, "spec.stage", "did you mean sft?", SCHEMA, "Unsupported value"),
     Bad("an unknown method", {"spec.method.type": "lorra"}, "spec.method.type", "one of full, lora, qlora", SCHEMA),
-    Bad("an unknown format", {"spec.data.train[0].format": "sharegpt"}, "spec.data.train[0].format", "messages", SCHEMA),
-    Bad("an unknown schedule", {"spec.training.lr_scheduler_type": "cosin"}, "spec.training.lr_scheduler_type", "cosine?", SCHEMA),
+    Bad(
+        "an unknown format", {"spec.data.train[0].format": "sharegpt"}, "spec.data.train[0].format", "messages", SCHEMA
+    ),
+    Bad(
+        "an unknown schedule",
+        {"spec.training.lr_scheduler_type": "cosin"},
+        "spec.training.lr_scheduler_type",
+        "cosine?",
+        SCHEMA,
+    ),
     Bad("half precision", {"spec.model.dtype": "float16"}, "spec.model.dtype", "bfloat16", SCHEMA),
     Bad("ZeRO-4", {f"{_ZERO}.stage": 4}, f"{_ZERO}.stage", "one of 0, 1, 2, 3", SCHEMA),
     # ---- names and places
@@ -208,15 +229,27 @@ BAD: tuple[Bad, ...] = (
         "spec.model.uri",
         "a model of the Hugging Face hub is hf://ORG/NAME",
     ),
-    Bad("the web address of a model", {"spec.model.uri": "https://huggingface.co/a/b"}, "spec.model.uri", "hf://ORG/NAME"),
+    Bad(
+        "the web address of a model",
+        {"spec.model.uri": "https://huggingface.co/a/b"},
+        "spec.model.uri",
+        "hf://ORG/NAME",
+    ),
     Bad("a path for a uri", {"spec.output.uri": "/mnt/out"}, "spec.output.uri", "pvc://CLAIM/PATH or file:///PATH"),
     Bad("a relative file", {"spec.output.uri": "file://out"}, "spec.output.uri", "file:///PATH"),
-    Bad("output to the hub", {"spec.output.uri": "hf://me/model"}, "spec.output.uri", "a storage that can be written to"),
+    Bad(
+        "output to the hub", {"spec.output.uri": "hf://me/model"}, "spec.output.uri", "a storage that can be written to"
+    ),
     Bad("checkpoints to the hub", {"spec.checkpoint.uri": "hf://me/x"}, "spec.checkpoint.uri", "can be written to"),
     Bad("rows of a job", {"spec.data.train[0].uri": "job://other"}, "spec.data.train[0].uri", "hf://datasets/ORG/NAME"),
     Bad("a file of the hub", {"spec.model.uri": "hf://a/b/weights"}, "spec.model.uri", "a file into gguf_file"),
     Bad("a branch in the uri", {"spec.model.uri": "hf://a/b@main"}, "spec.model.uri", "goes into revision"),
-    Bad("a data set as the model", {"spec.model.uri": "hf://datasets/a/b"}, "spec.model.uri", "hf://ORG/NAME for a model"),
+    Bad(
+        "a data set as the model",
+        {"spec.model.uri": "hf://datasets/a/b"},
+        "spec.model.uri",
+        "hf://ORG/NAME for a model",
+    ),
     Bad("a GGUF file as the folder", {"spec.model.uri": "s3://a/m.gguf"}, "spec.model.uri", "the file in gguf_file"),
     Bad("a model as data", {"spec.data.train[0].uri": "hf://a/b"}, "spec.data.train[0].uri", "datasets/ after hf://"),
     Bad("a table", {"spec.data.train[0].uri": "s3://a/rows.csv"}, "spec.data.train[0].uri", "to JSON lines"),
@@ -226,7 +259,9 @@ BAD: tuple[Bad, ...] = (
         "spec.data.eval[1].uri",
         "not compressed",
     ),
-    Bad("a claim no volume can have", {"spec.model.uri": "pvc://My_Claim/x"}, "spec.model.uri", "PersistentVolumeClaim"),
+    Bad(
+        "a claim no volume can have", {"spec.model.uri": "pvc://My_Claim/x"}, "spec.model.uri", "PersistentVolumeClaim"
+    ),
     Bad("a claim of the rows", {"spec.data.train[0].uri": "pvc://A/x.jsonl"}, "spec.data.train[0].uri", "Claim"),
     Bad("a claim of held-out rows", {"spec.data.eval": [{"uri": "pvc://A/x.json"}]}, "spec.data.eval[0].uri", "Claim"),
     Bad("a claim of the output", {"spec.output.uri": "pvc://a.b/x"}, "spec.output.uri", "PersistentVolumeClaim"),
@@ -234,11 +269,18 @@ BAD: tuple[Bad, ...] = (
     Bad("itself as the input", {"spec.model.uri": "job://tune"}, "spec.model.uri", "a job cannot wait for itself"),
     Bad("a job with an impossible name", {"spec.model.uri": f"job://{'x' * 52}"}, "spec.model.uri", "at most 51"),
     Bad("the base model overwritten", {**_S3, "spec.output.uri": "s3://team/base"}, "spec.output.uri", "overwritten"),
-    Bad("a secret with a bad name", {"spec.credentials.secretName": "My_Secret"}, "spec.credentials.secretName", "lower"),
+    Bad(
+        "a secret with a bad name", {"spec.credentials.secretName": "My_Secret"}, "spec.credentials.secretName", "lower"
+    ),
     Bad("a profile with a bad name", {"spec.profile": "H100!"}, "spec.profile", "lower-case letters"),
     Bad("a size without a unit", {"spec.output.max_shard_size": "5"}, "spec.output.max_shard_size", "add the unit"),
     # ---- the model and the sources, over several fields
-    Bad("a revision of a bucket", {**_S3, "spec.model.revision": "v2"}, "spec.model.revision", "only the hub has branches"),
+    Bad(
+        "a revision of a bucket",
+        {**_S3, "spec.model.revision": "v2"},
+        "spec.model.revision",
+        "only the hub has branches",
+    ),
     Bad("a revision of a file", {"spec.data.train[0].revision": "v2"}, "spec.data.train[0].revision", "not hf://"),
     Bad("a split of a file", {"spec.data.train[0].split": "test"}, "spec.data.train[0].split", "remove split"),
     Bad(
@@ -267,7 +309,12 @@ BAD: tuple[Bad, ...] = (
         "spec.model.gguf_file",
         "the output of a FineTuneJob is safetensors",
     ),
-    Bad("the same rows twice", {"spec.data.train[1]": {"uri": "s3://team/rows.jsonl"}}, "spec.data.train", "set its weight"),
+    Bad(
+        "the same rows twice",
+        {"spec.data.train[1]": {"uri": "s3://team/rows.jsonl"}},
+        "spec.data.train",
+        "set its weight",
+    ),
     Bad(
         "the same held-out rows twice",
         {"spec.data.eval": [{"uri": "s3://a/b.jsonl"}, {"uri": "s3://a/b.jsonl"}]},
@@ -280,7 +327,12 @@ BAD: tuple[Bad, ...] = (
         "spec.data.eval[0].weight",
         "for training rows only",
     ),
-    Bad("the name of a template", {"spec.data.chat_template": "chatml"}, "spec.data.chat_template", "template's text here"),
+    Bad(
+        "the name of a template",
+        {"spec.data.chat_template": "chatml"},
+        "spec.data.chat_template",
+        "template's text here",
+    ),
     # ---- the method
     Bad(
         "a rank without an adapter",
@@ -288,17 +340,34 @@ BAD: tuple[Bad, ...] = (
         "spec.method.r",
         "8 is not accepted; accepted: r with spec.method.type lora or qlora; remedy: remove it, or set",
     ),
-    Bad("alpha without an adapter", {"spec.method": {"type": "full", "lora_alpha": 8}}, "spec.method.lora_alpha", "remove it"),
-    Bad("dropout without one", {"spec.method": {"type": "full", "lora_dropout": 0}}, "spec.method.lora_dropout", "remove"),
+    Bad(
+        "alpha without an adapter",
+        {"spec.method": {"type": "full", "lora_alpha": 8}},
+        "spec.method.lora_alpha",
+        "remove it",
+    ),
+    Bad(
+        "dropout without one",
+        {"spec.method": {"type": "full", "lora_dropout": 0}},
+        "spec.method.lora_dropout",
+        "remove",
+    ),
     Bad("DoRA without one", {"spec.method": {"type": "full", "use_dora": True}}, "spec.method.use_dora", "remove it"),
-    Bad("rsLoRA without one", {"spec.method": {"type": "full", "use_rslora": True}}, "spec.method.use_rslora", "remove it"),
+    Bad(
+        "rsLoRA without one",
+        {"spec.method": {"type": "full", "use_rslora": True}},
+        "spec.method.use_rslora",
+        "remove it",
+    ),
     Bad(
         "modules to save without one",
         {"spec.method": {"type": "full", "modules_to_save": ["lm_head"]}},
         "spec.method.modules_to_save",
         "remove it",
     ),
-    Bad("4 bits for lora", {"spec.method.bnb_4bit_quant_type": "nf4"}, "spec.method.bnb_4bit_quant_type", "type: qlora"),
+    Bad(
+        "4 bits for lora", {"spec.method.bnb_4bit_quant_type": "nf4"}, "spec.method.bnb_4bit_quant_type", "type: qlora"
+    ),
     Bad(
         "double quantisation for lora",
         {"spec.method.bnb_4bit_use_double_quant": True},
@@ -312,11 +381,31 @@ BAD: tuple[Bad, ...] = (
         "remove it",
         CONDITION,
     ),
-    Bad("no target module", {"spec.method.target_modules": []}, "spec.method.target_modules", "at least one", CONDITION),
+    Bad(
+        "no target module", {"spec.method.target_modules": []}, "spec.method.target_modules", "at least one", CONDITION
+    ),
     Bad("an empty target", {"spec.method.target_modules": ""}, "spec.method.target_modules", "at least one", CONDITION),
-    Bad("a number as target", {"spec.method.target_modules": 3}, "spec.method.target_modules", "a list of texts", CONDITION),
-    Bad("a number in the targets", {"spec.method.target_modules": ["a", 3]}, "spec.method.target_modules", "list", CONDITION),
-    Bad("a target twice", {"spec.method.target_modules": ["a", "a"]}, "spec.method.target_modules", "repeated", CONDITION),
+    Bad(
+        "a number as target",
+        {"spec.method.target_modules": 3},
+        "spec.method.target_modules",
+        "a list of texts",
+        CONDITION,
+    ),
+    Bad(
+        "a number in the targets",
+        {"spec.method.target_modules": ["a", 3]},
+        "spec.method.target_modules",
+        "list",
+        CONDITION,
+    ),
+    Bad(
+        "a target twice",
+        {"spec.method.target_modules": ["a", "a"]},
+        "spec.method.target_modules",
+        "repeated",
+        CONDITION,
+    ),
     Bad(
         "targets as one text",
         {"spec.method.target_modules": "q_proj,v_proj"},
@@ -324,7 +413,9 @@ BAD: tuple[Bad, ...] = (
         "write a list: [q_proj, v_proj]",
         CONDITION,
     ),
-    Bad("a broken pattern", {"spec.method.target_modules": "(q_proj"}, "spec.method.target_modules", "valid", CONDITION),
+    Bad(
+        "a broken pattern", {"spec.method.target_modules": "(q_proj"}, "spec.method.target_modules", "valid", CONDITION
+    ),
     Bad(
         "a module by both ways",
         {"spec.method.target_modules": ["lm_head"], "spec.method.modules_to_save": ["lm_head"]},
@@ -332,7 +423,12 @@ BAD: tuple[Bad, ...] = (
         "not both",
         CONDITION,
     ),
-    Bad("a merge of nothing", {"spec.method": {"type": "full"}, "spec.output.merge": True}, "spec.output.merge", "whole model"),
+    Bad(
+        "a merge of nothing",
+        {"spec.method": {"type": "full"}, "spec.output.merge": True},
+        "spec.output.merge",
+        "whole model",
+    ),
     Bad(
         "4 bits over ZeRO-3",
         {"spec.method": {"type": "qlora"}, f"{_ZERO}.stage": 3},
@@ -341,7 +437,9 @@ BAD: tuple[Bad, ...] = (
     ),
     # ---- the optimisation
     Bad("no step", {"spec.training.max_steps": 0}, "spec.training.max_steps", "to train num_train_epochs epochs"),
-    Bad("one and a half steps of warm-up", {"spec.training.warmup_steps": 1.5}, "spec.training.warmup_steps", "round it"),
+    Bad(
+        "one and a half steps of warm-up", {"spec.training.warmup_steps": 1.5}, "spec.training.warmup_steps", "round it"
+    ),
     Bad(
         "more warm-up than steps",
         {"spec.training.warmup_steps": 100, "spec.training.max_steps": 10},
@@ -354,7 +452,9 @@ BAD: tuple[Bad, ...] = (
         "spec.training.warmup_steps",
         "constant_with_warmup",
     ),
-    Bad("evaluation of nothing", {"spec.training.eval_steps": 10}, "spec.training.eval_steps", "spec.data.eval is empty"),
+    Bad(
+        "evaluation of nothing", {"spec.training.eval_steps": 10}, "spec.training.eval_steps", "spec.data.eval is empty"
+    ),
     Bad("an empty prompt", {"spec.evaluation.prompts": ["a", ""]}, "spec.evaluation.prompts", "remove the empty one"),
     Bad(
         "a misspelt argument of the schedule",
@@ -415,7 +515,12 @@ BAD: tuple[Bad, ...] = (
         CONDITION,
     ),
     # ---- recovery
-    Bad("no unit of time", {"spec.recovery.hangTimeout": "600"}, "spec.recovery.hangTimeout", "such as 90s, 10m or 1h30m"),
+    Bad(
+        "no unit of time",
+        {"spec.recovery.hangTimeout": "600"},
+        "spec.recovery.hangTimeout",
+        "such as 90s, 10m or 1h30m",
+    ),
     Bad("a number of seconds", {"spec.recovery.hangTimeout": 600}, "spec.recovery.hangTimeout", "its unit", SCHEMA),
     Bad("too impatient", {"spec.recovery.hangTimeout": "5s"}, "spec.recovery.hangTimeout", "from 30s to 168h"),
     Bad("too patient", {"spec.recovery.hangTimeout": "1000h"}, "spec.recovery.hangTimeout", "from 30s to 168h"),
@@ -477,7 +582,13 @@ BAD: tuple[Bad, ...] = (
         "set spec.training.adam_epsilon",
         CONDITION,
     ),
-    Bad("another optimizer", {"spec.deepspeed.optimizer.type": "Lamb"}, "spec.deepspeed.optimizer.type", "AdamW", CONDITION),
+    Bad(
+        "another optimizer",
+        {"spec.deepspeed.optimizer.type": "Lamb"},
+        "spec.deepspeed.optimizer.type",
+        "AdamW",
+        CONDITION,
+    ),
     Bad(
         "a second schedule",
         {"spec.deepspeed.scheduler": {"type": "WarmupLR"}},
@@ -500,7 +611,9 @@ BAD: tuple[Bad, ...] = (
         "auto with spec.workers.gpusPerWorker: 0",
         CONDITION,
     ),
-    Bad("elastic DeepSpeed", {"spec.deepspeed.elasticity": {}}, "spec.deepspeed.elasticity", "batch is kept", CONDITION),
+    Bad(
+        "elastic DeepSpeed", {"spec.deepspeed.elasticity": {}}, "spec.deepspeed.elasticity", "batch is kept", CONDITION
+    ),
     Bad(
         "a misspelt section of DeepSpeed",
         {"spec.deepspeed.zero_optimisation": {"stage": 2}},
@@ -552,7 +665,13 @@ BAD: tuple[Bad, ...] = (
         "write it as spec.workers.template.spec.containers",
         CONDITION,
     ),
-    Bad("a name of pods", {"spec.workers.template.metadata": {"name": "x"}}, "spec.workers.template.metadata.name", "Job names", CONDITION),
+    Bad(
+        "a name of pods",
+        {"spec.workers.template.metadata": {"name": "x"}},
+        "spec.workers.template.metadata.name",
+        "Job names",
+        CONDITION,
+    ),
     Bad(
         "a label that is a number",
         {"spec.workers.template.metadata": {"labels": {"team": 7}}},
@@ -567,9 +686,27 @@ BAD: tuple[Bad, ...] = (
         "the operator finds its pods by this label",
         CONDITION,
     ),
-    Bad("labels that are no object", {"spec.workers.template.metadata": {"labels": []}}, "spec.workers.template.metadata.labels", "name: value", CONDITION),
-    Bad("metadata that is no object", {"spec.workers.template.metadata": 3}, "spec.workers.template.metadata", "labels", CONDITION),
-    Bad("a spec that is no object", {"spec.workers.template.spec": []}, "spec.workers.template.spec", "pod's spec", CONDITION),
+    Bad(
+        "labels that are no object",
+        {"spec.workers.template.metadata": {"labels": []}},
+        "spec.workers.template.metadata.labels",
+        "name: value",
+        CONDITION,
+    ),
+    Bad(
+        "metadata that is no object",
+        {"spec.workers.template.metadata": 3},
+        "spec.workers.template.metadata",
+        "labels",
+        CONDITION,
+    ),
+    Bad(
+        "a spec that is no object",
+        {"spec.workers.template.spec": []},
+        "spec.workers.template.spec",
+        "pod's spec",
+        CONDITION,
+    ),
     Bad(
         "a restart policy",
         {"spec.workers.template.spec.restartPolicy": "Always"},
@@ -605,12 +742,28 @@ BAD: tuple[Bad, ...] = (
         "write tolerations",
         CONDITION,
     ),
-    Bad("containers that are no list", {_TRAINER: {"image": "x"}}, _TRAINER, "begin every entry with - name:", CONDITION),
+    Bad(
+        "containers that are no list", {_TRAINER: {"image": "x"}}, _TRAINER, "begin every entry with - name:", CONDITION
+    ),
     Bad("a container without a name", {_TRAINER: [{"image": "x"}]}, f"{_TRAINER}[0]", "is named trainer", CONDITION),
     Bad("a container twice", {_TRAINER: [{"name": "a"}, {"name": "a"}]}, f"{_TRAINER}[1].name", "one entry", CONDITION),
-    Bad("a volume without a name", {"spec.workers.template.spec.volumes": [{}]}, "spec.workers.template.spec.volumes[0]", "add name", CONDITION),
-    Bad("another command", {_TRAINER: [{"name": "trainer", "command": ["x"]}]}, f"{_TRAINER}[0].command", "starts", CONDITION),
-    Bad("other arguments", {_TRAINER: [{"name": "trainer", "args": ["x"]}]}, f"{_TRAINER}[0].args", "starts", CONDITION),
+    Bad(
+        "a volume without a name",
+        {"spec.workers.template.spec.volumes": [{}]},
+        "spec.workers.template.spec.volumes[0]",
+        "add name",
+        CONDITION,
+    ),
+    Bad(
+        "another command",
+        {_TRAINER: [{"name": "trainer", "command": ["x"]}]},
+        f"{_TRAINER}[0].command",
+        "starts",
+        CONDITION,
+    ),
+    Bad(
+        "other arguments", {_TRAINER: [{"name": "trainer", "args": ["x"]}]}, f"{_TRAINER}[0].args", "starts", CONDITION
+    ),
     Bad(
         "another number of GPUs",
         {_TRAINER: [{"name": "trainer", "resources": {"limits": {"nvidia.com/gpu": 8}}}]},
