@@ -45,7 +45,7 @@ _MODEL_PARTS = (
     "merges.txt",
     "special_tokens_map*",
 )
-_LARGE = 8 * 2**20  # files in place above this size are sampled instead of read whole for their digest
+_LARGE = 8 * 2**20  # weight files in place above this size are sampled instead of read whole for their digest
 _HUB_TRIES = 4
 
 
@@ -61,8 +61,8 @@ class Fetched:
     """The same for ``data.eval``."""
     digests: dict[str, str] = field(default_factory=dict)
     """What was fetched, by URI (with @revision for the hub): equal digests, equal content.
-    ``git:<commit>`` for the hub, ``sha256:<hex>`` over all files otherwise, and ``sampled:<hex>`` where large
-    files in place were read at their ends only."""
+    ``git:<commit>`` for the hub, ``sha256:<hex>`` over all files otherwise, and ``sampled:<hex>`` where of large
+    weight files in place only some parts were read."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ def _source(
     """The folder or file of one source on this node; its digest is added to ``digests``."""
     uri = source.uri
     if uri.startswith("file://"):
-        return _in_place(uri, missing, digests)
-    name = f"{uri}@{source.revision}" if uri.startswith("hf://") else uri
+        return _in_place(uri, missing, digests, sample=isinstance(source, ModelSource))
+    name = source_key(source)
     # Other choices among the files of one source are another entry of the cache.
     choice = json.dumps([name, getattr(source, "gguf_file", ""), getattr(source, "trust_remote_code", False)])
     home = cache / hashlib.sha256(choice.encode()).hexdigest()[:32]
@@ -217,7 +217,7 @@ def _source(
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _cache_broken(cache, error) from error
-        with _lock(home):
+        with lock(home):
             record = _renew(uri, source.revision, select, missing, cache, home)
     digests[name] = record.digest
     folder = Path(record.folder)
@@ -249,7 +249,12 @@ def _renew(uri: str, revision: str, select: Select, missing: Cause, cache: Path,
     return record
 
 
-def _in_place(uri: str, missing: Cause, digests: dict[str, str]) -> Path:
+def source_key(source: ModelSource | DataSource) -> str:
+    """How ``Fetched.digests`` names a source."""
+    return f"{source.uri}@{source.revision}" if source.uri.startswith("hf://") else source.uri
+
+
+def _in_place(uri: str, missing: Cause, digests: dict[str, str], *, sample: bool) -> Path:
     path = local_path(uri)
     try:
         if path.is_dir():
@@ -259,7 +264,7 @@ def _in_place(uri: str, missing: Cause, digests: dict[str, str]) -> Path:
             files, root = [path], path.parent
         lines, sampled = [], False
         for file in files:
-            part, whole = _content_digest(file)
+            part, whole = _content_digest(file, sample)
             sampled |= not whole
             lines.append(f"{part} {file.relative_to(root)}")
     except FileNotFoundError as error:
@@ -281,10 +286,10 @@ def _in_place(uri: str, missing: Cause, digests: dict[str, str]) -> Path:
     return path
 
 
-def _content_digest(file: Path) -> tuple[str, bool]:
-    """A digest of a file and whether it covers all of it: hashing 140 GB at every start takes minutes."""
+def _content_digest(file: Path, sample: bool) -> tuple[str, bool]:
+    """A digest of a file and whether it covers all of it: hashing a model of 140 GB at every start takes minutes."""
     size = file.stat().st_size
-    if size <= _LARGE:
+    if not sample or size <= _LARGE:
         return file_digest(file), True
     with file.open("rb") as stream:
         head = stream.read(2**20)  # a safetensors header names and places every tensor
@@ -527,10 +532,10 @@ def _digest_all(files: Iterable[Path]) -> Iterator[str]:
 
 
 @contextmanager
-def _lock(home: Path) -> Iterator[None]:
-    """One fetcher of a source at a time, over all pods that share the cache, where its file system has locks.
+def lock(home: Path) -> Iterator[None]:
+    """One writer of a cache entry at a time, over all pods that share the cache, where its file system has locks.
 
-    Where it has none, fetchers do the same work side by side: a version appears by an atomic rename.
+    Where it has none, writers do the same work side by side: an entry appears by an atomic rename.
     """
     import fcntl
 
@@ -538,7 +543,7 @@ def _lock(home: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another process fetches into %s; waiting for it", home)
+            log.info("another process fills %s; waiting for it", home)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             log.warning("the cache has no file locks (%s)", error)

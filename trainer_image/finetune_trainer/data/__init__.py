@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import DataSource
+from finetune_trainer.data.cache import cached_rows
 from finetune_trainer.data.formats import FORMATS, SUFFIXES, BadRowError, read_rows
 from finetune_trainer.data.render import Rendered, Renderer, Tokens, check_vocabulary, ensure_chat_template
 from finetune_trainer.data.stream import Rows, Sequence, Stream, collate
-from finetune_trainer.fetch import Fetched
+from finetune_trainer.fetch import Fetched, source_key
 from finetune_trainer.model import vocabulary_rows
 from finetune_trainer.outcome import RunError
 
@@ -51,7 +52,14 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
 
     def load(source: DataSource, path: Path, name: str) -> Rows:
         start = time.monotonic()
-        rows, counts = _tokenize(source, path, name, renderer, config.data.max_length)
+        rows, counts = cached_rows(
+            source,
+            fetched.digests.get(source_key(source), ""),
+            name,
+            tokenizer,
+            config.data.max_length,
+            lambda: _tokenize(source, path, name, renderer, config.data.max_length),
+        )
         if len(rows):
             check_vocabulary(int(rows.ids.max()), known, config.model.uri)
         report[name] = counts
@@ -106,8 +114,9 @@ def _tokenize(
 ) -> tuple[Rows, dict[str, Any]]:
     """The rows of a source as tokens, and what is to be reported of them."""
     counts: dict[str, Any] = {"uri": source.uri, "rows": 0, "sequences": 0, "truncated": 0, "dropped": 0, "longest": 0}
-    kept: list[Tokens] = []
+    parts: list[Rows] = []
     for texts in _chunks(source, path, renderer, counts):
+        kept: list[Tokens] = []
         for tokens in renderer.encode(texts):
             counts["longest"] = max(counts["longest"], len(tokens.ids))
             if len(tokens.ids) > max_length:
@@ -117,7 +126,8 @@ def _tokenize(
                 kept.append(tokens)
             else:
                 counts["dropped"] += 1
-    rows = Rows.of(name, kept)
+        parts.append(Rows.of(name, kept))
+    rows = Rows.joined(name, parts)
     counts |= {"sequences": len(rows), "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
     return rows, counts
 

@@ -49,6 +49,18 @@ class Rows:
             np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         )
 
+    @staticmethod
+    def joined(name: str, parts: "list[Rows]") -> "Rows":
+        """Several pieces of one source as one."""
+        parts = parts or [Rows.of(name, [])]
+        lengths = np.concatenate([part.lengths for part in parts])
+        return Rows(
+            name,
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.learned for part in parts]),
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        )
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
