@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
+from finetune_trainer.data import Sequence, Stream
 from finetune_trainer.feed import Slot, StepBatch, draw_seed
 from finetune_trainer.objectives import Objective
 from finetune_trainer.objectives.sft import IGNORED
@@ -86,6 +87,7 @@ class Engine:
             dist_init_required=False,
         )
         self.module = self.engine.module
+        _forget_dry_run(self.optimizer)
         if self.plain and world.size == 1:
             self.engine.enable_backward_allreduce = False  # it would flatten and copy every gradient
         self._noise = Noise(self.module, config, world) if config.training.neftune_noise_alpha else None
@@ -102,7 +104,7 @@ class Engine:
         ]
         return torch.optim.AdamW(
             groups,
-            lr=training.learning_rate,
+            lr=0.0,  # until the first step: see _forget_dry_run
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             fused=True,
@@ -219,7 +221,9 @@ class Engine:
 
     # Evaluation
 
-    def evaluate(self, sources: dict[str, Any], collate: Callable[[list[Any]], dict[str, Any]]) -> dict[str, float]:
+    def evaluate(
+        self, sources: dict[str, Stream], collate: Callable[[list[Sequence]], dict[str, Any]]
+    ) -> dict[str, float]:
         """Loss (nats per label token) and perplexity: ``loss``, ``perplexity`` and, per source, ``loss/NAME``.
 
         Weighted by tokens, over all processes. Collective; every process makes equally many passes.
@@ -229,8 +233,8 @@ class Engine:
         self.module.eval()
         try:
             with torch.no_grad():
-                for row, sequences in enumerate(sources.values()):
-                    for batch in self._eval_batches(sequences, per_device, collate):
+                for row, stream in enumerate(sources.values()):
+                    for batch in self._eval_batches(stream, per_device, collate):
                         weight = self.objective.weight(batch)
                         loss = self._loss_sum(move(batch, self.world.device))
                         sums[row, 0] += loss.double()
@@ -252,17 +256,17 @@ class Engine:
         return figures
 
     def _eval_batches(
-        self, sequences: Any, per_device: int, collate: Callable[[list[Any]], dict[str, Any]]
+        self, stream: Stream, per_device: int, collate: Callable[[list[Sequence]], dict[str, Any]]
     ) -> Iterator[dict[str, Any]]:
-        count = len(sequences)
+        count = stream.sequences(0)
         slots = -(-count // per_device)
         for turn in range(-(-slots // self.world.size)):
             number = turn * self.world.size + self.world.rank
             if number < slots:
                 first = number * per_device
-                yield collate([sequences[i] for i in range(first, min(first + per_device, count))])
+                yield collate([stream.sequence(0, i) for i in range(first, min(first + per_device, count))])
             else:
-                batch = collate([sequences[0]])
+                batch = collate([stream.sequence(0, 0)])
                 batch["labels"] = torch.full_like(batch["labels"], IGNORED)
                 yield batch
 
@@ -288,6 +292,13 @@ class Engine:
             buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
             gathered |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
         return gathered
+
+
+def _forget_dry_run(optimizer: Any) -> None:
+    """DeepSpeed's optimizer for bf16 without ZeRO takes a step with zero gradients to make AdamW's state. Left alone
+    it counts, and spoils the bias correction of the real steps (and, but for a learning rate of 0, the weights)."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    inner.state.clear()
 
 
 def zero_stage(config: TrainerConfig) -> int:

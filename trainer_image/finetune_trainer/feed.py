@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.data import Sequence, Stream
 from finetune_trainer.objectives import Objective
 from finetune_trainer.objectives.sft import IGNORED
 
@@ -53,7 +54,7 @@ class StepBatch:
     pairs: int
     """Pairs of tokens that attention looks at: the sum of (position + 1)."""
     rows: list[tuple[int, int]]
-    """(epoch, index) of every sequence of this process."""
+    """(source, row) of every row of data that this process sees."""
 
 
 class Feed:
@@ -61,8 +62,8 @@ class Feed:
 
     def __init__(
         self,
-        stream: Any,
-        collate: Callable[[list[Any]], dict[str, Any]],
+        stream: Stream,
+        collate: Callable[[list[Sequence]], dict[str, Any]],
         objective: Objective,
         *,
         rank: int,
@@ -142,15 +143,15 @@ class Feed:
                 self.stream.locate(position + offset)
                 for offset in range(first, 1 if stand_in else min(first + self.per_device, count))
             ]
-            batch = self.collate([self.stream.sequence(*place) for place in places])
+            sequences = [self.stream.sequence(*place) for place in places]
+            batch = self.collate(sequences)
             if stand_in:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORED)
             else:
-                result.rows += places
+                result.rows += [row for sequence in sequences for row in sequence.rows]
                 result.weight += self.objective.weight(batch)
-                tokens, pairs = measure(batch)
-                result.tokens += tokens
-                result.pairs += pairs
+                result.tokens += sum(len(sequence) for sequence in sequences)
+                result.pairs += sum(int((sequence.position_ids + 1).sum()) for sequence in sequences)
             if self.pin:
                 batch = {
                     key: value.pin_memory() if isinstance(value, torch.Tensor) else value
@@ -162,18 +163,6 @@ class Feed:
         result.epoch = epoch + (index + 1) / length
         result.ends_epoch = index + 1 == length or self.stream.locate(position)[0] != epoch
         return result
-
-
-def measure(batch: dict[str, Any]) -> tuple[int, int]:
-    """Tokens of a collated batch that are not padding, and pairs of tokens that causal attention looks at."""
-    mask = batch.get("attention_mask")
-    ids = batch["input_ids"]
-    positions = batch.get("position_ids")
-    if positions is None:
-        positions = torch.arange(ids.shape[-1]).expand_as(ids)
-    if mask is None:
-        return ids.numel(), int((positions + 1).sum())
-    return int(mask.sum()), int(((positions + 1) * mask).sum())
 
 
 def draw_seed(seed: int, *place: int) -> int:

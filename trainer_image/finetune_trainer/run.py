@@ -158,6 +158,7 @@ class Job:
     def load(self) -> None:
         """The processes meet; model and data come to this node; rows become sequences."""
         self._phase("loading", "loading the libraries")
+        _quiet()
         from finetune_trainer import data, fetch, model
         from finetune_trainer.fence import claim
         from finetune_trainer.storage import Store
@@ -688,6 +689,18 @@ def _line(record: dict[str, Any], max_steps: int) -> str:
     if "eval_loss" in record:
         text += f" eval_loss {record['eval_loss']:.4f}"
     return text
+
+
+def _quiet() -> None:
+    """The log is for the run: no progress bars, none of the libraries' warnings to their developers."""
+    import warnings
+
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _device_name(device: Any) -> str:

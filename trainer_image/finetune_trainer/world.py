@@ -5,6 +5,7 @@ wait as long as a download takes, and never touch the training stream. Called by
 the :class:`World` to.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -53,6 +54,7 @@ class World:
     alive: Callable[[], None] = lambda: None
     """Called while waiting for a peer's word."""
     _names: dict[str, "itertools.count[int]"] = field(default_factory=dict)
+    """How often each name was used: every use has a key of its own."""
 
     @property
     def first(self) -> bool:
@@ -61,7 +63,7 @@ class World:
 
     def clone(self) -> "World":
         """The same for use in another thread: a store's client is held while it waits."""
-        return World(self.rank, self.local_rank, self.size, self.device, self.store.clone())
+        return World(self.rank, self.local_rank, self.size, self.device, self.store.clone(), _names=self._names)
 
     def say(self, key: str, value: Any) -> None:
         """Leave a word (JSON) under a key."""
@@ -122,8 +124,9 @@ class World:
         return f"finetune/{name}/{number}"
 
 
+@functools.cache
 def join(accelerator: str) -> World:
-    """Start torch.distributed and DeepSpeed's communication for this process.
+    """Start torch.distributed and DeepSpeed's communication for this process, once.
 
     ``accelerator`` is gpu or cpu. Raises RunError(NO_ACCELERATOR) where a GPU is asked for and none is there.
     Alone (no launcher), the process is a world of one, with its store in memory: no port is opened.
