@@ -75,9 +75,9 @@ def read_config() -> TrainerConfig:
 
 def failed(error: BaseException, job: "Job | None") -> int:
     """Leave the last word of a failure; its exit code."""
-    if not isinstance(error, RunError):
-        traceback.print_exception(error)
     cause, message = diagnose(error, phase=job.doing if job else "", batch=job.memory_settings() if job else "")
+    if not isinstance(error, RunError) and cause not in ECHOES:
+        traceback.print_exception(error)
     print(f"{cause}: {message}", file=sys.stderr, flush=True)
     word = job.word(cause, message) if job else Termination(cause=cause, message=message[:2000], rank=rank())
     code = word.exit_code = exit_code(cause)
@@ -516,7 +516,8 @@ class Job:
             message = f"Stopped on request after step {self.step}" + (
                 ", which is saved." if kept else f"; it could not be saved: {self.saver.last_problem}"
             )
-            self._leave_word(self.word(Cause.TERMINATED, message))
+            if local_rank() == 0:  # one word per pod; rank 0's knows the checkpoint
+                self._leave_word(self.word(Cause.TERMINATED, message))
         return EXIT_STOPPED
 
     # Report
@@ -529,7 +530,7 @@ class Job:
         if self.world.first:
             self._export(weights, answers)
         self._phase("done", f"done after {self.step} steps")
-        if self.world.first or local_rank() == 0:
+        if local_rank() == 0:
             self._leave_word(self.word(Cause.SUCCEEDED, f"Trained {self.step} steps."))
         self.pulse.close()
 
@@ -585,6 +586,8 @@ class Job:
             versions=_versions(),
         )
         (folder / "metrics.jsonl").write_bytes(self.history.content())
+        said = json.dumps([answer.model_dump() for answer in answers], ensure_ascii=False, indent=1)
+        (folder / "answers.json").write_text(said, encoding="utf-8")
         try:
             report.write_plot(page, folder / "loss.png")
             report.write_page(page, folder / "report.html")
