@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,20 +32,19 @@ PACKAGES = {  # binary → Go package
     "kubelet": "k8s.io/kubernetes/cmd/kubelet",
     "coredns": "./coredns",
     "versitygw": "github.com/versity/versitygw/cmd/versitygw",
+    "pause": "./pause",
     "helm": "helm.sh/helm/v4/cmd/helm",
 }
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
 SIMULATED = (*CONTROL_PLANE, "kwok")
-FULL = (*CONTROL_PLANE, "kubelet", "coredns", "versitygw")
-# What the nodes need of Debian: program → package.
+FULL = (*CONTROL_PLANE, "kubelet", "coredns", "versitygw", "pause")
+# What comes from Debian: program → package.
 DEBIAN = {
     "containerd": "containerd",
     "runc": "runc",
-    "iptables": "iptables",
     "/usr/lib/cni/bridge": "containernetworking-plugins",
     "debootstrap": "debootstrap",
     "buildah": "buildah",
-    "gcc": "gcc",
 }
 
 
@@ -77,6 +77,7 @@ def require(names: Iterable[str] = SIMULATED) -> Path:
         raise UnavailableError("Go is not installed, and Kubernetes is built from Go modules: install Go 1.26 or newer")
     with locked(target):
         missing = [name for name in missing if not (target / name).exists()]
+        target.mkdir(exist_ok=True)
         if missing:
             say(f"building {', '.join(missing)} into {target}: about 1 to 2 minutes each on 2 cores, once per machine")
         for name in missing:
@@ -111,22 +112,46 @@ def require_debian(programs: Iterable[str] = DEBIAN) -> None:
         raise UnavailableError(f"these packages are missing, and only root can install them: {' '.join(lacking)}")
     with locked(cache() / "apt"):
         say(f"installing {' '.join(lacking)}")
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *lacking]):
-            done = subprocess.run(
-                ["apt-get", "-o", "DPkg::Lock::Timeout=600", *command],
-                env=environment,
-                text=True,
-                capture_output=True,
-            )
-            if done.returncode:
-                raise UnavailableError(f"apt-get {command[0]} failed: {done.stderr[-2000:]}")
+        _apt_get("update", "-qq")
+        _apt_get("install", "-y", "-qq", "--no-install-recommends", *lacking)
+
+
+def prometheus() -> Path:
+    """The folder with Debian's prometheus and promtool, unpacked into the cache: installing would start a service."""
+    target = cache() / "prometheus"
+    binaries = target / "usr" / "bin"
+    if (binaries / "promtool").exists():
+        return binaries
+    if not shutil.which("apt-get") or not shutil.which("dpkg"):
+        raise UnavailableError("Prometheus is taken from Debian's package, and there is no apt-get here")
+    with locked(target), tempfile.TemporaryDirectory(dir=cache()) as scratch:
+        if not (binaries / "promtool").exists():
+            say("fetching Debian's prometheus package")
+            if not os.geteuid():  # else the machine's package lists must do
+                _apt_get("update", "-qq")
+            _apt_get("download", "-qq", "prometheus", cwd=Path(scratch))
+            package = next(Path(scratch).glob("prometheus_*.deb"))
+            subprocess.run(["dpkg", "--extract", package, Path(scratch) / "unpacked"], check=True)
+            (Path(scratch) / "unpacked").rename(target)
+    return binaries
+
+
+def _apt_get(*args: str, cwd: Path | None = None) -> None:
+    done = subprocess.run(
+        ["apt-get", "-o", "DPkg::Lock::Timeout=600", *args],
+        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+    )
+    if done.returncode:
+        raise UnavailableError(f"apt-get {args[0]} failed: {done.stderr[-2000:]}")
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time makes what belongs at `path`; its parent folder or itself is created."""
-    path.mkdir(parents=True, exist_ok=True)
+    """One process at a time makes what belongs at `path`, whose parent folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
