@@ -6,7 +6,7 @@ Each check gets a part of the spec and yields its findings: path below that part
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from finetune_api import run
@@ -17,10 +17,15 @@ from finetune_api.spec import FineTuneJobSpec, Training, Workers
 Finding = tuple[str, Any, str, str]
 
 
-def close(name: str, names: Any) -> str | None:
+def close(name: str, names: Iterable[str], least: float = 0.7) -> str | None:
     """The one of the names that was probably meant."""
-    found = difflib.get_close_matches(name.lower().replace("_", ""), [_plain(n) for n in names], n=1, cutoff=0.8)
-    return next((n for n in names if _plain(n) == found[0]), None) if found else None
+    plain = {_plain(known): known for known in names}
+    found = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=least)
+    return plain[found[0]] if found else None
+
+
+_CERTAIN = 0.9
+"""As like a known name as a key must be to be refused as misspelt: newer versions know more keys than we do."""
 
 
 def _words(listed: str) -> tuple[str, ...]:
@@ -134,19 +139,25 @@ _DEEPSPEED_KEYS = _words(
     comms_logger tensorboard wandb comet csv_monitor data_types aio checkpoint nebula elasticity autotuning
     data_efficiency curriculum_learning compression_training disable_allgather memory_breakdown dataloader_drop_last
     use_data_before_expert_parallelism hybrid_engine tensor_parallel pipeline
+    gradient_allreduce_op compile disable_python_gc vocabulary_size max_grad_norm eigenvalue progressive_layer_drop
     """
 )
 _ZERO_KEYS = _words(
     """
     stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
     allgather_partitions allgather_bucket_size overlap_comm load_from_fp32_weights elastic_checkpoint offload_param
-    offload_optimizer sub_group_size cpu_offload cpu_offload_params cpu_offload_use_pin_memory
+    offload_optimizer sub_group_size cpu_offload cpu_offload_param cpu_offload_use_pin_memory
     stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
-    stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save
+    stage3_param_persistence_threshold stage3_model_persistence_threshold
+    stage3_gather_fp16_weights_on_model_save stage3_gather_16bit_weights_on_model_save
     stage3_module_granularity_threshold ignore_unused_parameters round_robin_gradients zero_hpz_partition_size
     zero_quantized_weights zero_quantized_gradients zero_quantized_nontrainable_weights memory_efficient_linear
     pipeline_loading_checkpoint override_module_apply mics_shard_size mics_hierarchical_params_gather
-    log_trace_cache_warnings leaf_module
+    log_trace_cache_warnings leaf_module compute_grad_norm save_muon_momentum_buffer_in_memory zenflow
+    parameter_alignment allgather_sequential stage3_allgather_sequential stage3_use_all_reduce_for_fetch_params
+    use_all_reduce_for_fetch_params model_persistence_threshold param_persistence_threshold max_live_parameters
+    max_reuse_distance prefetch_bucket_size gather_16bit_weights_on_model_save module_granularity_threshold
+    enable_sanity_checks legacy_stage1
     """
 )
 
@@ -251,7 +262,7 @@ def zero_optimization(spec: FineTuneJobSpec) -> Iterator[Finding]:
     given: Mapping[str, Any] = zero.model_extra or {}
     at = "deepspeed.zero_optimization"
     yield from _misspelt(given, _ZERO_KEYS, f"{at}.")
-    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if given.get(old):
             yield f"{at}.{old}", given[old], f"{new}, its successor", f"write {new}: {{device: cpu}}"
     stage = COMPATIBILITY[spec.method.type].default_zero_stage if zero.stage is None else zero.stage
@@ -292,10 +303,10 @@ def _get(mapping: Any, path: str) -> Any:
     return mapping
 
 
-def _misspelt(given: Mapping[str, Any], known: Any, at: str) -> Iterator[Finding]:
+def _misspelt(given: Mapping[str, Any], known: Iterable[str], at: str) -> Iterator[Finding]:
     """Keys nearly spelt like known ones. Others are passed on: newer versions know more."""
     for key, value in given.items():
-        meant = None if key in known else close(key, known)
+        meant = None if key in known else close(key, known, _CERTAIN)
         if meant:
             yield f"{at}{key}", value, f"a known key, such as {meant}", f"write {meant}"
 
@@ -387,8 +398,7 @@ def _template_spec(at: str, spec: Any, gpus: int) -> Iterator[Finding]:
     for key, value in spec.items():
         if key in _OWNED_POD_FIELDS:
             yield f"{at}.{key}", value, "what the operator sets", f"remove it; {_OWNED_POD_FIELDS[key]}"
-        elif key not in _POD_FIELDS and close(key, _POD_FIELDS):
-            meant = close(key, _POD_FIELDS)
+        elif key not in _POD_FIELDS and (meant := close(key, _POD_FIELDS, _CERTAIN)):
             yield f"{at}.{key}", value, f"a field of a pod's spec, such as {meant}", f"write {meant}"
     for key in ("containers", "initContainers", "volumes"):
         if key in spec:

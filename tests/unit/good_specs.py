@@ -1,0 +1,150 @@
+"""Specs that are right: read by Python in ``test_api_mistakes.py``, by a real API server in ``test_admission.py``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tests.unit.bad_specs import GOOD as BASE
+from tests.unit.bad_specs import changed
+
+
+@dataclass(frozen=True)
+class Good:
+    """One good spec."""
+
+    id: str
+    change: dict[str, Any]
+
+    @property
+    def object(self) -> dict[str, Any]:
+        """The whole object."""
+        return changed(BASE, self.change)
+
+
+GOOD: tuple[Good, ...] = (
+    Good("the least", {}),
+    Good("nothing but an empty method", {"spec.method": {}}),
+    Good("full fine-tuning", {"spec.method": {"type": "full"}, "spec.deepspeed.zero_optimization.stage": 3}),
+    Good("lora by rank alone", {"spec.method": {"r": 8}}),
+    Good(
+        "lora in all words",
+        {
+            "spec.method": {
+                "type": "lora",
+                "r": 64,
+                "lora_alpha": 12.5,
+                "lora_dropout": 0.05,
+                "target_modules": ["q_proj", "v_proj"],
+                "modules_to_save": ["lm_head"],
+                "use_rslora": True,
+                "use_dora": True,
+            }
+        },
+    ),
+    Good("modules by a pattern", {"spec.method.target_modules": r".*\.(q|v)_proj"}),
+    Good(
+        "qlora",
+        {
+            "spec.method": {"type": "qlora", "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+            "spec.deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "aio": {}},
+        },
+    ),
+    Good("a chain", {"spec.model.uri": "job://first", "spec.output.merge": True}),
+    Good("a GGUF file of the hub", {"spec.model": {"uri": "hf://a/b", "revision": "v1", "gguf_file": "q4.gguf"}}),
+    Good("a model without an organisation", {"spec.model.uri": "hf://gpt2"}),
+    Good(
+        "claims",
+        {"spec.model.uri": "pvc://models/a/b", "spec.output.uri": "pvc://out", "spec.checkpoint.uri": "pvc://out"},
+    ),
+    Good(
+        "many sources",
+        {
+            "spec.data": {
+                "train": [
+                    {"uri": "hf://datasets/a/b", "split": "train[:90%]", "revision": "abc", "weight": 0.5},
+                    {"uri": "hf://datasets/a/b", "split": "test", "format": "messages"},
+                    {"uri": "pvc://claim/rows.json"},
+                    {"uri": "file:///data/rows.parquet"},
+                    {"uri": "gs://bucket/folder/"},
+                ],
+                "eval": [{"uri": "az://container/rows.jsonl", "format": "messages"}],
+                "max_length": 4096,
+                "packing": True,
+                "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+            },
+            "spec.training.eval_steps": 50,
+        },
+    ),
+    Good(
+        "every number of the training",
+        {
+            "spec.training": {
+                "learning_rate": 1e-5,
+                "num_train_epochs": 0.5,
+                "max_steps": 100,
+                "per_device_train_batch_size": 2,
+                "per_device_eval_batch_size": 2,
+                "gradient_accumulation_steps": 8,
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+                "warmup_steps": 0.03,
+                "weight_decay": 0.1,
+                "adam_beta1": 0,
+                "adam_beta2": 0.95,
+                "adam_epsilon": 1e-6,
+                "max_grad_norm": 0,
+                "gradient_checkpointing": True,
+                "neftune_noise_alpha": 5,
+                "logging_steps": 10,
+                "seed": 4294967295,
+            }
+        },
+    ),
+    Good("warm-up in steps", {"spec.training": {"warmup_steps": 10, "lr_scheduler_type": "constant_with_warmup"}}),
+    Good("questions", {"spec.evaluation": {"prompts": ["Who are you?", "你是谁？"], "max_new_tokens": 32}}),
+    Good(
+        "a pod template",
+        {
+            "spec.workers": {
+                "replicas": 2,
+                "gpusPerWorker": 8,
+                "template": {
+                    "metadata": {"labels": {"team": "a"}, "annotations": {"x": "y"}},
+                    "spec": {
+                        "nodeSelector": {"gpu": "h100"},
+                        "tolerations": [{"operator": "Exists"}],
+                        "terminationGracePeriodSeconds": 120,
+                        "containers": [
+                            {
+                                "name": "trainer",
+                                "image": "mine",
+                                "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+                                "resources": {"limits": {"nvidia.com/gpu": 8, "memory": "900Gi"}},
+                            },
+                            {"name": "sidecar", "image": "x", "command": ["sleep", "inf"]},
+                        ],
+                        "volumes": [
+                            {"name": "scratch", "emptyDir": {}},
+                            {"name": "shm", "emptyDir": {"sizeLimit": "1Gi"}},
+                        ],
+                    },
+                },
+            }
+        },
+    ),
+    Good("on the CPU", {"spec.workers.gpusPerWorker": 0, "spec.model.dtype": "float32"}),
+    Good(
+        "all that steers",
+        {
+            "spec.suspend": True,
+            "spec.ttlSecondsAfterFinished": 0,
+            "spec.profile": "h100",
+            "spec.credentials": {"secretName": "s3.team"},
+            "spec.recovery": {"maxRestarts": 0, "hangTimeout": "1h30m", "startTimeout": "1m"},
+            "spec.checkpoint": {"uri": "s3://a/b", "save_steps": 10, "save_total_limit": 1, "resume": "never"},
+            "spec.output": {"uri": "az://a/b", "max_shard_size": "2.5GiB"},
+        },
+    ),
+    Good("the longest name", {"metadata.name": "x" * 51}),
+    Good("null for what is optional", {"spec.training": None, "spec.checkpoint": {"uri": None}}),
+    Good("whole floats for integers", {"spec.workers.replicas": 2.0, "spec.training.max_steps": 10.0}),
+)

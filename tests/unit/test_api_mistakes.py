@@ -1,0 +1,313 @@
+"""Mistakes of a spec: each is told with field, value, what is accepted and the remedy, and all at once."""
+
+import ast
+import copy
+import importlib.util
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api import base
+from finetune_api.checks import CHECKS, SCHEDULER_KWARGS
+from finetune_api.compatibility import Row
+from finetune_api.methods import Full, Lora, Qlora
+from finetune_api.mistakes import Mistake, changed, load, read
+from finetune_api.rules import NAME_LENGTH, RULES, compatibility_rules
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator import manifests
+from tests.unit import bad_specs, good_specs
+from tests.unit.bad_specs import BAD, GOOD, Bad
+
+pytestmark = pytest.mark.unit
+
+
+def mistakes_of(change: dict[str, Any]) -> list[Mistake]:
+    found = read(bad_specs.changed(GOOD, change))
+    return found if isinstance(found, list) else []
+
+
+# ---- the table ----
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.id)
+def test_a_bad_spec_is_refused_by_one_message_that_says_it_all(bad: Bad) -> None:
+    found = read(bad.object)
+    assert isinstance(found, list)
+    [mistake] = found
+    assert mistake.field == bad.field
+    message = mistake.text()
+    assert bad.says in message
+    assert message.startswith(f"{bad.field}: ")
+    assert "; accepted: " in message
+    assert "; remedy: " in message
+    assert "\n" not in message
+
+
+def test_every_rule_has_a_bad_spec() -> None:
+    told = {(m.field.replace("[0]", "[]").replace("[1]", "[]"), m.accepted) for b in BAD for m in read(b.object)}  # type: ignore[union-attr]
+    rules = {(".".join(p for p in (rule.at, rule.field) if p), rule.accepted) for rule in RULES}
+    assert not rules - told
+
+
+def test_ids_are_unique() -> None:
+    assert len({bad.id for bad in BAD}) == len(BAD)
+
+
+@pytest.mark.parametrize("good", good_specs.GOOD, ids=lambda good: good.id)
+def test_a_good_spec_is_read(good: good_specs.Good) -> None:
+    assert isinstance(read(good.object), FineTuneJobSpec)
+
+
+# ---- all at once ----
+
+
+def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
+    found = mistakes_of(
+        {
+            "metadata.name": "Tune",
+            "spec.model": {"uri": "a/b", "revision": 3},
+            "spec.method": {"type": "full", "r": 8, "target_modules": ["a"]},
+            "spec.data.train[0].weight": 0,
+            "spec.data.train[1]": {"uri": "s3://a/b.csv"},
+            "spec.data.evl": [],
+            "spec.training": {"learning_rate": -1, "max_steps": 0, "eval_steps": 5, "warmup_steps": 1.5},
+            "spec.deepspeed": {"gradient_clipping": 2, "scheduler": {}, "zero_optimization": {"stage": 9}},
+            "spec.workers": {"replicas": 0, "template": {"spec": {"hostname": "x"}}},
+            "spec.output": {"merge": True},
+            "spec.recovery.hangTimeout": "1s",
+        }
+    )
+    assert [mistake.field for mistake in found] == [
+        "metadata.name",
+        "spec.model.uri",
+        "spec.model.revision",
+        "spec.method.r",
+        "spec.method.target_modules",
+        "spec.data.evl",
+        "spec.data.train[0].weight",
+        "spec.data.train[1].uri",
+        "spec.training.learning_rate",
+        "spec.training.max_steps",
+        "spec.training.warmup_steps",
+        "spec.training.eval_steps",
+        "spec.deepspeed.zero_optimization.stage",
+        "spec.deepspeed.scheduler",
+        "spec.deepspeed.gradient_clipping",
+        "spec.workers.replicas",
+        "spec.workers.template.spec.hostname",
+        "spec.output.uri",
+        "spec.output.merge",
+        "spec.recovery.hangTimeout",
+    ]
+
+
+def test_a_rule_says_nothing_of_a_field_that_is_wrong_itself() -> None:
+    found = mistakes_of({"spec.training.eval_steps": "often", "spec.training.warmup_steps": -1})
+    assert [m.field for m in found] == ["spec.training.warmup_steps", "spec.training.eval_steps"]
+
+
+@pytest.mark.parametrize("spec", [None, [], "x", 3])
+def test_a_spec_that_is_no_object_is_one_mistake(spec: Any) -> None:
+    found = read({**GOOD, "spec": spec})
+    assert isinstance(found, list)
+    assert [m.field for m in found] == ["spec"]
+
+
+def test_the_object_around_the_spec_is_judged_too() -> None:
+    found = read({"apiVersion": "finetune.dev/v1", "kind": "Job", "metadata": {}, "sepc": {}, "spec": GOOD["spec"]})
+    assert isinstance(found, list)
+    assert {m.field for m in found} == {"apiVersion", "kind", "metadata.name", "sepc"}
+    assert "did you mean spec?" in found[0].text()
+
+
+@pytest.mark.parametrize(
+    ("uri", "meant"),
+    [
+        ("meta-llama/Llama-3.1-8B", "here: hf://meta-llama/Llama-3.1-8B"),
+        ("https://huggingface.co/a/b", "here: hf://a/b"),
+        ("/models/x", "here: file:///models/x"),
+        ("gcs://bucket/x", "here: gs://bucket/x"),
+        ("s3a://bucket/x", "here: s3://bucket/x"),
+    ],
+)
+def test_what_was_probably_meant_by_a_uri_is_told(uri: str, meant: str) -> None:
+    [mistake] = mistakes_of({"spec.model.uri": uri})
+    assert meant in mistake.text()
+
+
+def test_long_values_are_cut_and_lines_joined() -> None:
+    [mistake] = mistakes_of({"spec.data.chat_template": "one\n" * 1000})
+    assert len(mistake.text()) < 600
+    assert "\n" not in mistake.text()
+
+
+def test_anything_at_all_is_read_without_an_exception() -> None:
+    """300 random specs, each with up to four values of any kind at any known or unknown place."""
+    chance = random.Random(7)
+    values: list[Any] = [
+        None,
+        True,
+        0,
+        -1,
+        1.5,
+        "",
+        "x",
+        "1e-3",
+        [],
+        ["a"],
+        [1],
+        [None],
+        {},
+        {"a": 1},
+        {"type": "full"},
+    ]
+    paths = [path for bad in BAD for path in bad.change] + list(GOOD["spec"]) + ["metadata", "metadata.name"]
+    for _ in range(300):
+        raw = copy.deepcopy(GOOD)
+        for path in chance.sample(paths, chance.randint(1, 4)):
+            try:
+                raw = bad_specs.changed(raw, {path: copy.deepcopy(chance.choice(values))})
+            except (KeyError, TypeError, AttributeError, IndexError):
+                continue  # the place is gone by an earlier change
+        found = read(raw)
+        for mistake in found if isinstance(found, list) else []:
+            assert mistake.text()
+
+
+# ---- what is not a mistake ----
+
+
+def test_keys_of_deepspeed_that_agree_are_no_mistake() -> None:
+    assert not mistakes_of(
+        {
+            "spec.workers": {"replicas": 2, "gpusPerWorker": 4},
+            "spec.training": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+            "spec.deepspeed": {
+                "train_batch_size": 64,
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": 4,
+                "gradient_clipping": 1,
+                "bf16": {"enabled": "auto"},
+                "fp16": {"enabled": False},
+                "optimizer": {"type": "AdamW", "params": {"lr": 2e-4, "betas": [0.9, 0.999], "eps": "auto"}},
+                "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
+                "some_key_of_tomorrow": {},
+            },
+        }
+    )
+
+
+def test_null_means_unset_as_on_a_cluster() -> None:
+    found = read(bad_specs.changed(GOOD, {"spec.training": None, "spec.checkpoint": {"uri": None, "save_steps": None}}))
+    assert found == read(GOOD)
+
+
+def test_a_whole_float_is_an_integer_as_on_a_cluster() -> None:
+    found = read(bad_specs.changed(GOOD, {"spec.workers.replicas": 2.0}))
+    assert isinstance(found, FineTuneJobSpec)
+    assert found.workers.replicas == 2
+
+
+def test_a_method_without_a_type_is_lora() -> None:
+    found = read(bad_specs.changed(GOOD, {"spec.method": {"r": 8}}))
+    assert isinstance(found, FineTuneJobSpec)
+    assert found.method == Lora(type="lora", r=8)
+
+
+def test_numbers_are_read_as_kubectl_reads_them() -> None:
+    assert load("a: 1e-3\nb: 1E5\nc: .5e1\nd: 1.5\ne: '1e-3'\nf: 12e\ng: 3\n---\n") == [
+        {"a": 1e-3, "b": 1e5, "c": 5.0, "d": 1.5, "e": "1e-3", "f": "12e", "g": 3}
+    ]
+
+
+# ---- tables and limits ----
+
+
+def test_names_are_as_long_as_the_host_names_of_pods_allow() -> None:
+    job = manifests.job_name("x" * NAME_LENGTH, 99999)
+    assert len(f"{job}-9999") == 63
+    assert len(manifests.service_name("x" * NAME_LENGTH)) <= 63
+
+
+def test_a_row_of_the_table_becomes_rules() -> None:
+    table = {
+        "full": Row(stages=("sft", "dpo"), zero_stages=(0, 1, 2, 3), merge=False),
+        "prompt": Row(stages=("sft",), zero_stages=(0,), packing=False, gradient_checkpointing=False),
+    }
+    rules = compatibility_rules(table, ("sft", "dpo"))
+    assert [(rule.cel, rule.accepted) for rule in rules] == [
+        ("self.method.type != 'full' || !self.output.merge", "false with spec.method.type: full"),
+        ("self.method.type != 'prompt' || self.stage in ['sft']", "one of sft with spec.method.type: prompt"),
+        (
+            "self.method.type != 'prompt' || !has(self.deepspeed.zero_optimization.stage) || "
+            "self.deepspeed.zero_optimization.stage in [0]",
+            "one of 0 with spec.method.type: prompt",
+        ),
+        ("self.method.type != 'prompt' || !self.data.packing", "false with spec.method.type: prompt"),
+        (
+            "self.method.type != 'prompt' || !self.training.gradient_checkpointing",
+            "false with spec.method.type: prompt",
+        ),
+    ]
+
+
+def test_arguments_of_schedules_are_those_transformers_knows() -> None:
+    """Guards the table against a schedule that is added to the spec without its arguments."""
+    choices = FineTuneJobSpec.model_fields["training"].annotation.model_fields["lr_scheduler_type"]  # type: ignore[union-attr]
+    assert set(SCHEDULER_KWARGS) == set(choices.annotation.__args__)  # type: ignore[union-attr]
+
+
+def test_every_key_of_the_installed_deepspeed_is_let_through() -> None:
+    """Read from its source: importing it takes seconds."""
+    found = importlib.util.find_spec("deepspeed")
+    if found is None or found.origin is None:
+        pytest.skip("deepspeed is not installed")
+    source = (Path(found.origin).parent / "runtime" / "zero" / "config.py").read_text()
+    config = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "DeepSpeedZeroConfig")
+    keys = [ast.unparse(node.target) for node in config.body if isinstance(node, ast.AnnAssign)]
+    keys += re.findall(r'alias="([^"]+)"', source)
+    assert len(keys) > 30
+    ours = {"stage", "offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param"}
+    change = {f"spec.deepspeed.zero_optimization.{key}": 1 for key in keys if key not in ours}
+    assert not mistakes_of(change)
+
+
+def test_checks_do_not_raise_on_good_specs() -> None:
+    assert len(CHECKS) >= 5
+    assert isinstance(read(GOOD), FineTuneJobSpec)
+
+
+# ---- immutability ----
+
+
+def test_what_changed_is_told_with_both_values_and_the_way_out() -> None:
+    old, new = read(GOOD), read(bad_specs.changed(GOOD, {"spec.training.learning_rate": 0.5, "spec.suspend": True}))
+    assert isinstance(old, FineTuneJobSpec) and isinstance(new, FineTuneJobSpec)
+    [mistake] = changed(old, new)
+    assert mistake.text() == (
+        "spec.training.learning_rate: 0.5 is not accepted; accepted: 0.0002, which the run was started with; remedy: "
+        "make a new FineTuneJob for another run; with spec.model.uri: job://NAME it starts from the output of this one"
+    )
+
+
+def test_keys_no_schema_knows_are_compared_too() -> None:
+    old = read(bad_specs.changed(GOOD, {"spec.deepspeed.a": 1, "spec.method.target_modules": ["q"]}))
+    new = read(bad_specs.changed(GOOD, {"spec.deepspeed.a": 2, "spec.method.target_modules": ["k"]}))
+    assert isinstance(old, FineTuneJobSpec) and isinstance(new, FineTuneJobSpec)
+    assert [m.field for m in changed(old, new)] == ["spec.method.target_modules", "spec.deepspeed.a"]
+
+
+# ---- small things ----
+
+
+@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("1h30m", 5400), ("500ms", 0.5), ("1.5h", 5400), ("0s", 0)])
+def test_lengths_of_time(text: str, value: float) -> None:
+    assert base.seconds(text) == value
+
+
+def test_methods_keep_their_own_defaults() -> None:
+    assert Qlora(type="qlora").bnb_4bit_quant_type == "nf4"
+    assert Full(type="full").model_dump() == {"type": "full"}
