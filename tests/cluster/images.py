@@ -46,7 +46,7 @@ def pause_archive() -> Path:
 def base_archive() -> Path:
     """A minimal Debian with Python, made by debootstrap."""
     release = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
-    recipe = hashlib.sha256(" ".join(BASE_PACKAGES).encode()).hexdigest()[:8]
+    recipe = hashlib.sha256(" ".join(("2", *BASE_PACKAGES)).encode()).hexdigest()[:8]
     archive = cache() / "images" / f"base-{release}-{recipe}.tar"
     with locked(archive):
         if archive.exists():
@@ -97,6 +97,7 @@ def write_archive(path: Path, tag: str, layer: Any, config: Mapping[str, Any]) -
         "os": "linux",
         "config": config,
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+        "history": [{"created_by": "tests/cluster/images.py"}],  # one entry per layer, or buildah builds nothing on it
     }
     described = json.dumps(image).encode()
     name = f"{hashlib.sha256(described).hexdigest()}.json"
