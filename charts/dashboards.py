@@ -269,7 +269,7 @@ def jobs_table() -> Json:
     letters = [chr(ord("C") + number) for number in range(len(_COLUMNS))]
     order = ["namespace", "finetunejob", "state", *(f"Value #{x}" for x in letters), "method", "stage", "model", "profile"]
     transformations = [
-        {"id": "joinByField", "options": {"byField": "job_key", "mode": "outer"}},
+        {"id": "merge", "options": {}},
         {
             "id": "organize",
             "options": {
@@ -279,7 +279,6 @@ def jobs_table() -> Json:
             },
         },
     ]
-    transformations[0] = {"id": "merge", "options": {}}
     overrides = [
         override("state", custom__cellOptions={"type": "color-text"}, mappings=STATE_MAPPING, custom__width=100),
         override("finetunejob", links=[JOB_LINK]),
@@ -458,7 +457,7 @@ def job() -> Json:
                        "options": {"excludeByName": {"Time": True, "Value": True, "Value #A": True, "Value #B": True}}},
                       {"id": "concatenate", "options": {"frameNameMode": "drop"}},
                       {"id": "reduce", "options": {"reducers": ["firstNotNull"], "mode": "seriesToRows"}},
-                      {"id": "organize", "options": {"renameByName": {"Field": "", "First *": ""}}},
+                      {"id": "organize", "options": {"renameByName": {"Field": "What", "First *": "Value"}}},
                   ]),
             panel("barchart", "Failed attempts by cause",
                   [query(f"sort_desc(sum by (cause) ({FAILURES.format(ONE)}) > 0)", "{{cause}}", instant=True,

@@ -1,0 +1,1 @@
+"""The chart, its alerts and dashboards, and what lies in gitops/."""
