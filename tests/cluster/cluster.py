@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from tests.cluster import binaries, control_plane, images, node, services
-from tests.cluster.access import Access
+from tests.cluster.access import Access, CommandError
 from tests.cluster.node import Node
 from tests.cluster.sandbox import Sandbox
 
@@ -110,8 +112,21 @@ class Cluster(Access):
             list(pool.map(lambda each: each.import_image(archive), self.nodes))
 
     def start_prometheus(self, rules: str = "") -> str:
-        """Starts a Prometheus in a full cluster (see services.py); returns its URL for the outside."""
-        return services.start_prometheus(self.sandbox, rules)
+        """Starts a Prometheus in a full cluster (see services.py) that scrapes its pods; returns its URL outside."""
+        url = services.start_prometheus(self.sandbox, rules)
+        targets = self.sandbox.state / "prometheus" / "targets.json"
+
+        def discover() -> None:
+            def changed(pods: list[dict[str, Any]]) -> bool:
+                services.write_targets(targets, pods)
+                return False
+
+            while targets.exists():
+                with contextlib.suppress(TimeoutError, CommandError, OSError):
+                    self.wait_for("pods", changed, namespace=None, timeout=3600)
+
+        threading.Thread(target=discover, name="prometheus-targets", daemon=True).start()
+        return url
 
     def forward(self, host: str, port: int) -> tuple[str, int]:
         """Makes an address inside, say of a pod, reachable from outside; returns the local (host, port)."""

@@ -5,11 +5,13 @@ Used by `cluster.py`. All of it listens on the pods' gateway, so that pods reach
 
 from __future__ import annotations
 
+import json
 import secrets
 import textwrap
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.cluster import binaries
 from tests.cluster.node import GATEWAY
@@ -78,22 +80,21 @@ def start_s3(sandbox: Sandbox, bin: Path) -> S3:
     return s3
 
 
+# Debian's Prometheus is built without the discovery of Kubernetes: a file of targets is kept current instead
+# (Cluster.start_prometheus), with the labels that a PodMonitor would give.
 PROMETHEUS_CONFIG = """\
 global: {{scrape_interval: 1s, evaluation_interval: 1s}}
 rule_files: ["{folder}/rules/*.yaml"]
 scrape_configs:
 - job_name: pods
-  kubernetes_sd_configs: [{{role: pod, kubeconfig_file: "{kubeconfig}"}}]
-  relabel_configs:
-  - {{source_labels: [__meta_kubernetes_pod_container_port_name], regex: metrics, action: keep}}
-  - {{source_labels: [__meta_kubernetes_namespace], target_label: namespace}}
-  - {{source_labels: [__meta_kubernetes_pod_name], target_label: pod}}
-  - {{source_labels: [__meta_kubernetes_pod_container_name], target_label: container}}
+  honor_labels: true
+  file_sd_configs: [{{files: ["{folder}/targets.json"], refresh_interval: 1s}}]
 """
 
 
 def start_prometheus(sandbox: Sandbox, rules: str = "") -> str:
-    """Starts a Prometheus that scrapes every pod's port named "metrics" each second; returns its URL outside.
+    """Starts a Prometheus that scrapes the targets in its folder's ``targets.json`` each second; returns its URL
+    outside.
 
     `rules` is the text of a rule file, as in `spec` of a PrometheusRule.
     """
@@ -101,7 +102,8 @@ def start_prometheus(sandbox: Sandbox, rules: str = "") -> str:
     (folder / "rules").mkdir(parents=True)
     if rules:
         (folder / "rules" / "rules.yaml").write_text(rules)
-    config = PROMETHEUS_CONFIG.format(folder=folder, kubeconfig=sandbox.state / "kubeconfig-inside")
+    write_targets(folder / "targets.json", [])
+    config = PROMETHEUS_CONFIG.format(folder=folder)
     (folder / "prometheus.yaml").write_text(config)
     host, port = sandbox.forward(GATEWAY, PROMETHEUS_PORT)
     sandbox.start(
@@ -114,6 +116,21 @@ def start_prometheus(sandbox: Sandbox, rules: str = "") -> str:
     url = f"http://{host}:{port}"
     sandbox.wait_until("Prometheus", lambda: answers(f"{url}/-/ready"))
     return url
+
+
+def write_targets(path: Path, pods: list[dict[str, Any]]) -> None:
+    """Ports named "metrics" or "http" of running pods, as targets."""
+    found = []
+    for pod in pods:
+        address, metadata = pod.get("status", {}).get("podIP"), pod["metadata"]
+        for container in pod["spec"]["containers"] if address else []:
+            labels = {"namespace": metadata["namespace"], "pod": metadata["name"], "container": container["name"]}
+            for port in container.get("ports", []):
+                if port.get("name") in ("metrics", "http"):
+                    found.append({"targets": [f"{address}:{port['containerPort']}"], "labels": labels})
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(json.dumps(found))
+    unfinished.rename(path)
 
 
 def answers(url: str) -> bool:
