@@ -23,7 +23,7 @@ from finetune_api.base import seconds
 from finetune_operator import manifests
 from finetune_operator.cluster import ClusterError, Object
 from finetune_operator.cluster.kubernetes import KubernetesCluster, load_client
-from finetune_operator.lease import elect
+from finetune_operator.lease import elect, identity
 from finetune_operator.metrics import OperatorMetrics
 from finetune_operator.queue import WorkQueue
 from finetune_operator.reconcile import Result, reconcile
@@ -168,6 +168,7 @@ class Operator:
                 registry=_registry(self),
                 settings=_kopf_settings(),
                 standalone=True,
+                identity=identity(),  # type: ignore[arg-type]  # else kopf asks for the user's name, and 65532 has none
                 clusterwide=not self.settings.namespaces,
                 namespaces=self.settings.namespaces,
                 stop_flag=self.stop,
