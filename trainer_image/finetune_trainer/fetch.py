@@ -258,7 +258,7 @@ def _in_place(uri: str, missing: Cause, digests: dict[str, str], *, sample: bool
     path = local_path(uri)
     try:
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and "/." not in str(file))
+            files = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
             root = path
         else:
             files, root = [path], path.parent
@@ -284,6 +284,11 @@ def _in_place(uri: str, missing: Cause, digests: dict[str, str], *, sample: bool
         raise RunError(missing, f"{uri} is an empty folder")
     digests[uri] = ("sampled:" if sampled else "sha256:") + hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return path
+
+
+def hidden(file: Path, root: Path) -> bool:
+    """Caches of tools and Kubernetes' ..data links are no content."""
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def _content_digest(file: Path, sample: bool) -> tuple[str, bool]:

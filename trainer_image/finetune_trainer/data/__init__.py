@@ -16,10 +16,10 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import DataSource
 from finetune_trainer.data.cache import cached_rows
-from finetune_trainer.data.formats import FORMATS, SUFFIXES, BadRowError, read_rows
+from finetune_trainer.data.formats import FORMATS, BadRowError, read_rows
 from finetune_trainer.data.render import Rendered, Renderer, Tokens, check_vocabulary, ensure_chat_template
 from finetune_trainer.data.stream import Rows, Sequence, Stream, collate
-from finetune_trainer.fetch import Fetched, source_key
+from finetune_trainer.fetch import DATA_SUFFIXES, Fetched, source_key
 from finetune_trainer.model import vocabulary_rows
 from finetune_trainer.outcome import RunError
 
@@ -101,7 +101,7 @@ def source_names(sources: list[DataSource]) -> list[str]:
     names: list[str] = []
     for source in sources:
         path = PurePosixPath(source.uri.split("://", 1)[1].rstrip("/"))
-        base = path.stem if path.suffix in SUFFIXES else path.name
+        base = path.stem if path.suffix in DATA_SUFFIXES else path.name
         name, number = base, 2
         while name in names:
             name, number = f"{base}-{number}", number + 1

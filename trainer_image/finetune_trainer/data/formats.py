@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.causes import Cause
+from finetune_trainer.fetch import DATA_SUFFIXES, hidden
 from finetune_trainer.outcome import RunError
 
 Message = dict[str, Any]
 Conversation = list[Message]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 class BadRowError(Exception):
@@ -145,18 +145,18 @@ def read_rows(path: Path, split: str = "") -> Iterator[tuple[Place, dict[str, An
             yield from _read_split(path, split)
             return
         for file in sorted(path.rglob("*")):
-            if file.suffix in SUFFIXES and "/." not in str(file.relative_to(path)):
+            if file.suffix in DATA_SUFFIXES and not hidden(file, path):
                 yield from read_rows(file)
         return
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif path.suffix == ".json" and _starts_with_bracket(path):
         yield from _read_array(path)
-    elif path.suffix in SUFFIXES:
+    elif path.suffix in DATA_SUFFIXES:
         yield from _read_lines(path)
     else:
         raise RunError(
-            Cause.INVALID_DATA, f"{path.name} is no data file; accepted: names that end in {', '.join(SUFFIXES)}"
+            Cause.INVALID_DATA, f"{path.name} is no data file; accepted: names that end in {', '.join(DATA_SUFFIXES)}"
         )
 
 
