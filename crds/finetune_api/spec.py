@@ -139,7 +139,7 @@ class ZeroOptimization(HyperModel):
 
     model_config = {"extra": "allow", "json_schema_extra": {"x-kubernetes-preserve-unknown-fields": True}}
 
-    stage: Literal[0, 1, 2, 3] | None = None
+    stage: int | None = Field(None, ge=0, le=3)
     """What is partitioned over the processes: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.
     Unset: the plan chooses (0 for adapters, 2 for full fine-tuning)."""
 

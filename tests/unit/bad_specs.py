@@ -210,7 +210,8 @@ BAD: tuple[Bad, ...] = (
         SCHEMA,
     ),
     Bad("half precision", {"spec.model.dtype": "float16"}, "spec.model.dtype", "bfloat16", SCHEMA),
-    Bad("ZeRO-4", {f"{_ZERO}.stage": 4}, f"{_ZERO}.stage", "one of 0, 1, 2, 3", SCHEMA),
+    Bad("ZeRO-4", {f"{_ZERO}.stage": 4}, f"{_ZERO}.stage", "a whole number from 0 to 3", SCHEMA),
+    Bad("true for a ZeRO stage", {f"{_ZERO}.stage": True}, f"{_ZERO}.stage", "a whole number from 0 to 3", SCHEMA),
     # ---- names and places
     Bad(
         "a name with upper case",
