@@ -237,15 +237,15 @@ def text(value: Any) -> str:
 PATTERNS: dict[str, tuple[str, str]] = {
     MODEL_URI: (
         "hf://ORG/NAME, s3:// gs:// az://BUCKET/PATH, pvc://CLAIM/PATH, file:///PATH or job://NAME",
-        "name the storage in front; a model of the Hugging Face hub is hf://ORG/NAME",
+        "name the storage in front; a model of the Hugging Face hub is hf://ORG/NAME, a file has an absolute path",
     ),
     DATA_URI: (
         "hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH or file:///PATH",
-        "name the storage in front; a data set of the Hugging Face hub is hf://datasets/ORG/NAME",
+        "name the storage in front; a data set of the Hugging Face hub is hf://datasets/ORG/NAME, a file has an absolute path",
     ),
     STORAGE_URI: (
         "s3:// gs:// az://BUCKET/PATH, pvc://CLAIM/PATH or file:///PATH",
-        "name a storage that can be written to",
+        "name a storage that can be written to; a file has an absolute path (finetune run also takes file://./PATH)",
     ),
     NAME: (
         "a name of lower-case letters, digits, - and ., beginning and ending with a letter or digit",
