@@ -241,7 +241,7 @@ PATTERNS: dict[str, tuple[str, str]] = {
     ),
     DATA_URI: (
         "hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH or file:///PATH",
-        "name the storage in front; a data set of the Hugging Face hub is hf://datasets/ORG/NAME, a file has an absolute path",
+        "name the storage in front; a data set of the hub is hf://datasets/ORG/NAME, a file has an absolute path",
     ),
     STORAGE_URI: (
         "s3:// gs:// az://BUCKET/PATH, pvc://CLAIM/PATH or file:///PATH",
