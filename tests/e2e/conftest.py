@@ -1,0 +1,75 @@
+"""The product, installed once for all end-to-end tests."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+from tests.e2e.product import BUCKET, ROOT, SYSTEM, Product, build_operator_image
+
+RESTRICTED = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
+
+
+def rules() -> str:
+    """The alert rules as the chart makes them."""
+    import yaml
+
+    from tests.chart.charts import only, template
+
+    made = only(template("--set", "prometheusRule.enabled=true"), "PrometheusRule")
+    return yaml.safe_dump(made["spec"])
+
+
+@pytest.fixture(scope="session")
+def product(e2e_cluster: Cluster) -> Iterator[Product]:
+    """Operator image built and imported, chart installed into a namespace that enforces ``restricted``, an S3 bucket,
+    Prometheus with the chart's alerts."""
+    e2e_cluster.import_image(build_operator_image())
+    e2e_cluster.s3.make_bucket(BUCKET)
+    prometheus = e2e_cluster.start_prometheus(rules())
+    product = Product(e2e_cluster, prometheus)
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM, "labels": RESTRICTED}}
+    e2e_cluster.apply(namespace)
+    chart = str(ROOT / "charts" / "finetune-operator")
+    e2e_cluster.helm(
+        "install", "finetune-operator", chart, "-n", SYSTEM, "-f", "-", "--wait", "--timeout", "3m",
+        input=product.operator_values(),
+    )  # fmt: skip
+    yield product
+
+
+@pytest.fixture
+def team(product: Product) -> Iterator[str]:
+    """A namespace with storage credentials. It is deleted after the test, with everything in it."""
+    with product.cluster.namespace("team") as name:
+        product.secret(name)
+        yield name
+
+
+@pytest.fixture(scope="session")
+def tiny_model(product: Product, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama with its tokenizer, on S3; its URI."""
+    from tests.trainer import tiny
+
+    folder = tiny.make_model(tmp_path_factory.mktemp("models") / "tiny")
+    upload(product, folder, "tiny")
+    return f"s3://{BUCKET}/tiny"
+
+
+def upload(product: Product, path: Path, key: str) -> None:
+    """A file or a folder to the bucket."""
+    client = product.s3()
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    for file in files:
+        name = f"{key}/{file.relative_to(path)}" if path.is_dir() else key
+        client.upload_file(str(file), BUCKET, name)
+
+
+def tail(process: subprocess.Popen[str]) -> str:
+    """What a process has printed, when it is over."""
+    process.terminate()
+    return process.communicate(timeout=10)[0]

@@ -1,0 +1,179 @@
+"""The product on the real cluster: installed by Helm, used with kubectl, looked at with an S3 client and Prometheus."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import yaml
+
+from tests.cluster import images
+from tests.cluster.cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+JOBS = "finetune.dev/v1alpha1/finetunejobs"
+SYSTEM = "finetune-system"
+OPERATOR_IMAGE = "localhost/finetune-operator:e2e"
+BUCKET = "team"
+
+Object = dict[str, Any]
+
+
+def overlay_profile(s3_inside: str) -> Object:
+    """A profile whose pods run the trainer of this checkout in the tests' own environment, mounted read-only into a
+    base image: a trainer image of gigabytes for every test would cost minutes. ``test_image.py`` runs the real one."""
+    folders = [ROOT / name for name in ("crds", "operator", "trainer_image")]
+    volumes, mounts = images.host_python(*folders)
+    env = [
+        {"name": "PYTHONPATH", "value": ":".join(map(str, folders))},
+        {"name": "PATH", "value": f"{Path(sys.prefix) / 'bin'}:/usr/bin:/bin"},
+    ]
+    containers = [{"name": name, "env": env, "volumeMounts": mounts} for name in ("fetch", "trainer")]
+    return {
+        "image": images.BASE,
+        "imagePullPolicy": "Never",
+        "shmSize": "256Mi",
+        "networkPolicy": True,
+        "credentialsSecret": "team-s3",
+        "env": {"OMP_NUM_THREADS": "1", "AWS_ENDPOINT_URL": s3_inside, "PYTHONDONTWRITEBYTECODE": "1"},
+        "template": {
+            "spec": {
+                "volumes": volumes,
+                "initContainers": [containers[0]],
+                "containers": [containers[1]],
+                "terminationGracePeriodSeconds": 20,
+                # worker 0 and worker 1 on different nodes: their traffic crosses the pod network
+                "topologySpreadConstraints": [
+                    {
+                        "maxSkew": 1,
+                        "topologyKey": "kubernetes.io/hostname",
+                        "whenUnsatisfiable": "ScheduleAnyway",
+                        "labelSelector": {"matchLabels": {"app.kubernetes.io/component": "worker"}},
+                    }
+                ],
+            }
+        },
+    }
+
+
+def build_operator_image() -> Path:
+    """The real image from its Containerfile; built once per state of the sources."""
+    sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "operator" / "Containerfile"]
+    for package in ("crds/finetune_api", "operator/finetune_operator"):
+        sources += sorted((ROOT / package).rglob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    target = images.cache() / "images" / f"operator-{digest}.tar"
+    if not target.exists():
+        images.build(ROOT / "operator" / "Containerfile", ROOT, OPERATOR_IMAGE, target)
+    return target
+
+
+@dataclass
+class Product:
+    """What the tests use."""
+
+    cluster: Cluster
+    prometheus: str
+
+    def s3(self) -> Any:
+        """A client of the S3 server, another one than the product's own."""
+        s3 = self.cluster.s3
+        return boto3.client(
+            "s3",
+            endpoint_url=s3.outside,
+            aws_access_key_id=s3.access_key,
+            aws_secret_access_key=s3.secret_key,
+            region_name="us-east-1",
+        )
+
+    def secret(self, namespace: str) -> None:
+        """The credentials a team keeps in its namespace."""
+        s3 = self.cluster.s3
+        keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+        data = {key: base64.b64encode(value.encode()).decode() for key, value in keys.items()}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "team-s3"}, "data": data}
+        self.cluster.apply(secret, namespace=namespace)
+
+    def job(self, name: str, namespace: str) -> Object:
+        """A FineTuneJob as it is."""
+        return self.cluster.get(JOBS, name, namespace=namespace)
+
+    def wait(self, name: str, namespace: str, until: Callable[[Object], Any], timeout: float) -> Object:
+        """Watches a FineTuneJob until ``until(status)`` holds; returns it. A job that ends otherwise is an error
+        at once, told with its conditions and the operator's log."""
+
+        def so(jobs: list[Object]) -> Object | None:
+            status = jobs[0].get("status", {}) if jobs else {}
+            if until(status):
+                return jobs[0]
+            if status.get("state") in ("Failed", "Invalid"):
+                raise AssertionError(json.dumps(status, indent=1))
+            return None
+
+        try:
+            found = self.cluster.wait_for(JOBS, so, name=name, namespace=namespace, timeout=timeout)
+        except TimeoutError as error:
+            pods = self.cluster.kubectl("get", "pods", "-n", namespace, "-o", "wide")
+            logs = self.cluster.try_kubectl("logs", "-n", SYSTEM, "deploy/finetune-operator", "--tail=30").stdout
+            raise AssertionError(f"{error}\n{pods}\n{logs}") from error
+        assert found
+        return found
+
+    def wait_state(self, name: str, namespace: str, state: str, timeout: float = 300) -> Object:
+        """Waits for a state."""
+        return self.wait(name, namespace, lambda status: status.get("state") == state, timeout)
+
+    def query(self, expression: str) -> list[Object]:
+        """An instant query of the real Prometheus; raises where it cannot be evaluated."""
+        url = f"{self.prometheus}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return list(json.load(answer)["data"]["result"])
+
+    def wait_query(self, expression: str, timeout: float = 30) -> list[Object]:
+        """An instant query, asked until it has an answer: Prometheus scrapes once a second."""
+        deadline = time.monotonic() + timeout
+        while not (found := self.query(expression)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return found
+
+    def rules(self) -> list[Object]:
+        """The rule groups with their health, as Prometheus evaluated them."""
+        with urllib.request.urlopen(f"{self.prometheus}/api/v1/rules", timeout=30) as answer:
+            return list(json.load(answer)["data"]["groups"])
+
+    def operator_values(self, **extra: Any) -> str:
+        """Helm values of the installation under test."""
+        values = {
+            "image": {"registry": "localhost", "repository": "finetune-operator", "tag": "e2e", "pullPolicy": "Never"},
+            "settings": {"progressInterval": "1s", "leaderElection": {"leaseDuration": "6s", "renewDeadline": "4s"}},
+            "profiles": {"default": overlay_profile(self.cluster.s3.inside)},
+            **extra,
+        }
+        return yaml.safe_dump(values)
+
+
+def self_cognition(product: Product, *, replicas: int, name: str = "self-cognition", **spec: Any) -> Object:
+    """examples/01 as it stands, with storage on S3 and so many workers."""
+    job: Object = yaml.safe_load((ROOT / "examples" / "01-self-cognition.yaml").read_text())
+    job["metadata"]["name"] = name
+    body = job["spec"]
+    body["model"] = {"uri": f"s3://{BUCKET}/smollm2", "gguf_file": MODEL_FILE}
+    body["data"]["train"][0]["uri"] = f"s3://{BUCKET}/self_cognition.jsonl"
+    body["output"] = {"uri": f"s3://{BUCKET}/models/{name}"}
+    body["checkpoint"] = {"uri": f"s3://{BUCKET}/checkpoints/", "save_steps": 10, "save_total_limit": 2}
+    body["workers"] = {"replicas": replicas, "gpusPerWorker": 0}
+    body["deepspeed"] = {"zero_optimization": {"stage": 2}}
+    return {**job, "spec": {**body, **spec}}
+
+
+MODEL_FILE = "model.gguf"

@@ -1,0 +1,90 @@
+"""kill -9 of the operator at twenty random moments of a job's life."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.product import JOBS, ROOT, Product, overlay_profile
+from tests.e2e.test_whole_path import tiny_job
+
+pytestmark = pytest.mark.e2e
+
+KILLS = 20
+
+
+@pytest.fixture
+def without_installed_operator(product: Product) -> object:
+    """The operator of the chart steps aside: this test runs its own, to kill it."""
+    scale = ["scale", "-n", "finetune-system", "deploy/finetune-operator"]
+    product.cluster.kubectl(*scale, "--replicas=0")
+    product.cluster.wait_gone("pods", namespace="finetune-system", timeout=90)
+    yield
+    product.cluster.kubectl(*scale, "--replicas=2")
+
+
+@pytest.mark.usefixtures("without_installed_operator")
+def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, tiny_model: str, tmp_path: Path) -> None:
+    cluster, draw = product.cluster, random.Random(20)
+    settings = tmp_path / "settings.yaml"
+    profile = overlay_profile(cluster.s3.inside)
+    values = {
+        "namespaces": [team],
+        "profiles": {"default": profile},
+        "httpPort": 0,
+        "progressInterval": "500ms",
+        "progressThrough": "apiserver",
+        "leaderElection": {"namespace": team},
+    }
+    settings.write_text(yaml.safe_dump(values))
+    # One identity, as a container has that is restarted in its pod.
+    environment = {
+        **cluster.environment,
+        "POD_NAME": "operator",
+        "PYTHONPATH": ":".join(str(ROOT / d) for d in ("crds", "operator")),
+    }
+    log = (tmp_path / "operator.log").open("w")
+
+    def operator() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "finetune_operator.cli.main", "operator", "--config", str(settings)]
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    watching = subprocess.Popen(
+        ["kubectl", "get", "pods", "-n", team, "-w", "-o", "json", "--output-watch-events"],
+        env=cluster.environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=2500)), namespace=team)
+    running, killed = operator(), 0
+    try:
+        # Each life of an operator lasts until it has done something, plus a moment drawn at random: so the kills fall
+        # into all of its doings, from the first apply to the last status.
+        while killed < KILLS:
+            try:
+                running.wait(timeout=draw.uniform(1.0, 6.0))
+            except subprocess.TimeoutExpired:
+                state = cluster.get(JOBS, "steady", namespace=team).get("status", {}).get("state")
+                if state == "Succeeded":
+                    break
+                running.send_signal(signal.SIGKILL)
+                killed += 1
+            running.wait()
+            running = operator()
+        done = product.wait_state("steady", team, "Succeeded", 400)["status"]
+    finally:
+        running.kill()
+        running.wait()
+        log.close()
+        watching.terminate()
+    assert killed == KILLS, f"the job was over after {killed} kills: make it longer"
+    assert [a["cause"] for a in done["attempts"]] == ["Succeeded"], Path(log.name).read_text()[-3000:]
+    pods = cluster.objects("pods", namespace=team)
+    indexes = sorted(p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] for p in pods)
+    assert indexes == ["0", "1"]
+    assert len(cluster.objects("batch/v1/jobs", namespace=team)) == 1

@@ -1,0 +1,183 @@
+"""Apply one file, and a real model is trained on a real cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.chart.test_dashboards import QUERIES, filled_in
+from tests.e2e.conftest import tail, upload
+from tests.e2e.product import BUCKET, JOBS, ROOT, Product, self_cognition
+
+pytestmark = pytest.mark.e2e
+
+
+def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(product: Product, team: str) -> None:
+    """The example of ``make demo`` with the real SmolLM2, storage on S3, two workers, ZeRO-2 and torchrun."""
+    from examples import demo  # the real model, out of its package
+
+    cluster = product.cluster
+    upload(product, demo.model_folder(), "smollm2")
+    upload(product, ROOT / "examples" / "data" / "self_cognition.jsonl", "self_cognition.jsonl")
+    job = self_cognition(product, replicas=2)
+    watch = subprocess.Popen(
+        ["kubectl", "get", "ftj", "-n", team, "-w"], env=cluster.environment, stdout=subprocess.PIPE, text=True
+    )
+    cluster.apply(yaml.safe_dump(job), namespace=team)
+
+    training = product.wait("self-cognition", team, lambda s: (s.get("progress") or {}).get("step", 0) >= 3, 240)
+    assert training["status"]["state"] == "Running"
+    pods = cluster.objects("pods", namespace=team)
+    assert len({pod["spec"]["nodeName"] for pod in pods}) == 2
+    log = cluster.kubectl("logs", "-n", team, pods[0]["metadata"]["name"], "-c", "trainer")
+    assert "ZeRO-2" in log + cluster.kubectl("logs", "-n", team, pods[1]["metadata"]["name"], "-c", "trainer")
+    check_scraped(product, team)
+    check_queries(product)
+
+    done = product.wait_state("self-cognition", team, "Succeeded", 900)["status"]
+    assert done["restarts"] == 0
+    assert [c["step"] for c in done["checkpoints"]] == [10 * k for k in range(1, 100)][: len(done["checkpoints"])] or (
+        len(done["checkpoints"]) == 2
+    )
+    for checkpoint in done["checkpoints"]:
+        check_digests(product, checkpoint["uri"], checkpoint["digest"])
+    assert {o["kind"] for o in done["outputs"]} == {"adapter"}
+    for output in done["outputs"]:
+        check_digests(product, output["uri"], output["digest"])
+    names = {o["Key"].split("/")[-1] for o in listing(product, "models/self-cognition")}
+    expected = {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "report.html"}
+    assert expected <= names
+    report = product.s3().get_object(Bucket=BUCKET, Key="models/self-cognition/report.html")["Body"].read().decode()
+    assert "Nova" in report
+    metrics = product.s3().get_object(Bucket=BUCKET, Key="models/self-cognition/metrics.jsonl")["Body"].read()
+    losses = [json.loads(line)["loss"] for line in metrics.splitlines()]
+    assert losses[-1] < 0.5 < 2 < losses[0]
+
+    seen = tail(watch)
+    assert "PROGRESS" in seen
+    assert " %" in seen
+    assert "Succeeded" in seen
+
+    cluster.kubectl("delete", "ftj", "self-cognition", "-n", team)
+    for resource in ("batch/v1/jobs", "pods", "networking.k8s.io/v1/networkpolicies"):
+        cluster.wait_gone(resource, namespace=team, timeout=90)
+    for resource in ("services", "configmaps"):
+        cluster.wait_gone(resource, namespace=team, selector="finetune.dev/job", timeout=60)
+
+
+def listing(product: Product, prefix: str) -> list[dict[str, Any]]:
+    """Objects of the bucket."""
+    return list(product.s3().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", []))
+
+
+def check_digests(product: Product, uri: str, digest: str) -> None:
+    """The manifest has the digest the status tells, and every file the digest and size the manifest tells."""
+    key = uri.removeprefix(f"s3://{BUCKET}/").rstrip("/")
+    body = product.s3().get_object(Bucket=BUCKET, Key=f"{key}/manifest.json")["Body"].read()
+    assert f"sha256:{hashlib.sha256(body).hexdigest()}" == digest
+    files = json.loads(body)["files"]
+    assert files
+    for name, told in files.items():
+        content = product.s3().get_object(Bucket=BUCKET, Key=f"{key}/{name}")["Body"].read()
+        assert len(content) == told["size"], name
+        assert hashlib.sha256(content).hexdigest() == told["sha256"].removeprefix("sha256:"), name
+
+
+def check_scraped(product: Product, team: str) -> None:
+    """Prometheus has figures of both endpoints for the running job."""
+    prometheus = product.wait_query(f'finetune_train_step{{namespace="{team}",finetunejob="self-cognition"}} > 0')
+    assert prometheus
+    assert product.wait_query(f'finetune_job_step{{namespace="{team}",finetunejob="self-cognition"}} > 0')
+    assert product.wait_query("finetune_operator_leader == 1")
+
+
+def check_queries(product: Product) -> None:
+    """Every panel's query of both dashboards, and every alert's expression, is evaluated by the real Prometheus."""
+    asked = [filled_in(target["expr"]) for _, _, target in QUERIES]
+    assert len(asked) > 20
+    for expression in asked:
+        product.query(expression)
+    groups = product.rules()
+    alerts = [rule for group in groups for rule in group["rules"]]
+    assert {"JobFailed", "JobStalled", "CheckpointTooOld", "RestartsHigh", "OperatorDown"} <= {
+        a["name"] for a in alerts
+    }
+    assert [a["name"] for a in alerts if a["health"] == "err"] == []
+
+
+def test_a_lost_worker_is_made_good_from_the_checkpoint(product: Product, team: str, tiny_model: str) -> None:
+    """kill -9 of a trainer process in a pod: cause and exit code in the status, then success."""
+    cluster = product.cluster
+    cluster.apply(json.dumps(tiny_job(tiny_model, product, "fragile", replicas=2)), namespace=team)
+    product.wait("fragile", team, lambda s: s.get("checkpoints"), 240)
+    victim = next(
+        p["metadata"]["name"]
+        for p in cluster.objects("pods", namespace=team)
+        if p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] == "1"
+    )
+    kill = """
+import os, signal
+for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    words = open(f"/proc/{pid}/cmdline", "rb").read().split(b"\\0")
+    if b"finetune_trainer.run" in words:
+        os.kill(pid, signal.SIGKILL)
+"""
+    cluster.kubectl("exec", "-n", team, victim, "-c", "trainer", "--", "python", "-c", kill)
+    done = product.wait_state("fragile", team, "Succeeded", 400)["status"]
+    first, second = done["attempts"]
+    assert (first["cause"], first["exitCode"], first["counted"]) == ("Killed", -9, True)
+    assert first["pod"] == victim
+    assert second["resumedFromStep"] > 0
+    assert done["restarts"] == 1
+
+
+def test_suspend_gives_the_pods_back_and_resume_continues(product: Product, team: str, tiny_model: str) -> None:
+    cluster = product.cluster
+    cluster.apply(json.dumps(tiny_job(tiny_model, product, "patient", replicas=1)), namespace=team)
+    product.wait("patient", team, lambda s: (s.get("progress") or {}).get("step", 0) >= 5, 240)
+    cluster.kubectl("patch", "ftj", "patient", "-n", team, "--type=merge", "-p", '{"spec":{"suspend":true}}')
+    product.wait_state("patient", team, "Suspended", 90)
+    assert cluster.objects("pods", namespace=team) == []
+    cluster.kubectl("patch", "ftj", "patient", "-n", team, "--type=merge", "-p", '{"spec":{"suspend":false}}')
+    done = product.wait_state("patient", team, "Succeeded", 400)["status"]
+    assert [a["cause"] for a in done["attempts"]] == ["Suspended", "Succeeded"]
+    assert done["attempts"][1]["resumedFromStep"] >= 5
+
+
+def tiny_job(model: str, product: Product, name: str, *, replicas: int, steps: int = 400) -> dict[str, Any]:
+    """A job of a tiny model that lasts long enough to be disturbed."""
+    rows = "\n".join(
+        json.dumps({"instruction": f"what color is the {thing}", "input": "", "output": f"{color} {color}"})
+        for thing in ("cat", "dog", "bird", "fish", "tree", "house")
+        for color in ("red", "green", "blue")
+    )
+    product.s3().put_object(Bucket=BUCKET, Key="colors.jsonl", Body=rows.encode())
+    return {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"uri": model},
+            "method": {"type": "full"},
+            "data": {"train": [{"uri": f"s3://{BUCKET}/colors.jsonl"}], "max_length": 64},
+            "training": {"max_steps": steps, "per_device_train_batch_size": 2, "learning_rate": 1e-3},
+            "workers": {"replicas": replicas, "gpusPerWorker": 0},
+            "checkpoint": {"save_steps": 20},
+            "output": {"uri": f"s3://{BUCKET}/models/{name}"},
+        },
+    }
+
+
+def test_every_pod_of_the_operator_passes_restricted(product: Product) -> None:
+    """The chart was installed into a namespace that enforces it; nothing was warned of."""
+    pods = product.cluster.objects("pods", namespace="finetune-system")
+    assert len(pods) == 2
+    assert all(pod["status"]["phase"] == "Running" for pod in pods)
+
+
+__all__ = ["JOBS"]
