@@ -21,12 +21,13 @@ from finetune_trainer.telemetry import Telemetry
 from finetune_trainer.world import rank
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """The planned end of a run."""
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
-    """One run. Keys of a plan: name, config, attempt, work, and optionally crash_after, stop_after, trace, save_steps."""
+    """One run. Keys of a plan: name, config, attempt, work, and optionally crash_after,
+    stop_after, poison_after (its weights become NaN), trace (a folder) and weights (tell which moved)."""
     os.environ[ENV_ATTEMPT] = str(plan["attempt"])
     os.environ[ENV_WORK] = plan["work"]
     os.environ.pop(ENV_TRACE, None)
@@ -44,7 +45,9 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
         losses[str(job.step)] = job.loss or 0.0
         if job.step == plan.get("crash_after"):
             job.saver.wait()
-            raise Crash
+            raise CrashError
+        if job.step == plan.get("poison_after"):
+            job.engine.trainable[0].data.fill_(float("nan"))
         if job.step == plan.get("stop_after"):
             stop.request()
 
@@ -63,7 +66,7 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
             job.finish()
         else:
             job.leave_stopped()
-    except Crash:
+    except CrashError:
         result["crashed"] = True
     except Exception as error:
         cause, message = diagnose(error)

@@ -22,10 +22,11 @@ from finetune_api.run import (
 )
 
 ROOT = Path(__file__).parents[2]
-WORDS = (
-    "red green blue one two three four five six seven cat dog bird fish tree house is the a an of and to what who "
-    "color number animal thing you are hello name say count please now"
-).split()
+WORDS = [
+    *("red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "cat", "dog", "bird", "fish"),
+    *("tree", "house", "is", "the", "a", "an", "of", "and", "to", "what", "who", "color", "number", "animal"),
+    *("thing", "you", "are", "hello", "name", "say", "count", "please", "now"),
+]
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"

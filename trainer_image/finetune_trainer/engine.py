@@ -148,10 +148,10 @@ class Engine:
 
     def _loss_sum(self, inputs: dict[str, Any]) -> torch.Tensor:
         if not self.plain:
-            return self.objective.loss_sum(self.engine, inputs)  # type: ignore[no-any-return]
+            return self.objective.loss_sum(self.engine, inputs)
         # DeepSpeed's forward would switch autocast off; without ZeRO it does nothing else that is needed here.
         with self.autocast():
-            return self.objective.loss_sum(self.module, inputs)  # type: ignore[no-any-return]
+            return self.objective.loss_sum(self.module, inputs)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of a forward pass."""

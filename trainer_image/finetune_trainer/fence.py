@@ -83,7 +83,8 @@ def claim(store: Store, attempt: int | None = None, run: str | None = None) -> F
         standing = claims(store)
         last = read(store, name_of(standing[-1])) if standing else {}
         known = int(last.get("attempt", 0)) if last.get("run", "") == run else 0
-        if given and known > given:
+        # Without an identity an older attempt cannot be told from a job that was made anew: that one is let in.
+        if run and given and known > given:
             raise RunError(
                 Cause.FENCED,
                 f"Attempt {given} started after attempt {known} had claimed {store.uri()}. It ends at once; "

@@ -63,7 +63,7 @@ def model_cost(model: Any, total_parameters: int, trains_all: bool) -> ModelCost
     """Count a model. ``total_parameters`` includes the embeddings; the input embedding is a look-up, not a product,
     unless the output head shares it."""
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     vocabulary, width = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
     tied = bool(getattr(text, "tie_word_embeddings", False))
     products = total_parameters - (0 if tied else vocabulary * width)

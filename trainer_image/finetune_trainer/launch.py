@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m finetune_trainer.launch", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m finetune_trainer.launch", description=__doc__.splitlines()[0])
     parser.add_argument("--nnodes", type=int, default=1, help="pods of the run")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes of this pod, one per GPU")
     parser.add_argument("--node-rank", type=int, default=0, help="number of this pod, from 0")
@@ -128,26 +128,19 @@ def _after(error: Any, stopping: bool) -> int:
             leave_word(Termination(cause=Cause.TERMINATED, message="Stopped on request.", exit_code=EXIT_STOPPED))
             return EXIT_STOPPED
     if code < 0:
-        leave_word(
-            Termination(
-                cause=Cause.KILLED,
-                message=f"Process {rank} {describe_exit(code)}"
-                + (": most often the host's memory ran out." if code == -signal.SIGKILL else "."),
-                exit_code=code,
-                rank=rank,
-            )
-        )
+        why = ": most often the host's memory ran out." if code == -signal.SIGKILL else "."
+        leave_word(_instead(Cause.KILLED, f"Process {rank} {describe_exit(code)}{why}", code, rank))
         return 128 - code
-    leave_word(
-        Termination(
-            cause=Cause.TRAINER_ERROR,
-            message=f"Process {rank} {describe_exit(code)} and left no message.",
-            exit_code=code,
-            rank=rank,
-        )
-    )
+    message = f"Process {rank} {describe_exit(code)} and left no message."
+    leave_word(_instead(Cause.TRAINER_ERROR, message, code, rank))
     word = last_word()
     return word.exit_code if word is not None and word.exit_code > 0 else code or EXIT_FAILED
+
+
+def _instead(cause: Cause, message: str, code: int, rank: int) -> Termination:
+    """A word for a worker that left none; another worker's tells where the run stood."""
+    told = last_word() or Termination(cause=cause)
+    return told.model_copy(update={"cause": cause, "message": message, "exit_code": code, "rank": rank})
 
 
 def _loudness(code: int) -> int:

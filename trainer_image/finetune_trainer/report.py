@@ -180,7 +180,7 @@ def _curves(report: Report) -> str:
     return f"<div class=charts>{''.join(charts)}</div>{note}"
 
 
-def chart(title: str, lines: list[tuple[str, str, Points]], marks: Sequence[float] = ()) -> str:
+def chart(title: str, lines: Sequence[tuple[str, str, Points]], marks: Sequence[float] = ()) -> str:
     """An SVG line chart. ``lines``: (label, CSS class, points); ``marks``: steps with a dotted line."""
     points = [point for _, _, line in lines for point in line]
     if not points:

@@ -243,6 +243,7 @@ class Job:
             work=self.work,
             limit=self.save_total_limit,
             kept=self.resumed.kept,
+            leftovers=[skipped.step for skipped in self.resumed.skipped],
             on_saved=self._saved,
         )
 
@@ -347,7 +348,7 @@ class Job:
             window.seconds += seconds
             self.tally.seconds += seconds
             self.tally.tokens += agreed.tokens
-            self._stepped(batch.epoch, rate, norm, seconds, waited, agreed.tokens)
+            self._stepped(loss, batch.epoch, rate, norm, seconds, waited, agreed.tokens)
             last = following is None
             self._log_if_due(batch.epoch, batch.ends_epoch, rate, norm, last=last)
             if last or self.step % self.save_steps == 0:
@@ -360,9 +361,11 @@ class Job:
             self.saver.wait()
         return True
 
-    def _stepped(self, epoch: float, rate: float, norm: float, seconds: float, waited: float, tokens: int) -> None:
+    def _stepped(
+        self, loss: float, epoch: float, rate: float, norm: float, seconds: float, waited: float, tokens: int
+    ) -> None:
         metrics = self.telemetry.metrics
-        metrics.loss.set(self.loss)
+        metrics.loss.set(loss)
         metrics.learning_rate.set(rate)
         metrics.grad_norm.set(norm)
         metrics.step.set(self.step)
@@ -375,7 +378,7 @@ class Job:
         self.telemetry.update(
             step=self.step,
             epoch=round(epoch, 4),
-            loss=self.loss,
+            loss=loss,
             learning_rate=rate,
             grad_norm=norm,
             step_seconds=pace,

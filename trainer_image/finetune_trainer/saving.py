@@ -11,7 +11,7 @@ that still runs can spoil nobody's checkpoint.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,7 +33,6 @@ from finetune_trainer.checkpoint import (
     identity,
     persistently,
     sha256_of,
-    survey,
 )
 from finetune_trainer.fence import Fence
 from finetune_trainer.outcome import RunError
@@ -91,10 +90,12 @@ class Saver:
         work: Path,
         limit: int,
         kept: list[CheckpointInfo],
+        leftovers: Iterable[int] = (),
         on_saved: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
         """``fence`` is rank 0's claim, None elsewhere; ``limit`` checkpoints are kept; ``kept`` are those found at
-        the start, oldest first; ``on_saved`` is called on rank 0 from the saving thread."""
+        the start, oldest first, and ``leftovers`` the steps of the incomplete or broken ones found there;
+        ``on_saved`` is called on rank 0 from the saving thread."""
         self.store = store
         self.world = world.clone()
         self.state = state
@@ -119,7 +120,7 @@ class Saver:
         self._serial = 0
         self._good_at = time.monotonic()
         self._failed_since_good = 0
-        self._swept = False
+        self.leftovers = list(leftovers)
         self._hurry = threading.Event()
 
     def save(self, step: int, position: int, documents: dict[str, bytes]) -> float:
@@ -292,15 +293,19 @@ class Saver:
             self.fence.check()
         keep = {info.step for info in self.kept[-self.limit :]} | {newest.step}
         doomed = {info.step for info in self.kept} - keep
-        if not self._swept:
-            doomed |= {info.step for info in survey(self.store).broken} - keep
-            manifest = Manifest.opened(self.store.get(f"{folder(newest.step)}/{MANIFEST}"))
-            wanted = {f"{folder(newest.step)}/{name}" for name in (*manifest.files, MANIFEST)}
-            for entry in self.store.list(folder(newest.step)):
-                if entry.path not in wanted:
-                    self.store.delete(entry.path)
         for step in sorted(doomed):
             self.store.delete(f"{folder(step)}/{MANIFEST}")
             self.store.delete(folder(step))
+        # Another process may be writing into the same folders again by now: its files carry our claim.
+        mine = f"{self._claim:06d}-"
+        for step in self.leftovers:
+            for entry in self.store.list(folder(step)):
+                if step not in keep and not entry.path.rpartition("/")[2].startswith(mine):
+                    self.store.delete(entry.path)
+        if newest.step in self.leftovers:
+            manifest = Manifest.opened(self.store.get(f"{folder(newest.step)}/{MANIFEST}"))
+            for entry in self.store.list(folder(newest.step)):
+                if entry.path.rpartition("/")[2] not in (*manifest.files, MANIFEST):
+                    self.store.delete(entry.path)
+        self.leftovers = []
         self.kept = [info for info in self.kept if info.step in keep]
-        self._swept = True
