@@ -195,6 +195,21 @@ class Access:
         pods = self.wait_for("pods", so, selector=selector, namespace=namespace, timeout=timeout)
         return pods if isinstance(pods, list) else []
 
+    def wait_for_pod(
+        self, name: str, phase: str = "Running", *, namespace: str = "default", timeout: float = 60
+    ) -> Object:
+        """Waits until a pod is in that phase; fails at once when it ended in another."""
+
+        def so(pods: list[Object]) -> Object | None:
+            now = pods[0]["status"].get("phase") if pods else None
+            if now != phase and now in ("Succeeded", "Failed"):
+                raise AssertionError(f"pod {name} is {now}: {self.try_kubectl('logs', name, '-n', namespace).stdout}")
+            return pods[0] if now == phase else None
+
+        pod = self.wait_for("pods", so, name=name, namespace=namespace, timeout=timeout)
+        assert pod
+        return pod
+
     def wait_gone(
         self,
         resource: str,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 from tests.cluster import binaries, control_plane, images, node, services
-from tests.cluster.access import Access, CommandError
+from tests.cluster.access import Access
 from tests.cluster.node import Node
 from tests.cluster.sandbox import Sandbox
 
@@ -33,6 +31,7 @@ class Cluster(Access):
         self.profile = profile
         self.simulated = profile == "simulated"
         self.nodes: list[Node] = []
+        self._prometheus = ""
 
     def start(self) -> None:
         """Starts everything, building first what is missing, and returns once pods can run."""
@@ -112,21 +111,15 @@ class Cluster(Access):
             list(pool.map(lambda each: each.import_image(archive), self.nodes))
 
     def start_prometheus(self, rules: str = "") -> str:
-        """Starts a Prometheus in a full cluster (see services.py) that scrapes its pods; returns its URL outside."""
-        url = services.start_prometheus(self.sandbox, rules)
-        targets = self.sandbox.state / "prometheus" / "targets.json"
+        """Starts a Prometheus in a full cluster (see services.py), or gives the running one the rules.
 
-        def discover() -> None:
-            def changed(pods: list[dict[str, Any]]) -> bool:
-                services.write_targets(targets, pods)
-                return False
-
-            while targets.exists():
-                with contextlib.suppress(TimeoutError, CommandError, OSError):
-                    self.wait_for("pods", changed, namespace=None, timeout=3600)
-
-        threading.Thread(target=discover, name="prometheus-targets", daemon=True).start()
-        return url
+        Returns its URL for the outside.
+        """
+        if not self._prometheus:
+            self._prometheus = services.start_prometheus(self.sandbox, self, rules)
+        elif rules:
+            services.set_prometheus_rules(self.sandbox, rules)
+        return self._prometheus
 
     def forward(self, host: str, port: int) -> tuple[str, int]:
         """Makes an address inside, say of a pod, reachable from outside; returns the local (host, port)."""

@@ -5,15 +5,18 @@ Used by `cluster.py`. All of it listens on the pods' gateway, so that pods reach
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import signal
 import textwrap
+import threading
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.cluster import binaries
+from tests.cluster.access import Access, CommandError, Object
 from tests.cluster.node import GATEWAY
 from tests.cluster.sandbox import Sandbox
 
@@ -80,31 +83,26 @@ def start_s3(sandbox: Sandbox, bin: Path) -> S3:
     return s3
 
 
-# Debian's Prometheus is built without the discovery of Kubernetes: a file of targets is kept current instead
-# (Cluster.start_prometheus), with the labels that a PodMonitor would give.
-PROMETHEUS_CONFIG = """\
-global: {{scrape_interval: 1s, evaluation_interval: 1s}}
-rule_files: ["{folder}/rules/*.yaml"]
-scrape_configs:
-- job_name: pods
-  honor_labels: true
-  file_sd_configs: [{{files: ["{folder}/targets.json"], refresh_interval: 1s}}]
-"""
-
-
-def start_prometheus(sandbox: Sandbox, rules: str = "") -> str:
-    """Starts a Prometheus that scrapes the targets in its folder's ``targets.json`` each second; returns its URL
-    outside.
+def start_prometheus(sandbox: Sandbox, access: Access, rules: str = "") -> str:
+    """Starts a Prometheus that each second scrapes ports named "metrics" or "http" of all pods; returns its URL.
 
     `rules` is the text of a rule file, as in `spec` of a PrometheusRule.
     """
     folder = sandbox.state / "prometheus"
-    (folder / "rules").mkdir(parents=True)
-    if rules:
-        (folder / "rules" / "rules.yaml").write_text(rules)
-    write_targets(folder / "targets.json", [])
-    config = PROMETHEUS_CONFIG.format(folder=folder)
-    (folder / "prometheus.yaml").write_text(config)
+    folder.mkdir()
+    (folder / "rules.yaml").write_text(rules or "groups: []")
+    pods: Object = {"job_name": "pods", "honor_labels": True}
+    # Debian's Prometheus is built without the discovery of Kubernetes: a file of targets is kept current instead.
+    targets = folder / "pods.json"
+    targets.write_text("[]")
+    pods["file_sd_configs"] = [{"files": [str(targets)]}]
+    threading.Thread(target=_keep_targets, args=(access, targets), name="prometheus-targets", daemon=True).start()
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [f"{folder}/rules.yaml"],
+        "scrape_configs": [pods],
+    }
+    (folder / "prometheus.yaml").write_text(json.dumps(config))
     host, port = sandbox.forward(GATEWAY, PROMETHEUS_PORT)
     sandbox.start(
         "prometheus",
@@ -118,19 +116,37 @@ def start_prometheus(sandbox: Sandbox, rules: str = "") -> str:
     return url
 
 
-def write_targets(path: Path, pods: list[dict[str, Any]]) -> None:
-    """Ports named "metrics" or "http" of running pods, as targets."""
-    found = []
-    for pod in pods:
-        address, metadata = pod.get("status", {}).get("podIP"), pod["metadata"]
-        for container in pod["spec"]["containers"] if address else []:
-            labels = {"namespace": metadata["namespace"], "pod": metadata["name"], "container": container["name"]}
-            for port in container.get("ports", []):
-                if port.get("name") in ("metrics", "http"):
-                    found.append({"targets": [f"{address}:{port['containerPort']}"], "labels": labels})
-    unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps(found))
-    unfinished.rename(path)
+def set_prometheus_rules(sandbox: Sandbox, rules: str) -> None:
+    """Gives a running Prometheus other rules."""
+    (sandbox.state / "prometheus" / "rules.yaml").write_text(rules)
+    sandbox.signal("prometheus", signal.SIGHUP)
+
+
+def _keep_targets(access: Access, targets: Path) -> None:
+    """Writes the pods to scrape, with the labels that a PodMonitor would give, as they come and go."""
+
+    def write(pods: list[Object]) -> None:
+        found = [
+            {
+                "targets": [f"{pod['status']['podIP']}:{port['containerPort']}"],
+                "labels": {
+                    "namespace": pod["metadata"]["namespace"],
+                    "pod": pod["metadata"]["name"],
+                    "container": container["name"],
+                },
+            }
+            for pod in pods
+            if pod["status"].get("podIP")
+            for container in pod["spec"]["containers"]
+            for port in container.get("ports", [])
+            if port.get("name") in ("metrics", "http")
+        ]
+        unfinished = targets.with_suffix(".new")
+        unfinished.write_text(json.dumps(found))
+        unfinished.rename(targets)  # Prometheus sees each new file at once
+
+    with contextlib.suppress(CommandError, OSError):  # the cluster has ended
+        access.wait_for("pods", write, namespace=None, timeout=1e6)
 
 
 def answers(url: str) -> bool:
