@@ -6,25 +6,28 @@ fail instead.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cluster import binaries
 from tests.cluster.access import Access
 from tests.cluster.binaries import UnavailableError
 from tests.cluster.cluster import Cluster
 
 
-def _start(cluster: Cluster) -> Cluster:
+def _available(make: Callable[[], object]) -> None:
+    """Calls what may not be possible on this machine."""
     try:
-        cluster.start()
+        make()
     except UnavailableError as reason:
         if os.environ.get("CI") == "true":
             pytest.fail(f"CI must not pass without a cluster: {reason}", pytrace=False)
         pytest.skip(str(reason))
-    return cluster
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +37,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
     Check `cluster.simulated` before relying on simulated pods (tests/cluster/stages.yaml says how to steer them).
     """
     if given := os.environ.get("KUBECONFIG"):
+        if not shutil.which("kubectl"):
+            _available(lambda: binaries.require(["kubectl"]))
         yield Access(Path(given), tmp_path_factory.mktemp("cluster"))
         return
-    own = _start(Cluster("simulated"))
+    own = Cluster("simulated")
+    _available(own.start)
     yield own
     own.stop()
 
@@ -44,7 +50,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
 @pytest.fixture(scope="session")
 def e2e_cluster() -> Iterator[Cluster]:
     """A Kubernetes with two real kubelets, DNS and S3."""
-    own = _start(Cluster("full"))
+    own = Cluster("full")
+    _available(own.start)
     yield own
     own.stop()
 
@@ -61,3 +68,18 @@ def e2e_namespace(e2e_cluster: Cluster) -> Iterator[str]:
     """A namespace of `e2e_cluster` for one test."""
     with e2e_cluster.namespace() as name:
         yield name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Shows, with a test that failed, what was in its namespace."""
+    report = yield
+    arguments = getattr(item, "funcargs", {})
+    for owner, name in (("cluster", "namespace"), ("e2e_cluster", "e2e_namespace")):
+        if report.failed and {owner, name} <= arguments.keys():
+            access, namespace = arguments[owner], arguments[name]
+            with contextlib.suppress(Exception):  # the test's own failure is what must be seen
+                for what in ("all", "events"):
+                    shown = access.try_kubectl("get", what, "-n", namespace, "-o", "wide").stdout
+                    report.sections.append((f"kubectl get {what} -n {namespace}", shown))
+    return report

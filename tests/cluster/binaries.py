@@ -79,7 +79,8 @@ def require(names: Iterable[str] = SIMULATED) -> Path:
         missing = [name for name in missing if not (target / name).exists()]
         target.mkdir(exist_ok=True)
         if missing:
-            say(f"building {', '.join(missing)} into {target}: about 1 to 2 minutes each on 2 cores, once per machine")
+            say(f"building {', '.join(missing)} into {target}")
+            say("  once per machine: about 10 minutes on 2 cores, or 1 where Go has its parts compiled already")
         for name in missing:
             _build(name, target / name)
     return target

@@ -9,12 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import secrets
-import ssl
 import subprocess
-import urllib.request
 from pathlib import Path
 
-from tests.cluster.sandbox import Sandbox
+from tests.cluster.sandbox import Sandbox, answers
 
 SERVICES = "10.96.0.0/16"
 API = "10.96.0.1"
@@ -57,17 +55,8 @@ def start(sandbox: Sandbox, bin: Path) -> Path:
     inside = write_kubeconfig(state / "kubeconfig-inside", API, 443, certificate, token)
     host, port = sandbox.forward(API, 443)
     outside = write_kubeconfig(state / "kubeconfig", host, port, certificate, token)
-    tls = ssl.create_default_context(cafile=str(certificate))
-    readyz = urllib.request.Request(f"https://{host}:{port}/readyz", headers={"Authorization": f"Bearer {token}"})
-
-    def answers() -> bool:
-        try:
-            with urllib.request.urlopen(readyz, context=tls, timeout=5):
-                return True
-        except OSError:
-            return False
-
-    sandbox.wait_until("the API server", answers)
+    readyz = f"https://{host}:{port}/readyz"
+    sandbox.wait_until("the API server", lambda: answers(readyz, authority=certificate, token=token))
     sandbox.start(
         "kube-controller-manager",
         bin / "kube-controller-manager",

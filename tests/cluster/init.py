@@ -178,6 +178,7 @@ async def main(fd: int, state: str, cgroups: list[str], private: list[str]) -> N
     remove_cgroups(cgroups)
     if state:
         remove_state(state)
+    os._exit(0)  # nothing is left to end in order
 
 
 if __name__ == "__main__":

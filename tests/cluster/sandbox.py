@@ -10,10 +10,12 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,18 @@ from tests.cluster import init
 
 class SandboxError(RuntimeError):
     """Something in the sandbox did not start or ended by itself; the message ends with its last log lines."""
+
+
+def answers(url: str, *, authority: Path | None = None, token: str = "") -> bool:
+    """Whether a web server of the sandbox says OK."""
+    tls = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=authority and str(authority)))
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), tls)
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with direct.open(request, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 class Sandbox:
@@ -85,7 +99,9 @@ class Sandbox:
     def start(self, name: str, *argv: str | Path, env: dict[str, str] | None = None) -> None:
         """Starts a long-running process; its output goes to `log/NAME.log` of the state folder."""
         log = str(self.logs / f"{name}.log")
-        self._ask("start", name=name, argv=[str(a) for a in argv], env={**os.environ, **(env or {})}, log=log)
+        # Nothing in here is reached through the machine's proxy.
+        inherited = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        self._ask("start", name=name, argv=[str(a) for a in argv], env={**inherited, **(env or {})}, log=log)
 
     def stop(self, name: str, grace: float = 5) -> None:
         """Ends a process by SIGTERM, after `grace` seconds (at once with 0) by SIGKILL, and waits for its end."""

@@ -11,14 +11,13 @@ import secrets
 import signal
 import textwrap
 import threading
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import binaries
 from tests.cluster.access import Access, CommandError, Object
 from tests.cluster.node import GATEWAY
-from tests.cluster.sandbox import Sandbox
+from tests.cluster.sandbox import Sandbox, answers
 
 S3_PORT = 7070
 PROMETHEUS_PORT = 9090
@@ -147,12 +146,3 @@ def _keep_targets(access: Access, targets: Path) -> None:
 
     with contextlib.suppress(CommandError, OSError):  # the cluster has ended
         access.wait_for("pods", write, namespace=None, timeout=1e6)
-
-
-def answers(url: str) -> bool:
-    """Whether a web server says OK."""
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
