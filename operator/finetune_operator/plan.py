@@ -179,7 +179,20 @@ def deepspeed_config(spec: FineTuneJobSpec, dtype: str) -> dict[str, Any]:
     if dtype == "bfloat16" and (spec.method.type == "full" or stage > 0):
         decided["bf16"] = {"enabled": True}
     user = spec.deepspeed.model_dump(mode="json", exclude_none=True)
-    return merge(decided, user)
+    return merge(decided, {key: value for key, value in _without_auto(user).items() if key not in _OURS})
+
+
+_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
+"""Keys that repeat spec.training (a contradiction is refused): the engine sets them from the world and the spec."""
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """Hugging Face's ``"auto"`` means: as the rest of the spec says."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value != "auto"
+    }
 
 
 def claims(spec: FineTuneJobSpec, inputs: Mapping[str, str]) -> tuple[str, ...]:

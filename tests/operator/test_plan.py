@@ -40,6 +40,11 @@ def test_the_users_deepspeed_keys_lie_over_the_plans() -> None:
     assert config.config.deepspeed["wall_clock_breakdown"] is True
 
 
+def test_auto_and_repeats_of_the_spec_leave_the_plan_as_it_is() -> None:
+    repeated = {"train_batch_size": "auto", "gradient_clipping": "auto", "optimizer": {"type": "AdamW"}}
+    assert plan(deepspeed={**repeated, "zero_optimization": {"stage": 0}}).config.deepspeed == plan().config.deepspeed
+
+
 def test_the_global_batch_counts_all_processes() -> None:
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     assert plan(training=training).config.global_batch_size == 2 * 3 * 16
