@@ -126,7 +126,7 @@ def wait_until_no_trace_is_left(cluster: Cluster) -> None:
 
 
 @pytest.mark.cluster
-def test_a_cluster_whose_owner_was_killed_vanishes() -> None:
+def test_a_cluster_whose_owner_was_killed_vanishes(simulated: Cluster) -> None:
     own = "from tests.cluster.cluster import Cluster; c = Cluster(); c.start(); print(c.sandbox.state, flush=True)"
     command = [sys.executable, "-c", f"{own}; input()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
