@@ -42,6 +42,12 @@ def make_cgroup(name: str) -> None:
                 (folder / file).write_text((folder.parent / file).read_text())
 
 
+def available_memory() -> int:
+    """The bytes that programs may still take on this machine."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
 class Node:
     """`start()` brings it up with the pause and base images; it is not waited until it is Ready."""
 
@@ -62,6 +68,10 @@ class Node:
         (self._folder / "cni" / "10-pods.conflist").write_text(json.dumps(self._network()))
         (self._folder / "containerd.toml").write_text(self._containerd())
         (self._folder / "kubelet.json").write_text(json.dumps(self._kubelet()))
+        (self._folder / "images").mkdir()
+        if available_memory() > 12 << 30:
+            # Unpacking and removing thousands of small files takes a disk 10 s each, and memory none.
+            self._sandbox.run("mount", "-t", "tmpfs", self.name, self._folder / "images")
         name = f"containerd-{self.number}"
         self._sandbox.start(name, "containerd", "--config", self._folder / "containerd.toml")
         self._sandbox.wait_until(name, lambda: self._ctr("version", check=False))
