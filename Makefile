@@ -7,7 +7,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CACHE := $(or $(FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator)
 # One environment per set of dependencies, shared by all clones. It holds the dependencies only; the code comes from
 # this checkout.
-DEPS := $(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-12)
+LIST_DEPS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *sum(p["optional-dependencies"].values(), []), sep="\n")
+DEPS := $(shell ($(PYTHON) -c '$(LIST_DEPS)'; cat constraints.txt) 2>/dev/null | sha256sum | cut -c1-12)
 VENV := $(CACHE)/venv-$(DEPS)
 BIN := $(VENV)/bin
 export FINETUNE_CACHE := $(CACHE)
@@ -23,14 +24,14 @@ help: ## This list
 .PHONY: setup
 setup: $(VENV)/.complete ## Install the dependencies (once, about 3 minutes)
 
-$(VENV)/.complete: pyproject.toml constraints.txt
+$(VENV)/.complete:
 	@mkdir -p "$(CACHE)"
 	@exec 9>"$(CACHE)/venv.lock"; flock 9; \
 	if [ ! -f "$@" ]; then \
 	  echo "Installing the dependencies into $(VENV) (about 5 GB, 3 minutes the first time)"; \
 	  $(PYTHON) -c 'import sys; sys.exit("finetune-operator needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'; \
 	  rm -rf "$(VENV)"; $(PYTHON) -m venv "$(VENV)"; \
-	  $(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join([*p["dependencies"], *sum(p["optional-dependencies"].values(), [])]))' > "$(VENV)/requirements.txt"; \
+	  $(PYTHON) -c '$(LIST_DEPS)' > "$(VENV)/requirements.txt"; \
 	  $(BIN)/pip install --disable-pip-version-check -q -r "$(VENV)/requirements.txt" -c constraints.txt; \
 	fi; touch "$@"
 
