@@ -3,14 +3,14 @@
     python charts/generate.py            write them
     python charts/generate.py --check    fail where one differs
 
-- ``files/crds``: the CRD of ``crds/``, which ``finetune_api`` generates.
+- ``files/crds``, and ``gitops/kustomize/base/crds``: the CRD of ``crds/``, which ``finetune_api`` generates.
 - ``values.schema.json``: from the defaults and comments of ``values.yaml``, and from the pydantic models that the
   operator itself reads its settings with.
 - ``README.md``: the values, settings, profiles and alerts as tables.
 - ``dashboards/*.json``: from ``charts/dashboards.py``.
 - ``gitops/argocd/argocd-cm.yaml``: the health check and the actions of ``gitops/argocd/resource_customizations``.
 
-``gitops/kustomize/base`` is the chart's own output; ``--kustomize HELM`` renders it with that Helm binary.
+The rest of ``gitops/kustomize/base`` is the chart's own output; ``--kustomize HELM`` renders it with that Helm binary.
 """
 
 import argparse
@@ -92,7 +92,10 @@ def schema(values: list[Value], alerts: list[dict[str, Any]]) -> dict[str, Any]:
     """A JSON schema (draft 7: the one every Helm 3 knows) that refuses unknown keys and wrong types."""
     by_path = {value.path: value for value in values}
     root = _object_schema((), by_path)
-    root["properties"]["global"] = {"type": "object", "description": "Values shared by the charts of an umbrella chart."}
+    root["properties"]["global"] = {
+        "type": "object",
+        "description": "Values shared by the charts of an umbrella chart.",
+    }
     definitions = {**_pydantic_definitions(), "Alerts": _alerts_schema(alerts)}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -285,19 +288,16 @@ def kustomize(helm: str) -> dict[Path, str]:
     """The Kustomize base: what the chart makes by default, for those who do not use Helm. The settings are a file
     of their own, so that an overlay can replace them and new settings restart the pods."""
     command = [helm, "template", "finetune-operator", str(CHART), "--namespace", "finetune-system"]
-    options = ["--kube-version", "1.31.0", "--set", "tests=false,crds.keep=false"]
+    options = ["--kube-version", "1.31.0", "--set", "tests=false,crds.enabled=false"]
     rendered = subprocess.run([*command, *options], check=True, capture_output=True, text=True).stdout
     objects = [found for found in yaml.safe_load_all(rendered) if found]
     settings = next(found for found in objects if found["kind"] == "ConfigMap")
     objects.remove(settings)
     for found in objects:
         _forget_helm(found)
-    crds = [found for found in objects if found["kind"] == "CustomResourceDefinition"]
-    rest = [found for found in objects if found not in crds]
     head = f"# {GENERATED}\n"
     return {
-        KUSTOMIZE / "crds.yaml": head + yaml.safe_dump_all(crds, sort_keys=False, width=110),
-        KUSTOMIZE / "operator.yaml": head + yaml.safe_dump_all(rest, sort_keys=False, width=110),
+        KUSTOMIZE / "operator.yaml": head + yaml.safe_dump_all(objects, sort_keys=False, width=110),
         KUSTOMIZE / "settings.yaml": head + settings["data"]["settings.yaml"],
     }
 
@@ -329,6 +329,7 @@ def files() -> dict[Path, str]:
         made[CHART / "dashboards" / f"{name}.json"] = json.dumps(dashboard, indent=2) + "\n"
     for crd in sorted((ROOT / "crds").glob("*.yaml")):
         made[CHART / "files" / "crds" / crd.name] = crd.read_text()
+        made[KUSTOMIZE / "crds" / crd.name] = crd.read_text()
     return made
 
 

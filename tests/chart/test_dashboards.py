@@ -6,13 +6,12 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.chart import metrics
-from tests.chart.charts import CHART
+from tests.chart.charts import CHART, only, template
 from tests.chart.prometheus import Server, serve
 
 FILES = sorted((CHART / "dashboards").glob("*.json"))
@@ -26,7 +25,10 @@ def panels(dashboard: Any) -> list[Any]:
 
 
 QUERIES = [
-    (name, panel["title"], target) for name, one in DASHBOARDS.items() for panel in panels(one) for target in panel["targets"]
+    (name, panel["title"], target)
+    for name, one in DASHBOARDS.items()
+    for panel in panels(one)
+    for target in panel["targets"]
 ]
 
 
@@ -113,10 +115,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.parametrize(("dashboard", "title", "target"), QUERIES, ids=lambda v: v if isinstance(v, str) else "")
 def test_every_query_shows_something(prometheus: Server, dashboard: str, title: str, target: Any) -> None:
     expr = filled_in(target["expr"])
-    if target["instant"]:
-        found = prometheus.query(expr, NOW)
-    else:
-        found = prometheus.query_range(expr, SINCE, NOW, 60)
+    found = prometheus.query(expr, NOW) if target["instant"] else prometheus.query_range(expr, SINCE, NOW, 60)
     assert found, expr
     for label in re.findall(r"{{\s*(\w+)\s*}}", target["legendFormat"]):
         assert all(label in series["metric"] for series in found), label
@@ -155,10 +154,8 @@ def test_failures_are_counted_from_the_first(prometheus: Server) -> None:
 
 
 @pytest.mark.cluster
-def test_each_alert_can_be_asked_of_a_real_prometheus(prometheus: Server, tmp_path: Path) -> None:
-    from tests.chart.charts import only, template
-
+def test_each_alert_can_be_asked_of_a_real_prometheus(prometheus: Server) -> None:
     rule = only(template("--set", "prometheusRule.enabled=true"), "PrometheusRule")
     for alert in rule["spec"]["groups"][0]["rules"]:
-        assert {word for word in NAME.findall(alert["expr"])} <= set(metrics.KNOWN), alert["alert"]
+        assert set(NAME.findall(alert["expr"])) <= set(metrics.KNOWN), alert["alert"]
         prometheus.query(alert["expr"], NOW)

@@ -1,0 +1,136 @@
+"""Argo CD's health check and actions in a real Lua, and the Kustomize base."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+from lupa import lua51  # the version of Argo CD's interpreter
+
+from tests.chart.charts import ROOT
+from tests.cluster import binaries
+
+CUSTOMIZATION = ROOT / "gitops" / "argocd" / "resource_customizations" / "finetune.dev" / "FineTuneJob"
+HEALTH_TESTS = yaml.safe_load((CUSTOMIZATION / "health_test.yaml").read_text())["tests"]
+
+
+def lua(script: str, obj: Any) -> Any:
+    """What the script answers for an object, in Argo CD's way: no library but the harmless ones, a global `obj`."""
+    runtime = lua51.LuaRuntime(unpack_returned_tuples=True)
+    for name in ("io", "os", "package", "require", "dofile", "loadfile", "debug"):
+        runtime.globals()[name] = None
+    runtime.globals()["obj"] = _to_lua(runtime, obj)
+    return _to_python(runtime.execute(script))
+
+
+def _to_lua(runtime: Any, value: Any) -> Any:
+    if isinstance(value, dict):
+        return runtime.table_from({key: _to_lua(runtime, item) for key, item in value.items() if item is not None})
+    if isinstance(value, list):
+        return runtime.table_from([_to_lua(runtime, item) for item in value])
+    return value
+
+
+def _to_python(value: Any) -> Any:
+    if lua51.lua_type(value) == "table":
+        return {key: _to_python(item) for key, item in value.items()}
+    return value
+
+
+def sample(path: str) -> Any:
+    return yaml.safe_load((CUSTOMIZATION / path).read_text())
+
+
+@pytest.mark.parametrize("case", HEALTH_TESTS, ids=lambda case: case["inputPath"])
+def test_health_is(case: Any) -> None:
+    health = lua((CUSTOMIZATION / "health.lua").read_text(), sample(case["inputPath"]))
+    assert health == {key: value for key, value in case["healthStatus"].items() if value}
+
+
+def test_all_four_states_of_health_are_tested_and_every_sample_is_used() -> None:
+    assert {case["healthStatus"]["status"] for case in HEALTH_TESTS} == {
+        "Progressing",
+        "Healthy",
+        "Degraded",
+        "Suspended",
+    }
+    used = {case["inputPath"] for case in HEALTH_TESTS}
+    assert used == {f"testdata/{path.name}" for path in (CUSTOMIZATION / "testdata").glob("*.yaml")}
+
+
+def test_samples_are_of_conditions_and_statuses_there_are() -> None:
+    from finetune_api.conditions import Condition, Reason
+    from finetune_api.status import FineTuneJobStatus
+
+    for path in (CUSTOMIZATION / "testdata").glob("*.yaml"):
+        status = FineTuneJobStatus.model_validate(yaml.safe_load(path.read_text()).get("status") or {})
+        for condition in status.conditions:
+            assert condition.type in set(Condition), path.name
+            assert condition.reason in set(Reason), path.name
+
+
+@pytest.mark.parametrize(
+    ("path", "enabled"),
+    [
+        ("testdata/progressing_training.yaml", {"suspend"}),
+        ("testdata/suspended.yaml", {"resume"}),
+        ("testdata/healthy.yaml", set()),
+        ("testdata/degraded_failed.yaml", set()),
+        ("testdata/progressing_new.yaml", {"suspend"}),
+    ],
+)
+def test_actions_are_offered_when_they_do_something(path: str, enabled: set[str]) -> None:
+    found = lua((CUSTOMIZATION / "actions" / "discovery.lua").read_text(), sample(path))
+    assert {name for name, action in found.items() if not action["disabled"]} == enabled
+
+
+def test_actions_change_suspend_and_nothing_else() -> None:
+    before = sample("testdata/progressing_training.yaml")
+    for name, value in (("suspend", True), ("resume", False)):
+        after = lua((CUSTOMIZATION / "actions" / name / "action.lua").read_text(), before)
+        assert after["spec"].pop("suspend") is value
+        assert after["spec"]["output"] == before["spec"]["output"]
+
+
+def test_the_patch_of_argocd_cm_holds_these_scripts() -> None:
+    data = yaml.safe_load((ROOT / "gitops" / "argocd" / "argocd-cm.yaml").read_text())["data"]
+    assert data["resource.customizations.health.finetune.dev_FineTuneJob"] == (CUSTOMIZATION / "health.lua").read_text()
+    actions = yaml.safe_load(data["resource.customizations.actions.finetune.dev_FineTuneJob"])
+    assert [action["name"] for action in actions["definitions"]] == ["resume", "suspend"]
+
+
+# --- Kustomize ---
+
+
+def build(path: str) -> list[Any]:
+    """What ``kubectl apply -k`` would apply."""
+    kubectl = shutil.which("kubectl") or str(binaries.require(["kubectl"]) / "kubectl")
+    done = subprocess.run([kubectl, "kustomize", ROOT / path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.mark.cluster
+def test_the_base_is_what_the_chart_makes() -> None:
+    helm = binaries.require(["helm"]) / "helm"
+    command = [sys.executable, ROOT / "charts" / "generate.py", "--check", "--kustomize", helm]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("path", ["gitops/kustomize/base", "gitops/kustomize/overlays/example"])
+def test_kustomize_gives_the_operator_settings_it_can_read(path: str) -> None:
+    from finetune_operator.settings import Settings
+
+    objects = build(path)
+    (settings,) = (o for o in objects if o["kind"] == "ConfigMap")
+    Settings.model_validate(yaml.safe_load(settings["data"]["settings.yaml"]))
+    (deployment,) = (o for o in objects if o["kind"] == "Deployment")
+    volume = next(v for v in deployment["spec"]["template"]["spec"]["volumes"] if v["name"] == "settings")
+    assert volume["configMap"]["name"] == settings["metadata"]["name"]
+    assert not [o for o in objects if "helm.sh/chart" in (o["metadata"].get("labels") or {})]
