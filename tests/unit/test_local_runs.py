@@ -1,10 +1,12 @@
 """Whole runs on this machine: the real loop, real processes, a trainer that only pretends."""
 
+from pathlib import Path
+
 import pytest
 
 from finetune_api.causes import Cause
 from finetune_operator.cli.files import RefusedError
-from finetune_operator.cluster import processes
+from finetune_operator.cluster import Object, processes, store
 from tests.unit.local_runs import Bench, Watch, job, step
 
 
@@ -253,8 +255,38 @@ def test_a_job_that_has_begun_keeps_its_configuration(bench: Bench) -> None:
     cluster = bench.cluster()
     bench.run(Watch(step(1), lambda: cluster.set_suspended("default", "tiny", True)), cluster=cluster)
     bench.write(job(bench.home, data={"train": [{"uri": "file://./other.jsonl"}]}))
-    with pytest.raises(RefusedError, match="has begun with another configuration: spec.data.train"):
+    with pytest.raises(RefusedError, match=r"has begun with another configuration: spec\.data\.train"):
         bench.runner()
+
+
+class KilledError(BaseException):
+    """kill -9."""
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3, 5, 6, 7, 8, 9, 11, 15])
+def test_a_kill_at_any_write_leaves_what_the_same_command_can_go_on_with(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
+    bench.script(steps=4)
+    written = 0
+    real = store.write_json
+
+    def write(path: Path, value: Object) -> None:
+        nonlocal written
+        written += 1
+        if written == writes:
+            raise KilledError
+        real(path, value)
+
+    monkeypatch.setattr(store, "write_json", write)
+    with pytest.raises(KilledError):
+        bench.run()
+    bench.opened[0].close()  # what the kernel does: the processes go, the claim goes
+    status = bench.run()
+    assert status.state == "Succeeded"
+    assert [a.cause for a in status.attempts] in (["Succeeded"], ["Terminated", "Succeeded"])
+    assert not bench.left()
 
 
 def test_one_runs_a_job_at_a_time(bench: Bench) -> None:

@@ -45,6 +45,15 @@ class Document:
         return self.job["metadata"]["namespace"], self.job["metadata"]["name"]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as kubectl reads it: ``1e-3`` is a number there, a text in YAML 1.1 and for PyYAML."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def load(paths: Sequence[str], changes: Sequence[str] = (), *, cpu: bool = False) -> tuple[list[Document], list[str]]:
     """All FineTuneJobs of the files (``-``: standard input), and what was passed over.
 
@@ -81,7 +90,7 @@ def load(paths: Sequence[str], changes: Sequence[str] = (), *, cpu: bool = False
 def _objects(path: str) -> list[Object]:
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text()
-        objects = [o for o in yaml.safe_load_all(text) if o is not None]
+        objects = [o for o in yaml.load_all(text, _Loader) if o is not None]
     except OSError as error:
         raise RefusedError([f"{path}: cannot be read: {error.strerror or error}."]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -140,7 +149,7 @@ def _change(job: Object, change: str, name: str) -> None:
     if found["job"] and found["job"] != name:
         return
     try:
-        value = _absolute(yaml.safe_load(found["value"]), Path.cwd())
+        value = _absolute(yaml.load(found["value"], _Loader), Path.cwd())
     except yaml.YAMLError as error:
         raise RefusedError([f"--set {change}: the value is not YAML: {error}."]) from error
     steps: list[str | int] = [int(s) if s.isdigit() else s for s in re.findall(r"[^.\[\]]+", found["path"])]

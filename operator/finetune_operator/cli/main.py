@@ -4,6 +4,7 @@ Exit codes: 0 succeeded, 1 failed, 2 what was given has mistakes, 130 interrupte
 """
 
 import contextlib
+import shutil
 import signal
 import sys
 import time
@@ -352,8 +353,7 @@ def delete(name: str, namespace: str, state_dir: Path) -> None:
     folder = _found(state_dir, namespace, name)
     if not folder.claim():
         raise RefusedError([f"{name} is running. Stop it first: finetune suspend {name}"])
-    folder.forget()
-    folder.path.rmdir()
+    shutil.rmtree(folder.path)
     click.echo(f"{name} is forgotten.")
 
 

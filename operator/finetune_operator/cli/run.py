@@ -74,7 +74,6 @@ def prepare(
         else:
             if before.state == State.FAILED or fresh:
                 cluster.forget(*document.key)
-                cluster.claim(*document.key)
             if fresh:
                 _remove_checkpoints(document, say)
             cluster.submit(document.job)

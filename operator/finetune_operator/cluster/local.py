@@ -154,7 +154,7 @@ class LocalCluster:
                 folder.write_job(job)
 
     def forget(self, namespace: str, name: str) -> None:
-        """Take a FineTuneJob away with everything made for it; its logs stay."""
+        """Take a FineTuneJob away with everything made for it, its logs too."""
         key = (namespace, name)
         for life in [life for life in self._lives.values() if life.key == key]:
             self._kill(life)
@@ -371,7 +371,7 @@ class LocalCluster:
             ports={run.HTTP_PORT: port, run.MASTER_PORT: gang.master_port},
             hosts=hosts,
             gpus=gpus,
-            variables=_machine_variables(count),
+            variables=_machine_variables(count, bool(gpus)),
         )
         folder.put(pod)
         life = _Life(gang.key, name, gang, place)
@@ -617,12 +617,19 @@ def no_room(wanted: int, there: int) -> str:
     )
 
 
-def _machine_variables(count: int) -> dict[str, str]:
+def _machine_variables(count: int, on_gpu: bool) -> dict[str, str]:
     """Defaults of the processes of a gang of ``count`` pods: they share this machine and its loopback interface."""
+    # Models and tokens of the user's own hub cache are found again.
+    found = {"HF_HOME": str(Path.home() / ".cache" / "huggingface")}
     loopback = next((n for n in ("lo", "lo0") if Path(f"/sys/class/net/{n}").exists()), "")
-    found = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} if loopback else {}
+    if loopback:
+        found |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     if count > 1:
         found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    if not on_gpu:
+        # Threads that wait would spin: beside any other load on this machine, a step then takes up to ten times as
+        # long (measured, docs/architecture.md).
+        found["OMP_WAIT_POLICY"] = "PASSIVE"
     return found
 
 

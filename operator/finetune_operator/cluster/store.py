@@ -4,7 +4,7 @@
 
     finetunejob.json          the job and its status
     objects/KIND-NAME.json    Jobs, Pods, ConfigMaps, Services, NetworkPolicies
-    logs/POD/CONTAINER.log    kept when the pod goes
+    logs/POD/CONTAINER.log    stays when the pod goes
     pods/POD/                 volumes and termination messages; goes with the pod
     events.jsonl
 
@@ -120,13 +120,11 @@ class Folder:
         return self.path / "logs" / pod / f"{container}.log"
 
     def forget(self) -> None:
-        """Everything but the logs goes."""
-        for entry in [*self.path.glob("*"), *self.path.glob(".*.json.*")]:
-            if entry.name == "logs":
-                continue
+        """Everything goes but the claim."""
+        for entry in self.path.iterdir() if self.path.exists() else ():
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
-            else:
+            elif entry.name != ".claim":
                 entry.unlink(missing_ok=True)
 
     def tell(self, event: Object) -> None:

@@ -1,0 +1,163 @@
+"""YAML files, their mistakes, and the commands that only look."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from finetune_operator.cli import files
+from finetune_operator.cli.main import main
+from tests.unit.local_runs import Bench, job
+
+
+def finetune(*arguments: str | Path, stdin: str | None = None) -> Result:
+    """One command, in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin, catch_exceptions=False)
+
+
+def spec_of(bench: Bench, *changes: str, cpu: bool = False) -> dict[str, Any]:
+    documents, _ = files.load([str(bench.file)], changes, cpu=cpu)
+    found: dict[str, Any] = documents[0].job["spec"]
+    return found
+
+
+def test_help_names_every_command_and_both_ways_to_run() -> None:
+    text = finetune("--help").output
+    assert "finetune run FILE" in text and "kubectl apply -f FILE" in text
+    for command in ("run", "validate", "plan", "get", "status", "logs", "suspend", "delete", "operator", "version"):
+        assert f"\n  {command} " in text
+        assert finetune(command, "--help").exit_code == 0
+
+
+def test_relative_paths_are_those_of_the_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.write(job(bench.home, data={"train": [{"uri": "file://../rows.jsonl"}, {"uri": "file:///data/x.jsonl"}]}))
+    monkeypatch.chdir("/")
+    spec = spec_of(bench)
+    assert spec["model"]["uri"] == f"file://{bench.home}/model"
+    assert [s["uri"] for s in spec["data"]["train"]] == [
+        f"file://{bench.home.parent}/rows.jsonl",
+        "file:///data/x.jsonl",
+    ]
+
+
+def test_fields_are_changed_by_set(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.write(job(bench.home))
+    monkeypatch.chdir(bench.home.parent)
+    spec = spec_of(
+        bench,
+        "training.max_steps=20",
+        "spec.data.train[0].uri=file://./mine.jsonl",
+        "method={type: full}",
+        "evaluation.prompts=[a, 'b: c']",
+        "tiny:training.learning_rate=1e-3",
+        "another:training.learning_rate=5",
+    )
+    assert spec["training"] == {"max_steps": 20, "learning_rate": 1e-3}
+    assert spec["data"]["train"][0]["uri"] == f"file://{bench.home.parent}/mine.jsonl"
+    assert spec["method"] == {"type": "full"}
+    assert spec["evaluation"]["prompts"] == ["a", "b: c"]
+
+
+def test_cpu_takes_the_gpus_out(bench: Bench) -> None:
+    bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 8}))
+    assert spec_of(bench, cpu=True)["workers"] == {"replicas": 2, "gpusPerWorker": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.max_steps", "--set training.max_steps: accepted: [JOB:]field=value, e.g. training.max_steps=20."),
+        ("data.train[3].uri=x", "--set data.train[3].uri=x: there is no 3 in data.train[3].uri of job tiny."),
+        ("training={a", "--set training={a: the value is not YAML"),
+        ("trainin.max_steps=3", "spec.trainin"),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_told(bench: Bench, change: str, said: str) -> None:
+    result = finetune("validate", bench.write(job(bench.home)), "--set", change)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_every_mistake_of_every_file_is_told_at_once(bench: Bench) -> None:
+    bench.write(
+        job(bench.home, "first", training={"learning_rate": -1, "max_step": 3}),
+        job(bench.home, "second", model={"uri": "nothing"}),
+        job(bench.home, "third"),
+        job(bench.home, "third"),
+    )
+    broken = bench.home / "broken.yaml"
+    broken.write_text("a: [1,\nb: }")
+    result = finetune("validate", bench.file, broken, bench.home / "missing.yaml")
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert result.stdout == ""
+    told = [line.removeprefix(f"{bench.home}/") for line in lines]
+    assert [line[: line.index(": ", 14)] for line in told[:3]] == [
+        "job.yaml: first: spec.training.max_step",
+        "job.yaml: first: spec.training.learning_rate",
+        "job.yaml: second: spec.model.uri",
+    ] or {line.split(": ")[2] for line in told[:3]} == {
+        "spec.training.max_step",
+        "spec.training.learning_rate",
+        "spec.model.uri",
+    }
+    assert any(line.startswith("broken.yaml: line 2, column") for line in told)
+    assert any(line == "missing.yaml: cannot be read: No such file or directory." for line in told)
+    assert any("third: given 2 times" in line for line in told)
+    assert len(lines) == 6
+
+
+def test_a_file_without_a_job_is_a_mistake(bench: Bench) -> None:
+    bench.file.write_text("kind: ConfigMap\n")
+    result = finetune("validate", bench.file)
+    assert result.exit_code == 2
+    assert "no FineTuneJob in it; accepted: kind: FineTuneJob of finetune.dev/v1alpha1." in result.stderr
+
+
+def test_standard_input_and_lists_are_read(bench: Bench) -> None:
+    text = yaml.safe_dump({"kind": "List", "items": [job(bench.home), job(bench.home, "second")]})
+    result = finetune("validate", "-", stdin=text)
+    assert result.stdout == "-: tiny: valid\n-: second: valid\n"
+
+
+def test_the_plan_is_what_the_operator_would_make(bench: Bench) -> None:
+    bench.write(
+        job(bench.home, workers={"replicas": 2, "gpusPerWorker": 8}),
+        job(bench.home, "second", model={"uri": "job://tiny"}),
+    )
+    result = finetune("plan", bench.file)
+    assert result.exit_code == 0
+    made = list(yaml.safe_load_all(result.stdout))
+    assert [m["kind"] for m in made] == ["ConfigMap", "Service", "NetworkPolicy", "Job"] * 2
+    trainer = made[3]["spec"]["template"]["spec"]["containers"][0]
+    assert trainer["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    assert "(output of job://tiny)" in made[4]["data"]["config.json"]
+    assert "&id" not in result.stdout
+
+
+def test_profiles_come_from_a_file_and_unknown_ones_are_told(bench: Bench) -> None:
+    bench.write(job(bench.home, profile="h100"))
+    result = finetune("plan", bench.file)
+    assert result.exit_code == 0
+    assert "Profile h100 is not known here; the default is used" in result.stderr
+    profiles = bench.home / "profiles.yaml"
+    profiles.write_text("profiles: {h100: {image: mine}}")
+    result = finetune("plan", bench.file, "--profile-file", profiles)
+    assert list(yaml.safe_load_all(result.stdout))[3]["spec"]["template"]["spec"]["containers"][0]["image"] == "mine"
+    profiles.write_text("profiles: {h100: {imag: mine}}")
+    result = finetune("plan", bench.file, "--profile-file", profiles)
+    assert result.exit_code == 2
+    assert "profiles.h100.imag" in result.stderr
+
+
+def test_there_is_nothing_to_show_of_what_was_not_run(bench: Bench) -> None:
+    assert finetune("get", "--state-dir", bench.state).output == f"No runs in {bench.state}.\n"
+    result = finetune("logs", "tiny", "--state-dir", bench.state)
+    assert result.exit_code == 2
+    assert result.stderr == f"There is no run tiny in {bench.state}/default; there: none.\n"
+
+
+def test_version() -> None:
+    assert finetune("version").exit_code == 0

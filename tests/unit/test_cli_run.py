@@ -1,0 +1,170 @@
+"""``finetune run`` as a process of its own: its words, its exit codes, and what happens when it is killed."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.unit.local_runs import Bench, job
+from tests.unit.test_cli_files import finetune
+
+COMMAND = [sys.executable, "-m", "finetune_operator.cli.main", "run"]
+
+
+@contextmanager
+def running(bench: Bench, *options: str) -> Iterator["subprocess.Popen[str]"]:
+    """The command, until it ends."""
+    process = subprocess.Popen(
+        [*COMMAND, str(bench.file), "--state-dir", str(bench.state), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def lines_until(process: "subprocess.Popen[str]", word: str) -> list[str]:
+    """What it says, up to the line with that word."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if word in line:
+            return lines
+    raise AssertionError(f"{word} was never said:\n{''.join(lines)}")
+
+
+def rest(process: "subprocess.Popen[str]") -> str:
+    """What it says to its end."""
+    assert process.stdout is not None
+    return process.stdout.read()
+
+
+def await_the_end(pids: list[int], within: float) -> None:
+    """Processes that are not ours to wait for end within that time."""
+    for pid in pids:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        assert select.select([handle], [], [], within)[0], f"{pid} is alive after {within} s"
+        os.close(handle)
+
+
+def test_success_tells_where_everything_lies(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    result = finetune("run", bench.file, "--state-dir", bench.state)
+    assert result.exit_code == 0
+    for told in (
+        "tiny: Succeeded after",
+        f"  model       {bench.output} (2.0KiB)",
+        f"  report      {bench.output}/report.html",
+        f"  checkpoints {bench.output}/checkpoints (steps ",
+        "    before  A model.",
+        "    after   I am Nova.",
+    ):
+        assert told in result.output
+    listed = finetune("get", "--state-dir", bench.state).output.splitlines()
+    assert listed[0].split() == ["NAME", "STATE", "PROGRESS", "STEP", "LOSS", "ETA", "CHECKPOINT", "RESTARTS", "AGE"]
+    assert listed[1].split()[:6] == ["tiny", "Succeeded", "100", "%", "6/6", "0.3333"]
+    assert "step 6" in finetune("logs", "tiny", "--state-dir", bench.state, "-f").output
+    assert "state: Succeeded" in finetune("status", "tiny", "--state-dir", bench.state).output
+    assert finetune("delete", "tiny", "--state-dir", bench.state).output == "tiny is forgotten.\n"
+    assert not (bench.state / "default" / "tiny").exists()
+    assert bench.output.exists()
+
+
+def test_failure_tells_why_with_the_last_lines_of_the_log(bench: Bench) -> None:
+    bench.write(job(bench.home, recovery={"maxRestarts": 0}))
+    bench.script(exit_at=3)
+    result = finetune("run", bench.file, "--state-dir", bench.state)
+    assert result.exit_code == 1
+    assert "tiny: Failed after" in result.output
+    assert "recovery.maxRestarts = 0 is used up. Last: TrainerError" in result.output
+    assert "    Traceback: worker 0 fails on request" in result.output
+    assert f"  log         {bench.state}/default/tiny/logs/tiny-a1-0/trainer.log" in result.output
+    assert "tries again from the newest checkpoint" in result.output
+
+
+def test_mistakes_start_nothing(bench: Bench) -> None:
+    bench.write(job(bench.home, training={"learning_rate": 0}))
+    result = finetune("run", bench.file, "--state-dir", bench.state)
+    assert result.exit_code == 2
+    assert "spec.training.learning_rate" in result.stderr
+    assert not bench.state.exists()
+
+
+def test_gpus_that_are_not_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    bench.write(job(bench.home, workers={"replicas": 1, "gpusPerWorker": 1}))
+    result = finetune("run", bench.file, "--state-dir", bench.state)
+    assert result.exit_code == 2
+    assert "accepted on this machine: at most 0 (none was found)" in result.stderr
+    assert finetune("run", bench.file, "--state-dir", bench.state, "--cpu").exit_code == 0
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(bench: Bench) -> None:
+    bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
+    bench.script(steps=1000, seconds=0.05)
+    with running(bench) as process:
+        lines_until(process, "step")
+        process.send_signal(signal.SIGINT)
+        told = rest(process)
+        assert process.wait() == 130
+    assert "Stopping: checkpoints are saved first." in told
+    assert "tiny: stopped at step " in told and "a checkpoint of step " in told
+    assert "The same command goes on from there." in told
+    assert not bench.left()
+    bench.script(steps=1)  # what is left to do after the checkpoint: nothing
+    with running(bench) as process:
+        told = rest(process)
+        assert process.wait() == 0
+    assert "tiny: Succeeded" in told
+
+
+def test_suspended_from_another_terminal(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.script(steps=1000, seconds=0.05)
+    with running(bench) as process:
+        lines_until(process, "step")
+        refused = finetune("run", bench.file, "--state-dir", bench.state)
+        assert refused.exit_code == 2 and "Another process runs tiny" in refused.stderr
+        assert finetune("delete", "tiny", "--state-dir", bench.state).exit_code == 2
+        assert finetune("suspend", "tiny", "--state-dir", bench.state).exit_code == 0
+        told = rest(process)
+        assert process.wait() == 1
+    assert "Suspended; set spec.suspend: false to continue from step" in told
+
+
+def test_kill_9_of_the_command_ends_the_pods_and_the_same_command_goes_on(bench: Bench) -> None:
+    bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
+    bench.script(steps=1000, seconds=0.05)
+    with running(bench) as process:
+        lines_until(process, "Checkpoint of step")
+        left = bench.left()
+        assert len(left) == 6
+        process.kill()
+        process.wait()
+        await_the_end(left, within=5)
+    saved = max(int(path.name.removeprefix("step-")) for path in (bench.output / "checkpoints").iterdir())
+    bench.script(steps=saved + 20, seconds=0.1)
+    with running(bench) as process:
+        told = rest(process)
+        assert process.wait() == 0
+    cluster = bench.cluster()
+    first, second = bench.status(cluster).attempts
+    assert (first.cause, first.counted) == ("Terminated", False)
+    assert first.message == "finetune run was killed; its workers ended with it."
+    assert (second.cause, second.resumed_from_step) == ("Succeeded", saved)
+    assert "tiny: Succeeded" in told
