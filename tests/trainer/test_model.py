@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
 
 from finetune_api.causes import Cause
+from finetune_api.run import ENV_CACHE
 from finetune_trainer.data.render import Tokens
 from finetune_trainer.data.stream import IGNORED, Rows, Stream, collate
 from finetune_trainer.model import (
@@ -327,8 +328,9 @@ def smollm():
     return file.parent, file.name
 
 
-def test_a_gguf_model_speaks_and_is_saved_as_an_ordinary_one(smollm, tmp_path):
+def test_a_gguf_model_speaks_and_is_saved_as_an_ordinary_one(smollm, tmp_path, monkeypatch):
     folder, name = smollm
+    monkeypatch.setenv(ENV_CACHE, str(tmp_path / "cache"))
     config = make_config(tmp_path, model={"uri": f"file://{folder}", "gguf_file": name})
     tokenizer = load_tokenizer(folder, config)
     model = load_model(folder, config, CPU)
@@ -349,3 +351,7 @@ def test_a_gguf_model_speaks_and_is_saved_as_an_ordinary_one(smollm, tmp_path):
     assert not hasattr(again.config, "quantization_config")
     assert float((logits(again) - before).abs().max()) <= 1e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    # 4 bits on top of it, and from the converted copy
+    monkeypatch.setattr("finetune_trainer.gguf._convert", lambda *_: pytest.fail("converted again"))
+    config = make_config(tmp_path, model={"uri": f"file://{folder}", "gguf_file": name}, method={"type": "qlora"})
+    assert parameter_counts(load_model(folder, config, CPU))[1] == 134_515_008

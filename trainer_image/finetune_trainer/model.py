@@ -5,11 +5,10 @@ else. Under ZeRO-3 ``engine.py`` has created ``HfDeepSpeedConfig`` before :func:
 transformers then partitions the weights while it reads them, and nothing here touches a weight after that.
 """
 
+import errno
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +23,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from finetune_api.causes import Cause
 from finetune_api.methods import Qlora
-from finetune_api.run import ENV_WORK, TrainerConfig
+from finetune_api.run import TrainerConfig
 from finetune_trainer.fetch import no_safetensors
+from finetune_trainer.gguf import converted
 from finetune_trainer.outcome import RunError
 
 log = logging.getLogger(__name__)
@@ -51,10 +51,10 @@ def load_tokenizer(path: Path, config: TrainerConfig) -> PreTrainedTokenizerBase
     padding never has, so the end of an answer is still learned and no embedding is added.
     RunError(MODEL_NOT_FOUND) where there is no tokenizer.
     """
-    gguf: dict[str, Any] = {"gguf_file": config.model.gguf_file} if config.model.gguf_file else {}
     with _explained(f"the tokenizer of {config.model.uri}"):
+        path = _readable(path, config)
         tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=config.model.trust_remote_code, **gguf
+            path, local_files_only=True, trust_remote_code=config.model.trust_remote_code
         )
     if config.data.chat_template:
         tokenizer.chat_template = config.data.chat_template
@@ -91,20 +91,8 @@ def load_model(path: Path, config: TrainerConfig, device: torch.device) -> PreTr
     Only safetensors and GGUF are read. ``qlora``: linear layers in 4 bits. With ``data.packing`` it is proven
     that packed rows do not see each other. RunError: MODEL_NOT_FOUND, INVALID_CONFIGURATION.
     """
-    method = config.method if isinstance(config.method, Qlora) else None
-    dtype = dtype_of(config, device)
-    _check_folder(path, config)
-    if config.model.gguf_file:
-        if method is None and not is_deepspeed_zero3_enabled():
-            model = _load_gguf(path, config, dtype)
-            nn.Module.to(model, device)
-        else:  # neither bitsandbytes nor zero.Init reads GGUF
-            with tempfile.TemporaryDirectory(dir=os.environ.get(ENV_WORK) or None) as folder:
-                with without_zero3():
-                    _load_gguf(path, config, dtype).save_pretrained(folder)
-                model = _load_safetensors(Path(folder), config, device, dtype, method)
-    else:
-        model = _load_safetensors(path, config, device, dtype, method)
+    qlora = config.method if isinstance(config.method, Qlora) else None
+    model = _load(path, config, device, dtype_of(config, device), qlora)
     # A cache would switch off the detection of packed rows, and is of no use in training. save_model restores it.
     model._published_use_cache = getattr(model.config, "use_cache", True)  # type: ignore[assignment]
     model.config.use_cache = False
@@ -116,13 +104,21 @@ def load_model(path: Path, config: TrainerConfig, device: torch.device) -> PreTr
 
 def load_for_merge(path: Path, config: TrainerConfig) -> PreTrainedModel:
     """A second, plain copy of the base model on the CPU: never quantised, never partitioned, for ``merge``."""
-    # On the CPU ``auto`` would mean float32; a merged model is published in the format it was trained in.
-    dtype = dtype_of(config, torch.device("cuda" if config.accelerator == "gpu" else "cpu"))
-    _check_folder(path, config)
     with without_zero3():
-        if config.model.gguf_file:
-            return _load_gguf(path, config, dtype)
-        return _load_safetensors(path, config, torch.device("cpu"), dtype, None)
+        return _load(path, config, torch.device("cpu"), _published_dtype(config), None)
+
+
+def _published_dtype(config: TrainerConfig) -> torch.dtype:
+    """The number format of the run, asked on the CPU: there ``auto`` would mean float32."""
+    return dtype_of(config, torch.device("cuda" if config.accelerator == "gpu" else "cpu"))
+
+
+def _readable(path: Path, config: TrainerConfig) -> Path:
+    """The folder to read model and tokenizer from."""
+    if not config.model.gguf_file or not (path / config.model.gguf_file).is_file():
+        return path
+    with without_zero3():
+        return converted(path, config.model.gguf_file, _published_dtype(config))
 
 
 @contextmanager
@@ -136,9 +132,10 @@ def without_zero3() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
-def _load_safetensors(
+def _load(
     path: Path, config: TrainerConfig, device: torch.device, dtype: torch.dtype, qlora: Qlora | None
 ) -> PreTrainedModel:
+    _check_folder(path, config)
     options: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": ATTENTION,
@@ -156,6 +153,7 @@ def _load_safetensors(
             bnb_4bit_compute_dtype=dtype,
         )
     with _explained(f"the model {config.model.uri}"):
+        path = _readable(path, config)
         try:
             model, info = _from_pretrained(path, options)
         except ValueError as error:
@@ -190,35 +188,6 @@ def _guard_4bit(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _load_gguf(path: Path, config: TrainerConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A GGUF file as an ordinary model on the CPU.
-
-    transformers marks it as quantised and then refuses to save it, so the weights move to a fresh model. Newer
-    versions may keep the blocks packed, which cannot be trained: that is switched off.
-    """
-    options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _explained(f"the model {config.model.uri}/{config.model.gguf_file}"):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            gguf_file=config.model.gguf_file,
-            dtype=dtype,
-            attn_implementation=ATTENTION,
-            local_files_only=True,
-            **options,
-        )
-    plain = loaded.config
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    with transformers.initialization.no_init_weights():
-        model = type(loaded)(plain)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = loaded.generation_config
-    return model
 
 
 def _check_folder(path: Path, config: TrainerConfig) -> None:
@@ -275,6 +244,10 @@ def _explained(what: str) -> Iterator[None]:
             )
         elif type(error).__name__ == "SafetensorError" or "size mismatch" in text:
             message = f"{what} cannot be read: {line}. Its files are damaged or do not belong together."
+        elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise RunError(
+                Cause.STORAGE_UNAVAILABLE, f"{what} cannot be read: {line}. Check the mount or the cache's disk."
+            ) from error
         elif isinstance(error, OSError | ValueError | KeyError):
             message = f"{what} cannot be loaded: {type(error).__name__}: {line}"
         else:
@@ -288,15 +261,11 @@ def _explained(what: str) -> Iterator[None]:
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Recompute the activations of every decoder layer in the backward pass.
 
-    Under ZeRO-3 by the reentrant kind: the other one compares shapes, and partitioned weights have none between
-    their uses. It needs inputs that require gradients, which a frozen embedding does not give by itself.
+    By the non-reentrant kind: it needs no input that requires gradients (a frozen embedding gives none), and it goes
+    with ZeRO-3 since transformers keeps a layer's own hooks outside (tested).
     """
-    reentrant = is_deepspeed_zero3_enabled()
-    if reentrant:
-        model.enable_input_require_grads()
-    options = {"use_reentrant": reentrant}
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options)
+    enable({"use_reentrant": False})
 
 
 @torch.no_grad()

@@ -74,6 +74,20 @@ def file_digest(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync_folder(folder: Path) -> None:
+    """Bring every file below a folder to the disk, so that what is named complete is complete after a crash too."""
+    for path in [folder, *folder.rglob("*")]:
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def scheme_of(uri: str) -> str:
     """``s3`` of ``s3://bucket/key``. RunError where it is none of :data:`SCHEMES`."""
     scheme, separator, _ = uri.partition("://")
@@ -252,12 +266,8 @@ class Store:
         if self._root is None:
             return
         file = self._root / path
-        for target in (file, file.parent):
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        _sync_path(file)
+        _sync_path(file.parent)
 
     @contextmanager
     def _errors(self, verb: str, path: str, writing: bool = False) -> Iterator[None]:

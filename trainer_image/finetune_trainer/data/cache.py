@@ -22,6 +22,7 @@ from finetune_api.run import ENV_CACHE, ENV_WORK
 from finetune_api.spec import DataSource
 from finetune_trainer.data.stream import Rows
 from finetune_trainer.fetch import lock
+from finetune_trainer.storage import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +99,9 @@ def _store(entry: Path, rows: Rows, counts: Counts) -> None:
     partial.mkdir()
     try:
         for part in ("ids", "learned", "starts"):
-            with (partial / f"{part}.npy").open("wb") as file:
-                np.save(file, getattr(rows, part))
-                file.flush()
-                os.fsync(file.fileno())
+            np.save(partial / f"{part}.npy", getattr(rows, part))
         (partial / "counts.json").write_text(json.dumps(counts))
+        sync_folder(partial)
         shutil.rmtree(entry, ignore_errors=True)
         partial.rename(entry)
     finally:
