@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,10 @@ class Job:
             step=resumed.step,
             evaluation=self.tally.evaluation,
         )
+        if resumed.info is not None:
+            self.telemetry.metrics.step.set(resumed.step)
+            self.telemetry.metrics.checkpoint_time.set(datetime.fromisoformat(resumed.info.time).timestamp())
+            self.telemetry.metrics.checkpoint_bytes.set(resumed.info.size)
         if self.fence is not None:
             facts = {
                 "resumed_from": resumed.step if resumed.info else None,

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,6 +34,18 @@ _STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 def now() -> str:
     """The time, RFC 3339 in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A gauge that is not there before it has a value: a loss of 0, or a checkpoint of 1970, would set off alerts."""
+
+    gauge: Gauge
+    job: str
+
+    def set(self, value: float) -> None:
+        """Set it."""
+        self.gauge.labels(self.job).set(value)
 
 
 class Metrics:
@@ -95,8 +108,8 @@ class Metrics:
         """Prometheus' exposition format."""
         return generate_latest(self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, ["finetunejob"], registry=self.registry).labels(self._job)
+    def _gauge(self, name: str, text: str) -> "Value":
+        return Value(Gauge(name, text, ["finetunejob"], registry=self.registry), self._job)
 
     def _gauges(self, name: str, text: str, label: str) -> Gauge:
         return Gauge(name, text, ["finetunejob", label], registry=self.registry)
