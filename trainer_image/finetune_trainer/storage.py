@@ -9,9 +9,10 @@ import hashlib
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -248,14 +249,14 @@ class Store:
     def delete(self, prefix: str) -> None:
         """Delete everything below the folder ``prefix``, or the one object of that name. Missing is fine."""
         with self._errors("delete", prefix, writing=True):
-            keys = [self._key(entry.path) for entry in self._walk(prefix)]
+            if self._root is not None:
+                _delete_files(self._root / prefix)
+                return
+            keys = [entry.path for entry in self._walk(prefix)]
             for start in range(0, len(keys), 1000):
-                try:
+                # a key may be gone: somebody else deletes too
+                with suppress(FileNotFoundError):
                     obstore.delete(self._store, keys[start : start + 1000])
-                except FileNotFoundError:  # somebody else deletes too
-                    continue
-        if self._root is not None and prefix:
-            _remove_empty_folders(self._root / prefix)
 
     def _key(self, path: str) -> str:
         return str(self._root / path).lstrip("/") if self._root is not None else path
@@ -277,32 +278,28 @@ class Store:
             yield
         except RunError:
             raise
-        except FileNotFoundError as error:
-            if not writing:
-                raise FileNotFoundError(f"{where} does not exist") from error
-            raise RunError(
-                Cause.INVALID_CONFIGURATION,
-                f"cannot {verb} {where}: the bucket or container does not exist{self._through()}. "
-                "Create it or correct the URI.",
-            ) from error
-        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-            raise RunError(Cause.ACCESS_DENIED, self._denied(verb, where, _first_line(error))) from error
         except (BaseError, OSError, ValueError) as error:
-            raise self._failure(verb, where, error) from error
-
-    def _failure(self, verb: str, where: str, error: Exception) -> RunError:
-        text = str(error)
-        line = _first_line(error)
-        if any(word in text for word in _DENIED):
-            return RunError(Cause.ACCESS_DENIED, self._denied(verb, where, line))
-        if self._scheme != "file" and any(word in text for word in _NO_CREDENTIALS):
-            return RunError(Cause.ACCESS_DENIED, self._denied(verb, where, "no credentials were found"))
-        remedy = (
-            "Check the free space and the mount."
-            if self._scheme == "file"
-            else f"Tried again for up to {self._patience:g} s. Check the endpoint, DNS and network policies."
-        )
-        return RunError(Cause.STORAGE_UNAVAILABLE, f"cannot {verb} {where}{self._through()}: {line}. {remedy}")
+            reason = _reason(error)
+            if self._scheme != "file" and any(host in str(error) for host in _CREDENTIAL_HOSTS):
+                raise RunError(Cause.ACCESS_DENIED, self._denied(verb, where, "no credentials were found")) from error
+            if isinstance(error, _DENIED) or any(code in str(error) for code in _DENIED_CODES):
+                raise RunError(Cause.ACCESS_DENIED, self._denied(verb, where, reason)) from error
+            if isinstance(error, FileNotFoundError) and not writing:
+                raise FileNotFoundError(f"{where} does not exist{self._through()}") from error
+            if isinstance(error, FileNotFoundError) or any(code in str(error) for code in _NO_BUCKET_CODES):
+                raise RunError(
+                    Cause.INVALID_CONFIGURATION,
+                    f"cannot {verb} {where}{self._through()}: the bucket or container does not exist. "
+                    "Create it or correct the URI.",
+                ) from error
+            remedy = (
+                "Check the free space and the mount."
+                if self._scheme == "file"
+                else f"Tried for up to {self._patience:g} s. Check the endpoint, DNS and network policies."
+            )
+            raise RunError(
+                Cause.STORAGE_UNAVAILABLE, f"cannot {verb} {where}{self._through()}: {reason}. {remedy}"
+            ) from error
 
     def _denied(self, verb: str, where: str, why: str) -> str:
         return (
@@ -315,9 +312,21 @@ class Store:
         return f" (endpoint {endpoint})" if self._scheme == "s3" and endpoint else ""
 
 
-# S3 names these in the body of a 400 answer, which obstore does not map to its own classes.
-_DENIED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "os error 13")
-_NO_CREDENTIALS = ("169.254.169.254", "metadata.google.internal", "MissingCredentials", "metadata/identity")
+_DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+# Some answers come with a status that obstore does not map to these classes.
+_DENIED_CODES = (
+    "InvalidAccessKeyId",
+    "XAdminUserNotFound",  # versitygw's word for it, with status 404
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "403 Forbidden",
+    "401 Unauthorized",
+    "os error 13",
+)
+_NO_BUCKET_CODES = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
+# Asked for credentials where the environment holds none.
+_CREDENTIAL_HOSTS = ("169.254.169.254", "metadata.google.internal", "metadata/identity")
 
 
 def _file_entry(file: Path, path: str) -> Entry:
@@ -325,17 +334,26 @@ def _file_entry(file: Path, path: str) -> Entry:
     return Entry(path, stat.st_size, f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}")
 
 
-def _remove_empty_folders(top: Path) -> None:
-    if not top.is_dir():
-        return
-    for folder, _, _ in os.walk(top, topdown=False):
-        try:
-            Path(folder).rmdir()
-        except OSError:  # not empty: somebody writes there
-            continue
+def _delete_files(top: Path) -> None:
+    """A file, or a folder with everything in it, also what a crash left half written."""
+    if top.is_dir():
+        for folder, _, names in os.walk(top, topdown=False):
+            for name in names:
+                Path(folder, name).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: somebody writes there
+                Path(folder).rmdir()
+    else:
+        top.unlink(missing_ok=True)
 
 
-def _first_line(error: Exception) -> str:
-    """obstore appends a debug dump to its messages; users need the first line."""
-    line = str(error).strip().split("\n", 1)[0].strip()
+def _reason(error: Exception) -> str:
+    """What the storage said, in a line: obstore hides it in XML or in a dump of its own structures."""
+    text = str(error)
+    code, message = (re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message"))
+    if code:
+        return f"{code[1]} ({message[1].rstrip('.')})" if message else code[1]
+    inner = re.findall(r'\b(?:message|error): "([^"]+)"', text)
+    if inner:
+        return str(inner[-1])
+    line = text.strip().split("\n", 1)[0].strip()
     return (line or type(error).__name__)[:500]
