@@ -94,15 +94,16 @@ def write_plot(report: Report, path: Path) -> None:
     pyplot.close(figure)
 
 
-def smooth(points: Points, share: float = 0.03) -> list[tuple[float, float]]:
-    """An exponential mean over about ``share`` of the points, without the lag of its start."""
-    keep = 1 - 1 / max(2.0, share * len(points))
-    mean = weight = 0.0
+def smooth(points: Points, share: float = 0.04) -> list[tuple[float, float]]:
+    """The mean over a window of about ``share`` of the points around each one: no lag, narrower at both ends."""
+    reach = max(1, round(share * len(points) / 2))
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
     result = []
-    for x, y in points:
-        mean = keep * mean + (1 - keep) * y
-        weight = keep * weight + (1 - keep)
-        result.append((x, mean / weight))
+    for i, (x, _) in enumerate(points):
+        near = min(reach, i, len(points) - 1 - i)
+        result.append((x, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)))
     return result
 
 
