@@ -144,5 +144,7 @@ def test_ticks_are_round() -> None:
 def test_smoothing_begins_where_the_curve_does() -> None:
     points = [(float(x), 5.0) for x in range(100)]
     assert smooth(points)[0] == (0.0, pytest.approx(5.0))
+    line = [(float(x), 2.0 * x) for x in range(100)]
+    assert smooth(line) == [(x, pytest.approx(y)) for x, y in line], "no lag"
     assert chart("empty", [("", "a", [])]) == ""
     assert "polyline" in chart("flat", [("", "a", points)])

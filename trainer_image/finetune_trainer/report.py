@@ -26,8 +26,8 @@ class Report:
     """The lines of metrics.jsonl."""
     evaluation: dict[str, float] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
-    data: dict[str, Any] = field(default_factory=dict)
-    """What the data preparation reports."""
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the data preparation reports, by source: uri, rows, tokens …"""
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """One per start of the run: attempt, time, host, resumed_from, cause, message, step …"""
     checkpoints: list[CheckpointInfo] = field(default_factory=list)
@@ -306,8 +306,19 @@ def _checkpoints(report: Report) -> str:
     return text
 
 
-def _data(data: dict[str, Any]) -> str:
-    return table(("", ""), [(name, value) for name, value in _flat(data)])
+def _data(data: dict[str, dict[str, Any]]) -> str:
+    columns = [name for name in next(iter(data.values())) if name != "uri"]
+    rows = [
+        (source, counts.get("uri", ""), *(_cell(counts.get(name)) for name in columns))
+        for source, counts in data.items()
+    ]
+    return table(("Source", "From", *(name.replace("_", " ").capitalize() for name in columns)), rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _outputs(outputs: list[OutputInfo]) -> str:
@@ -326,7 +337,10 @@ def _configuration(report: Report) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """An HTML table of escaped texts; columns of numbers are set right."""
     rows = [[str(cell) for cell in row] for row in rows]
-    numeric = [bool(rows) and all(row[i][:1].isdigit() and len(row[i]) < 14 for row in rows) for i in range(len(head))]
+    numeric = [
+        i > 0 and bool(rows) and all(row[i][:1].isdigit() and len(row[i]) < 14 for row in rows)
+        for i in range(len(head))
+    ]
     mark = [" class=n" if right else "" for right in numeric]
     top = "".join(f"<th{mark[i]}>{html.escape(cell)}</th>" for i, cell in enumerate(head))
     lines = "".join(
@@ -338,19 +352,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _section(title: str, content: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{content}</section>"
-
-
-def _flat(document: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
-    if isinstance(document, dict):
-        for key, value in document.items():
-            yield from _flat(value, f"{prefix} {key}".strip())
-    elif isinstance(document, list) and any(isinstance(item, dict) for item in document):
-        for index, item in enumerate(document):
-            yield from _flat(item, f"{prefix} {index + 1}")
-    elif isinstance(document, float):
-        yield prefix, f"{document:.4g}"
-    else:
-        yield prefix, ", ".join(map(str, document)) if isinstance(document, list) else str(document)
 
 
 def number(value: float) -> str:
@@ -398,7 +399,7 @@ h2{font-size:19px;margin:44px 0 14px;padding-bottom:6px;border-bottom:1px solid 
 h3{font-size:15px;margin:18px 0 8px}h4{margin:0 0 4px;font-size:12px;color:var(--soft);font-weight:600}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:10px;margin:0}
 .tiles div{background:var(--card);border-radius:10px;padding:12px 14px}
-dt{color:var(--soft);font-size:12px}dd{margin:2px 0 0;font-size:19px;font-variant-numeric:tabular-nums}
+dt{color:var(--soft);font-size:12px}dd{margin:2px 0 0;font-size:17px;white-space:nowrap;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));gap:14px}
 figure{margin:0;background:var(--card);border-radius:10px;padding:12px 14px}
 figcaption{font-size:13px;color:var(--soft);margin-bottom:6px}svg{width:100%;height:auto;display:block}
@@ -409,7 +410,7 @@ svg text{fill:var(--soft);font-size:11px}.grid{stroke:var(--line)}.mark{stroke:v
 background:currentColor;margin-right:5px;vertical-align:middle}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{text-align:left;padding:7px 12px 7px 0;border-bottom:1px solid var(--line);vertical-align:top;
-overflow-wrap:anywhere}th{color:var(--soft);font-weight:600;font-size:12px}
+overflow-wrap:anywhere}th{color:var(--soft);font-weight:600;font-size:12px;white-space:nowrap}
 .n{text-align:right;padding-right:24px;font-variant-numeric:tabular-nums;white-space:nowrap}
 .answers{display:grid;gap:14px}.answers article{background:var(--card);border-radius:10px;padding:14px 16px}
 .answers h3{margin:0 0 10px}.pair{display:grid;grid-template-columns:1fr 1fr;gap:18px}
