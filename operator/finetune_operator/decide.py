@@ -31,6 +31,7 @@ from finetune_operator.status import (
     is_true,
     merge_conditions,
     output_status,
+    percent,
     progress_status,
 )
 
@@ -111,7 +112,7 @@ def decide(facts: Facts) -> Decision:
         return _finished(facts, status)
     current = status.attempts[-1] if status.attempts and not status.attempts[-1].end_time else None
     if current is None:
-        return _between_attempts(facts, status)
+        return _between_attempts(facts, _with_parting_word(facts, status))
     job, pods = facts.observed.job(current.number), facts.observed.pods_of(current.number)
     if _succeeded(job, pods):
         return _succeed(facts, status, current, pods)
@@ -298,6 +299,25 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
             }
         )
     return _between_attempts(facts, status)
+
+
+def _with_parting_word(facts: Facts, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """What a worker that was told to stop has saved since: its pod is still there to tell."""
+    if not status.attempts:
+        return status
+    ended = status.attempts[-1]
+    last = _last_word(facts.observed.pods_of(ended.number))
+    if last is None or last.last_checkpoint is None:
+        return status
+    if last.last_checkpoint.step <= max((c.step for c in status.checkpoints), default=0):
+        return status
+    update = _with_checkpoint(status, last)
+    ended = ended.model_copy(update={"last_step": max(ended.last_step, last.step)})
+    if status.progress is not None and status.progress.step < last.step:
+        update["progress"] = status.progress.model_copy(
+            update={"step": last.step, "percent": percent(last.step, last.max_steps or status.progress.max_steps)}
+        )
+    return status.model_copy(update={**update, "attempts": [*status.attempts[:-1], ended]})
 
 
 def _with_checkpoint(status: FineTuneJobStatus, last: Termination) -> dict[str, Any]:

@@ -91,14 +91,18 @@ def _number(value: float | None, digits: str) -> str:
     return "" if value is None else format(value, digits)
 
 
+def percent(step: int, max_steps: int) -> str:
+    """The share of the steps, for people."""
+    return f"{100 * step // max_steps} %" if max_steps else ""
+
+
 def progress_status(progress: Progress, now: datetime) -> ProgressStatus:
     """The trainer's document as status. Numbers are text: a CRD's floats do not survive every client."""
-    percent = f"{100 * progress.step // progress.max_steps} %" if progress.max_steps else ""
     return ProgressStatus(
         phase=progress.phase,
         step=progress.step,
         max_steps=progress.max_steps,
-        percent=percent,
+        percent=percent(progress.step, progress.max_steps),
         epoch=_number(progress.epoch, ".2f"),
         loss=_number(progress.loss, ".4f"),
         learning_rate=_number(progress.learning_rate, ".3g"),
