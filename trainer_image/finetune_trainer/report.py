@@ -399,7 +399,8 @@ h2{font-size:19px;margin:44px 0 14px;padding-bottom:6px;border-bottom:1px solid 
 h3{font-size:15px;margin:18px 0 8px}h4{margin:0 0 4px;font-size:12px;color:var(--soft);font-weight:600}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:10px;margin:0}
 .tiles div{background:var(--card);border-radius:10px;padding:12px 14px}
-dt{color:var(--soft);font-size:12px}dd{margin:2px 0 0;font-size:17px;white-space:nowrap;font-variant-numeric:tabular-nums}
+dt{color:var(--soft);font-size:12px}dd{margin:2px 0 0;font-size:17px;white-space:nowrap;
+font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));gap:14px}
 figure{margin:0;background:var(--card);border-radius:10px;padding:12px 14px}
 figcaption{font-size:13px;color:var(--soft);margin-bottom:6px}svg{width:100%;height:auto;display:block}
