@@ -96,9 +96,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     start = time.monotonic()
     try:
-        path = Path(os.environ[ENV_CONFIG])
-        config = TrainerConfig.model_validate_json(path.read_bytes())
-        fetched = fetch(config, Path(os.environ[ENV_CACHE]), refresh=True)
+        fetched = fetch(_config(), Path(os.environ[ENV_CACHE]), refresh=True)
     except Exception as error:
         cause, message = diagnose(error, phase="fetching model and data")
         log.error("%s: %s", cause, message)
@@ -109,6 +107,17 @@ def main() -> int:
         log.info("%s is %s", uri, found)
     log.info("fetched in %.1f s", time.monotonic() - start)
     return 0
+
+
+def _config() -> TrainerConfig:
+    path = os.environ.get(ENV_CONFIG, "")
+    try:
+        return TrainerConfig.model_validate_json(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"${ENV_CONFIG} must name the run's configuration, a JSON file. It is {path or 'not set'}: {error}",
+        ) from error
 
 
 # --- which files of a source are wanted -------------------------------------------------------------------------
@@ -365,15 +374,16 @@ def _fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: P
     """Download from the hub into its own cache (``HF_HOME``, else ``<cache>/hf``), which pods may share."""
     if not (os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE")):
         os.environ["HF_HOME"] = str(cache / "hf")
-    import huggingface_hub  # reads its environment once, when first imported
+    # reads its environment once, when first imported
+    from huggingface_hub import HfApi, constants, hf_hub_download
 
     repo_type, repo, inside = _parse_hub(uri)
     common: dict[str, Any] = {"repo_id": repo, "repo_type": repo_type}
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         folder, commit, names = _offline(uri, revision, missing, common)
     else:
         info = _hub(
-            lambda: huggingface_hub.HfApi().repo_info(revision=revision, files_metadata=False, **common),
+            lambda: HfApi().repo_info(revision=revision, files_metadata=False, **common),
             uri,
             revision,
             missing,
@@ -386,7 +396,7 @@ def _fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: P
             return folder / name
         return Path(
             _hub(
-                lambda: huggingface_hub.hf_hub_download(filename=name, revision=commit, **common),
+                lambda: hf_hub_download(filename=name, revision=commit, **common),
                 f"{uri} ({name})",
                 revision,
                 missing,
@@ -425,16 +435,19 @@ def _parse_hub(uri: str) -> tuple[str, str, str]:
 
 def _offline(uri: str, revision: str, missing: Cause, common: dict[str, Any]) -> tuple[Path, str, Names]:
     """What the hub's cache holds of a repository, without any request (HF_HUB_OFFLINE)."""
-    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    try:
-        folder = Path(huggingface_hub.snapshot_download(revision=revision, local_files_only=True, **common))
-    except (OSError, ValueError) as error:
+    # Not snapshot_download: it insists on every file of the repository.
+    home = Path(constants.HF_HUB_CACHE, repo_folder_name(**common))
+    reference = home / "refs" / revision
+    folder = home / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
+    if not folder.is_dir():
         raise RunError(
             missing,
-            f"{uri} (revision {revision}) is not in the cache {huggingface_hub.constants.HF_HUB_CACHE}, and "
+            f"{uri} (revision {revision}) is not in the cache {constants.HF_HUB_CACHE}, and "
             "HF_HUB_OFFLINE forbids to fetch it. Unset HF_HUB_OFFLINE, or fill the cache.",
-        ) from error
+        )
     names = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     return folder, folder.name, names
 
