@@ -244,7 +244,7 @@ def _renew(uri: str, revision: str, select: Select, missing: Cause, cache: Path,
         cached = None
     try:
         if uri.startswith("hf://"):
-            record = _fetch_hub(uri, revision, select, missing, cache)
+            record = _fetch_hub(uri, revision, select, missing, cache, cached)
         else:
             record = _fetch_store(uri, select, missing, home, cached)
     except RunError as error:
@@ -370,7 +370,7 @@ def _fetch_store(uri: str, select: Select, missing: Cause, home: Path, cached: _
 # --- the hub ----------------------------------------------------------------------------------------------------
 
 
-def _fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: Path) -> _Record:
+def _fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: Path, cached: _Record | None) -> _Record:
     """Download from the hub into its own cache (``HF_HOME``, else ``<cache>/hf``), which pods may share."""
     if not (os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE")):
         os.environ["HF_HOME"] = str(cache / "hf")
@@ -380,6 +380,8 @@ def _fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: P
     repo_type, repo, inside = _parse_hub(uri)
     common: dict[str, Any] = {"repo_id": repo, "repo_type": repo_type}
     if constants.HF_HUB_OFFLINE:
+        if cached is not None:
+            return cached
         folder, commit, names = _offline(uri, revision, missing, common)
     else:
         info = _hub(
