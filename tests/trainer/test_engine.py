@@ -224,6 +224,99 @@ def test_the_first_token_of_a_packed_row_is_nobodys_next_one() -> None:
     assert sft.weight(batch) == 3
 
 
+def tiny_model(kind: str, **more: Any) -> Any:
+    """A random model of two layers."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
+
+    kinds = {"llama": LlamaConfig, "gemma2": Gemma2Config, "granite": GraniteConfig}
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    return AutoModelForCausalLM.from_config(kinds[kind](**shape, **more))
+
+
+def prepared_batch() -> dict[str, Any]:
+    """Two rows, of which some tokens carry labels."""
+    import torch
+
+    from finetune_trainer.objectives import sft
+
+    ids = torch.arange(24).reshape(2, 12) % 64
+    labels = ids.clone()
+    labels[0, :5] = -100
+    labels[1, 7:] = -100
+    batch = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(12).repeat(2, 1)}
+    return sft.prepare(batch)
+
+
+@pytest.mark.parametrize("trained", ["all", "all, tied", "adapters", "adapters and head"])
+def test_the_loss_in_chunks_is_the_loss(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from finetune_trainer.objectives import head, sft
+
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 64 * 5)  # 15 label tokens make 3 chunks
+    model = tiny_model("llama", tie_word_embeddings="tied" in trained)
+    if "adapters" in trained:
+        whole = ["lm_head"] if "head" in trained else None
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", modules_to_save=whole))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    found = head.find_head(model)
+    assert found is not None
+    assert found.frozen_weight is (trained == "adapters")
+    batch = prepared_batch()
+    results = []
+    for layer in (None, found):
+        model.zero_grad()
+        loss = sft.loss_sum(model, batch, layer)
+        (loss * 0.37).backward()
+        results.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (chunked, theirs) = results
+    assert float(chunked) == pytest.approx(float(loss), rel=1e-6)
+    assert gradients.keys() == theirs.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, theirs[name], atol=1e-6), name
+    logits = model(batch["input_ids"]).logits
+    assert logits.shape[-1] == 64, "the model is whole again"
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("gemma2", {"final_logit_softcapping": 30.0}), ("granite", {"logits_scaling": 7.0})]
+)
+def test_a_model_that_changes_its_logits_keeps_its_head(kind: str, more: dict[str, Any]) -> None:
+    from finetune_trainer.objectives.head import find_head
+
+    assert find_head(tiny_model(kind, **more)) is None
+
+
+def test_a_stand_in_adds_nothing_but_a_graph() -> None:
+    import torch
+
+    from finetune_trainer.objectives import sft
+    from finetune_trainer.objectives.head import find_head
+
+    model = tiny_model("llama")
+    model.lm_head.requires_grad_(False)
+    batch = sft.prepare(prepared_batch() | {"labels": torch.full((2, 12), -100)})
+    assert sft.weight(batch) == 0
+    for layer in (None, find_head(model)):
+        loss = sft.loss_sum(model, batch, layer)
+        loss.backward()
+        assert float(loss.detach()) == 0.0
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_flops_of_a_model() -> None:
     from transformers import LlamaConfig
 

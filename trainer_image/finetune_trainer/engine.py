@@ -23,6 +23,7 @@ from finetune_api.run import TrainerConfig
 from finetune_trainer.data import Sequence, Stream
 from finetune_trainer.feed import Slot, StepBatch, draw_seed
 from finetune_trainer.objectives import Objective
+from finetune_trainer.objectives.head import find_head
 from finetune_trainer.objectives.sft import IGNORED
 from finetune_trainer.outcome import RunError
 from finetune_trainer.stopping import Stop
@@ -78,6 +79,8 @@ class Engine:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
             raise RunError(Cause.INVALID_CONFIGURATION, "The method leaves no parameter to train.")
+        # ZeRO-3 gathers a layer's weights where the layer is called: it stays where the model calls it.
+        self.head = find_head(model) if self.zero_stage < 3 else None
         import deepspeed
 
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -148,10 +151,10 @@ class Engine:
 
     def _loss_sum(self, inputs: dict[str, Any]) -> torch.Tensor:
         if not self.plain:
-            return self.objective.loss_sum(self.engine, inputs)
+            return self.objective.loss_sum(self.engine, inputs, self.head)
         # DeepSpeed's forward would switch autocast off; without ZeRO it does nothing else that is needed here.
         with self.autocast():
-            return self.objective.loss_sum(self.module, inputs)
+            return self.objective.loss_sum(self.module, inputs, self.head)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of a forward pass."""
@@ -236,7 +239,7 @@ class Engine:
                 for row, stream in enumerate(sources.values()):
                     for batch in self._eval_batches(stream, per_device, collate):
                         weight = self.objective.weight(batch)
-                        loss = self._loss_sum(move(batch, self.world.device))
+                        loss = self._loss_sum(move(self.objective.prepare(batch), self.world.device))
                         sums[row, 0] += loss.double()
                         sums[row, 1] += weight
                         self.stop.beat()

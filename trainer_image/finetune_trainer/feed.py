@@ -152,6 +152,7 @@ class Feed:
                 result.weight += self.objective.weight(batch)
                 result.tokens += sum(len(sequence) for sequence in sequences)
                 result.pairs += sum(int((sequence.position_ids + 1).sum()) for sequence in sequences)
+            batch = self.objective.prepare(batch)
             if self.pin:
                 batch = {
                     key: value.pin_memory() if isinstance(value, torch.Tensor) else value

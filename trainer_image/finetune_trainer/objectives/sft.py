@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from finetune_trainer.objectives.head import Head
+
 IGNORED = -100
 """The label of a token that is not learned."""
 
-FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids")
+_FORWARD = ("input_ids", "attention_mask", "position_ids")
 
 
 def targets(batch: dict[str, Any]) -> torch.Tensor:
@@ -31,17 +33,33 @@ def weight(batch: dict[str, Any]) -> int:
     return int((targets(batch) != IGNORED).sum())
 
 
-def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch the model takes."""
-    return {key: batch[key] for key in FORWARD_KEYS if batch.get(key) is not None}
+def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with the places that carry a label, found on the host: looking for them on the GPU would make the
+    host wait for it. Adds ``places`` (N,) into the flattened (B x T) and ``wanted`` (N,), the tokens there."""
+    wanted = targets(batch)
+    width = wanted.shape[-1]
+    places = (wanted.reshape(-1) != IGNORED).nonzero().squeeze(-1)
+    if not len(places):  # a stand-in: every process needs a loss with a graph
+        places = torch.zeros(1, dtype=torch.long)
+    found = wanted.reshape(-1)[places]
+    return batch | {"places": places + places // width, "wanted": found}
 
 
-def loss_sum(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Scalar fp32: the cross-entropy in nats, summed over the label tokens of a batch (B, T)."""
-    logits = model(**forward_inputs(batch), use_cache=False).logits
-    wanted = targets(batch).to(logits.device)
-    # Prompt methods put virtual tokens before the sequence; their logits predict nothing.
-    logits = logits[..., -(wanted.shape[-1] + 1) : -1, :]
-    return cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), wanted.reshape(-1), ignore_index=IGNORED, reduction="sum"
-    )
+def loss_sum(model: Any, batch: dict[str, Any], head: Head | None = None) -> torch.Tensor:
+    """Scalar fp32: the cross-entropy in nats, summed over the label tokens of a prepared batch (B, T).
+
+    ``head``: the model's output layer, where it may be applied after the model, to the label tokens only.
+    """
+    inputs = {key: batch[key] for key in _FORWARD if batch.get(key) is not None}
+    width = batch["input_ids"].shape[-1]
+    if head is None:
+        outputs = model(**inputs, use_cache=False).logits
+    else:
+        with head.left_out():
+            outputs = model(**inputs, use_cache=False).logits
+    # Prompt methods put virtual tokens before the sequence; nothing is learned there.
+    outputs = outputs[..., -width:, :].reshape(-1, outputs.shape[-1])[batch["places"]]
+    wanted = batch["wanted"]
+    if head is None:
+        return cross_entropy(outputs.float(), wanted, ignore_index=IGNORED, reduction="sum")
+    return head.loss_sum(outputs, wanted)

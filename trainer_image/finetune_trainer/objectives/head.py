@@ -1,0 +1,129 @@
+"""The output layer of a language model and its loss, without ever holding all logits.
+
+The logits of a batch are by far its largest tensor (8,192 tokens x 128,256 words in fp32: 4 GiB, and as much again
+for their gradient). So the model is run without its output layer, only the positions that carry a label go on, and
+they pass output layer and cross-entropy in chunks: with a frozen layer each chunk's gradient is made at once
+(the idea of liger-kernel's fused linear cross-entropy), else the chunk is computed again in the backward pass.
+
+Some models do more to their logits than the output layer does (caps, scales). Whether it may be left out is tried on
+the model at hand (:func:`find_head`). Called by ``engine.py`` (find) and the objectives (use).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 2**26
+"""Logits held at once: 256 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output layer, proven to be the last thing between its hidden states and its logits."""
+
+    module: Any
+    frozen_weight: bool
+    """A plain linear layer without bias that is not trained."""
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, the model returns its last hidden states in place of its logits."""
+        self.module.forward = _unchanged
+        try:
+            yield
+        finally:
+            del self.module.forward
+
+    def loss_sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Scalar fp32: the summed cross-entropy of N positions; a negative target counts nothing.
+
+        ``hidden`` (N, width), ``targets`` (N,).
+        """
+        if self.frozen_weight:
+            return _FrozenLinearLoss.apply(hidden, self.module.weight, targets)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        size = _chunk(self.module)
+        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            total = total + checkpoint(self._chunk_loss, part, wanted, use_reentrant=False)
+        return total
+
+    def _chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(self.module(hidden).float(), targets, reduction="sum")
+
+
+class _FrozenLinearLoss(torch.autograd.Function):
+    """Cross-entropy through a frozen linear layer; the gradient of the hidden states is made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], size):
+                part, wanted = hidden[start : start + size], targets[start : start + size]
+                logits = linear(part.to(weight.dtype), weight).float()
+                total += cross_entropy(logits, wanted, reduction="sum")
+                if gradient is not None:
+                    share = torch.softmax(logits, -1)
+                    share[torch.arange(share.shape[0], device=share.device), wanted.clamp(min=0)] -= 1.0
+                    share *= (wanted >= 0).unsqueeze(-1)
+                    gradient[start : start + size] = (share.to(weight.dtype) @ weight).to(hidden.dtype)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None, None
+
+
+def _unchanged(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    return hidden
+
+
+def _chunk(module: Any) -> int:
+    words = getattr(module, "out_features", None) or getattr(getattr(module, "weight", None), "shape", (2**17,))[0]
+    return max(1, CHUNK_ELEMENTS // int(words))
+
+
+@torch.no_grad()
+def find_head(model: Any) -> Head | None:
+    """The model's output layer, where nothing comes after it: what it returns are the model's logits, untouched.
+
+    None where that is not so (Gemma 2 caps its logits, Granite scales them), or where there is none. One forward
+    pass of a few tokens, in which the layer returns large marked numbers: a cap would hide behind small ones.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if module is None or "forward" in vars(module):
+        return None
+    marked: list[torch.Tensor] = []
+
+    def mark(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        words = type(module).forward(module, hidden, *arguments, **options)
+        marked.append(torch.linspace(-500, 500, words.numel(), device=words.device).reshape(words.shape).to(words))
+        return marked[-1]
+
+    was_training = model.training
+    model.eval()
+    module.forward = mark
+    try:
+        words = int(base.get_input_embeddings().num_embeddings)
+        ids = (torch.arange(16, device=next(model.parameters()).device) * 7919 % words)[None]
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        del module.forward
+        model.train(was_training)
+    if len(marked) != 1 or not torch.equal(logits, marked[0]):
+        return None
+    frozen = False
+    if type(module) is torch.nn.Linear and module.bias is None:
+        frozen = module.weight.is_floating_point() and not module.weight.requires_grad
+    return Head(module, frozen)
