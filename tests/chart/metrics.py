@@ -1,6 +1,6 @@
 """Every metric that operator and trainer tell, with its labels, and a sample fleet told in them.
 
-Rules and dashboards may use these names only; ``test_monitoring.py`` compares them with what the code registers.
+Rules and dashboards may use these names only; ``test_metrics.py`` compares them with what the code registers.
 """
 
 from __future__ import annotations
