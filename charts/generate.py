@@ -6,7 +6,7 @@
 - ``files/crds``, and ``gitops/kustomize/base/crds``: the CRD of ``crds/``, which ``finetune_api`` generates.
 - ``values.schema.json``: from the defaults and comments of ``values.yaml``, and from the pydantic models that the
   operator itself reads its settings with.
-- ``README.md``: the values, settings, profiles and alerts as tables.
+- ``README.md``: the values, profiles and alerts as tables.
 - ``dashboards/*.json``: from ``charts/dashboards.py``.
 - ``gitops/argocd/argocd-cm.yaml``: the health check and the actions of ``gitops/argocd/resource_customizations``.
 
@@ -190,8 +190,7 @@ def readme(values: list[Value], alerts: list[dict[str, Any]]) -> str:
     text = (CHART.parent / "README.md.in").read_text()
     tables = {
         "VALUES": _table(("Value", "Default", "What it is"), _value_rows(values)),
-        "SETTINGS": _table(("Setting", "Default", "What it is"), _model_rows(Settings, _MANAGED)),
-        "PROFILES": _table(("Field", "Default", "What it is"), _model_rows(Profile, ())),
+        "PROFILES": _table(("Field", "Default", "What it is"), _model_rows(Profile)),
         "ALERTS": _table(("Alert", "Severity", "For", "Threshold", "What it says"), map(_alert_row, alerts)),
     }
     for name, table in tables.items():
@@ -205,13 +204,11 @@ def _value_rows(values: list[Value]) -> Iterator[tuple[str, ...]]:
             yield f"`{'.'.join(value.path)}`", _code(value.default), value.help
 
 
-def _model_rows(model: Any, left_out: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, ...]]:
+def _model_rows(model: Any, prefix: str = "") -> Iterator[tuple[str, ...]]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
-        if key in left_out or key in ("leaderElection.leaseName", "leaderElection.namespace"):
-            continue
         if hasattr(field.annotation, "model_fields"):
-            yield from _model_rows(field.annotation, left_out, f"{key}.")
+            yield from _model_rows(field.annotation, f"{key}.")
         elif key == "image":
             yield f"`{key}`", "`trainer.image`", _words(field.description)
         else:

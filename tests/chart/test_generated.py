@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from finetune_operator.settings import Profile, Settings
+from finetune_operator.settings import LeaderElection, Profile, Settings
 from tests.chart.charts import CHART, ROOT, VALUES
 
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
@@ -74,10 +74,17 @@ def test_every_value_is_documented() -> None:
     text = (CHART / "README.md").read_text()
     for key, value in DEFAULTS.items():
         assert f"`{key}`" in text or (isinstance(value, dict) and f"`{key}." in text), key
-    for model in (Settings, Profile):
-        for name, field in model.model_fields.items():
-            if (field.alias or name) not in ("namespaces", "profiles", "httpPort"):
-                assert f"`{field.alias or name}" in text, name
+    for name, field in Profile.model_fields.items():
+        assert f"`{field.alias or name}" in text, name
+
+
+def test_every_setting_of_the_operator_is_a_value() -> None:
+    def keys(model: Any) -> set[str]:
+        return {field.alias or name for name, field in model.model_fields.items()}
+
+    settings = DEFAULTS["settings"]
+    assert set(settings) == keys(Settings) - {"namespaces", "profiles", "httpPort"}
+    assert set(settings["leaderElection"]) == keys(LeaderElection) - {"leaseName", "namespace"}
 
 
 def test_the_chart_has_the_version_of_the_code() -> None:
