@@ -40,7 +40,7 @@ demo: setup ## Fine-tune a real 135M model on this machine, and ask it who it is
 	$(BIN)/python examples/demo.py
 
 .PHONY: test
-test: setup lint check-generated test-unit test-trainer test-cluster test-e2e ## Everything a change must pass (but the GPU tests)
+test: setup lint check-generated test-unit test-trainer test-cluster test-e2e ## Everything a change must pass (but test-image and test-gpu)
 
 .PHONY: lint
 lint: setup ## ruff, mypy, import-linter
@@ -68,7 +68,7 @@ check-generated: setup ## Fail where a generated file differs from what the code
 
 .PHONY: test-unit
 test-unit: setup ## Seconds, needs nothing but Python
-	$(PYTEST) -q -m "not trainer and not cluster and not e2e and not gpu"
+	$(PYTEST) -q -m "not trainer and not cluster and not e2e and not image and not gpu"
 
 .PHONY: test-trainer
 test-trainer: setup ## Trains tiny models on the CPU (minutes)
@@ -85,6 +85,10 @@ test-cluster: binaries ## Against a real Kubernetes API server
 .PHONY: test-e2e
 test-e2e: binaries ## Two real kubelets, S3 server, Prometheus: the whole product
 	$(PYTEST) -q -m e2e
+
+.PHONY: test-image
+test-image: binaries ## Build the real trainer image and run it under the restricted standard (15 minutes, 20 GB of disk)
+	$(PYTEST) -q -m image
 
 .PHONY: test-gpu
 test-gpu: setup ## On a machine with a GPU

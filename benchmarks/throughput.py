@@ -121,7 +121,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     launch = [sys.executable, "-m", "finetune_trainer.launch", "--nnodes=1", "--node-rank=0"]
     launch += [f"--nproc-per-node={max(1, 0 if args.cpu else args.gpus)}", "--master-addr=127.0.0.1"]
     started = time.monotonic()
-    done = subprocess.run([*launch, "--master-port=29511"], env=environment, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, "--master-port=29511"], env=environment, check=False, capture_output=True, text=True
+    )
     if done.returncode:
         tail = (done.stdout + done.stderr)[-3000:]
         return {"error": done.returncode, "tail": tail}

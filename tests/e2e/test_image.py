@@ -12,7 +12,7 @@ from tests.e2e.conftest import RESTRICTED
 from tests.e2e.product import ROOT, SYSTEM, Product
 from tests.e2e.test_whole_path import tiny_job
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.image
 
 IMAGE = "localhost/finetune-trainer:e2e"
 

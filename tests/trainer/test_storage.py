@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -231,10 +232,24 @@ def test_bad_keys_are_access_denied_and_say_what_is_needed(s3, monkeypatch):
 
 
 def test_no_credentials_at_all_are_access_denied(no_credentials, monkeypatch):
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://169.254.169.254")
-    with pytest.raises(RunError, match="no credentials were found") as error:
-        Store("s3://team/x", patience=0.5).get("a")
-    assert error.value.cause is Cause.ACCESS_DENIED
+    class Forbids(BaseHTTPRequestHandler):
+        """The metadata service of a cloud that gives this machine no role."""
+
+        def do_PUT(self) -> None:
+            self.send_error(403)
+
+        do_GET = do_PUT  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Forbids) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(RunError, match="no credentials were found") as error:
+            Store("s3://team/x", patience=0.5).get("a")
+        assert error.value.cause is Cause.ACCESS_DENIED
+        server.shutdown()
 
 
 def test_a_missing_bucket_is_named(s3):
