@@ -246,7 +246,7 @@ def test_no_credentials_at_all_are_access_denied(no_credentials, monkeypatch):
     with HTTPServer(("127.0.0.1", 0), Forbids) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(RunError, match="no credentials were found") as error:
+        with pytest.raises(RunError, match="The pods need AWS_ACCESS_KEY_ID") as error:
             Store("s3://team/x", patience=0.5).get("a")
         assert error.value.cause is Cause.ACCESS_DENIED
         server.shutdown()
