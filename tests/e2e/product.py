@@ -162,18 +162,15 @@ class Product:
         return yaml.safe_dump(values)
 
 
-def self_cognition(product: Product, *, replicas: int, name: str = "self-cognition", **spec: Any) -> Object:
+def self_cognition(model_file: str, *, replicas: int, name: str = "self-cognition", **spec: Any) -> Object:
     """examples/01 as it stands, with storage on S3 and so many workers."""
     job: Object = yaml.safe_load((ROOT / "examples" / "01-self-cognition.yaml").read_text())
     job["metadata"]["name"] = name
     body = job["spec"]
-    body["model"] = {"uri": f"s3://{BUCKET}/smollm2", "gguf_file": MODEL_FILE}
+    body["model"] = {"uri": f"s3://{BUCKET}/smollm2", "gguf_file": model_file}
     body["data"]["train"][0]["uri"] = f"s3://{BUCKET}/self_cognition.jsonl"
     body["output"] = {"uri": f"s3://{BUCKET}/models/{name}"}
     body["checkpoint"] = {"uri": f"s3://{BUCKET}/checkpoints/", "save_steps": 10, "save_total_limit": 2}
     body["workers"] = {"replicas": replicas, "gpusPerWorker": 0}
     body["deepspeed"] = {"zero_optimization": {"stage": 2}}
     return {**job, "spec": {**body, **spec}}
-
-
-MODEL_FILE = "model.gguf"

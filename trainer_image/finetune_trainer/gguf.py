@@ -63,6 +63,8 @@ def _convert(folder: Path, name: str, dtype: torch.dtype, to: Path) -> None:
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
+    # Every node converts into its own cache, but transformers saves on the first process of all only.
+    object.__setattr__(model, "should_save_on_this_rank", lambda *_: True)
     model.save_pretrained(to)
     AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True).save_pretrained(to)
 
