@@ -10,7 +10,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE, ENV_WORK
 from finetune_api.spec import DataSource
 from finetune_trainer.data import prepare, source_names
-from finetune_trainer.fetch import fetch
+from finetune_trainer.fetch import Fetched, fetch
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.outcome import RunError
 from tests.trainer.tiny import make_config, make_model
@@ -134,6 +134,19 @@ def test_another_content_is_another_entry_of_the_cache(model, tmp_path, cache, c
     changes = {"max_length": {"max_length": 17}, "chat_template": {"chat_template": template}}
     prepared(model, tmp_path, [row("red", "cat" if change == "rows" else "blue")], **changes.get(change, {}))
     assert len(list((cache / "tokens").glob("*/ids.npy"))) == 2
+
+
+def test_two_files_of_one_hub_repository_are_two_entries(model, tmp_path, cache):
+    files = [write(tmp_path / f"{word}.jsonl", [row("say", word)]) for word in ("red", "blue")]
+    learned = []
+    for file in files:
+        name = file.rpartition("/")[2]
+        uri = f"hf://datasets/org/rows/{name}"
+        config = make_config(tmp_path, model={"uri": f"file://{model}"}, data={"train": [{"uri": uri}]})
+        fetched = Fetched(model, [tmp_path / name], [], {f"{uri}@main": "git:abc"})
+        made = prepare(config, fetched, load_tokenizer(model, config))
+        learned.append(made.train.sequence(0, 0).input_ids.tolist())
+    assert learned[0] != learned[1]
 
 
 def test_a_damaged_cache_entry_is_made_again(model, tmp_path, cache):

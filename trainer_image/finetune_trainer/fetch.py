@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -215,7 +215,7 @@ def _source(
     """The folder or file of one source on this node; its digest is added to ``digests``."""
     uri = source.uri
     if uri.startswith("file://"):
-        return _in_place(uri, missing, digests, sample=isinstance(source, ModelSource))
+        return _in_place(uri, missing, digests, cache, sample=isinstance(source, ModelSource))
     name = source_key(source)
     # Other choices among the files of one source are another entry of the cache.
     choice = json.dumps([name, getattr(source, "gguf_file", ""), getattr(source, "trust_remote_code", False)])
@@ -263,7 +263,7 @@ def source_key(source: ModelSource | DataSource) -> str:
     return f"{source.uri}@{source.revision}" if source.uri.startswith("hf://") else source.uri
 
 
-def _in_place(uri: str, missing: Cause, digests: dict[str, str], *, sample: bool) -> Path:
+def _in_place(uri: str, missing: Cause, digests: dict[str, str], cache: Path, *, sample: bool) -> Path:
     path = local_path(uri)
     try:
         if path.is_dir():
@@ -273,7 +273,7 @@ def _in_place(uri: str, missing: Cause, digests: dict[str, str], *, sample: bool
             files, root = [path], path.parent
         lines, sampled = [], False
         for file in files:
-            part, whole = _content_digest(file, sample)
+            part, whole = _content_digest(file, cache, sample)
             sampled |= not whole
             lines.append(f"{part} {file.relative_to(root)}")
     except FileNotFoundError as error:
@@ -300,18 +300,32 @@ def hidden(file: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
-def _content_digest(file: Path, sample: bool) -> tuple[str, bool]:
-    """A digest of a file and whether it covers all of it: hashing a model of 140 GB at every start takes minutes."""
-    size = file.stat().st_size
-    if not sample or size <= _LARGE:
+def _content_digest(file: Path, cache: Path, sample: bool) -> tuple[str, bool]:
+    """A digest of a file and whether it covers all of it.
+
+    Hashing a model of 140 GB at every start takes minutes, so of large weights only some parts are read. Data is read
+    whole, once per node: the cache remembers the digest of a large file by its place, size and time of change.
+    """
+    stat = file.stat()
+    if stat.st_size <= _LARGE:
         return file_digest(file), True
+    if not sample:
+        facts = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+        known = cache / "digests" / hashlib.sha256(facts.encode()).hexdigest()[:32]
+        with suppress(OSError):
+            return known.read_text(), True
+        found = file_digest(file)
+        with suppress(OSError):  # it saves time only
+            known.parent.mkdir(parents=True, exist_ok=True)
+            _write_atomically(known, found)
+        return found, True
     with file.open("rb") as stream:
         head = stream.read(2**20)  # a safetensors header names and places every tensor
-        stream.seek(size // 2)
+        stream.seek(stat.st_size // 2)
         middle = stream.read(2**16)
-        stream.seek(size - 2**20)
+        stream.seek(stat.st_size - 2**20)
         tail = stream.read()
-    return hashlib.sha256(b"%d" % size + head + middle + tail).hexdigest(), False
+    return hashlib.sha256(b"%d" % stat.st_size + head + middle + tail).hexdigest(), False
 
 
 def _single_file(uri: str) -> bool:
@@ -521,12 +535,16 @@ def _read_record(home: Path) -> _Record | None:
 
 
 def _write_record(home: Path, record: _Record) -> None:
-    temporary = home / f".record-{uuid.uuid4().hex[:8]}"
+    _write_atomically(home / "record.json", json.dumps(asdict(record)))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     with temporary.open("w") as file:
-        json.dump(asdict(record), file)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(home / "record.json")
+    temporary.replace(path)
 
 
 def _unchanged(record: _Record, *, thorough: bool) -> bool:

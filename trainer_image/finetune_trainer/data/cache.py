@@ -74,7 +74,8 @@ def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, ma
         transformers.__version__,  # renders the template
         digest,
         source.format,
-        source.split if source.uri.startswith("hf://") else "",
+        # a commit is the digest of a whole repository, of which uri and split choose a part
+        [source.uri, source.split] if source.uri.startswith("hf://") else [],
         hashlib.sha256(backend.to_str().encode()).hexdigest(),
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
