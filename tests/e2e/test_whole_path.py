@@ -17,6 +17,7 @@ from tests.e2e.product import BUCKET, JOBS, ROOT, Product, self_cognition
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.real_model
 def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(product: Product, team: str) -> None:
     """The example of ``make demo`` with the real SmolLM2, storage on S3, two workers, ZeRO-2 and torchrun."""
     from examples import demo  # the real model, out of its package
