@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE
-from finetune_trainer.data.render import Tokens
+from finetune_trainer.data.render import Renderer, Tokens
 from finetune_trainer.data.stream import IGNORED, Rows, Stream, collate
 from finetune_trainer.model import (
     assert_packing_isolated,
@@ -342,6 +342,10 @@ def test_a_gguf_model_speaks_and_is_saved_as_an_ordinary_one(smollm, tmp_path, m
         return_tensors="pt",
         return_dict=True,
     )
+    chat = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是小助手 (a helper)."}]
+    renderer = Renderer(tokenizer)
+    [row] = renderer.encode(renderer.render(chat))
+    assert tokenizer.decode(row.ids[row.learned]) == "我是小助手 (a helper).<|im_end|>"
     model.eval()
     answer = model.generate(**asked, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, asked["input_ids"].shape[1] :])
