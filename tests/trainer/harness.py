@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ class CrashError(Exception):
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
-    """One run. Keys of a plan: name, config, attempt, work, and optionally crash_after,
-    stop_after, poison_after (its weights become NaN), trace (a folder) and weights (tell which moved)."""
+    """One run.
+
+    Keys of a plan: name, config, attempt, work, and optionally crash_after, stop_after, poison_after (its weights
+    become NaN) and storage_until (no upload ends before it), all steps; trace (a folder); weights (tell which moved).
+    """
     os.environ[ENV_ATTEMPT] = str(plan["attempt"])
     os.environ[ENV_WORK] = plan["work"]
     os.environ.pop(ENV_TRACE, None)
@@ -38,11 +42,14 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     stop = Stop()
     job = Job(config, Telemetry(config, serve=False), stop)
     said = job._stepped
+    gate = threading.Event()
     losses: dict[str, float] = {}
 
     def stepped(*arguments: Any) -> None:
         said(*arguments)
         losses[str(job.step)] = job.loss or 0.0
+        if job.step == plan.get("storage_until"):
+            gate.set()
         if job.step == plan.get("crash_after"):
             job.saver.wait()
             raise CrashError
@@ -56,6 +63,9 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     try:
         job.load()
         job.prepare()
+        if "storage_until" in plan:
+            upload = job.saver._upload
+            job.saver._upload = lambda snapshot: gate.wait(60) and upload(snapshot)  # type: ignore[method-assign,return-value]
         result["trained"] = sorted(name for name, p in job.engine.module.named_parameters() if p.requires_grad)
         before = whole_weights(job) if plan.get("weights") else {}
         result["finished"] = job.train()

@@ -120,6 +120,7 @@ def alone(root: Path, gang: dict[str, Any]) -> dict[str, dict[str, Any]]:
         job(root, "shrink", DROPOUT, name="shrink/again", attempt=2, trace=str(root / "trace-1")),
         job(root, "shrink-full", full(2), name="shrink-full/again", attempt=2),
         job(root, "unbroken", DROPOUT, name="unbroken", trace=str(root / "trace-0")),
+        job(root, "unbroken", DROPOUT, name="unbroken/again", attempt=2),
         job(root, "alone/ragged", {"global_batch_size": 3}, name="alone/ragged"),
         *(job(root, f"cut/{name}", changes, name=f"cut/{name}") for name, changes in CUTS.items()),
         job(root, "stop", DROPOUT, name="stop/first", stop_after=4),
@@ -129,6 +130,7 @@ def alone(root: Path, gang: dict[str, Any]) -> dict[str, dict[str, Any]]:
         job(root, "changed", DROPOUT | {"resume": "never"}, name="changed/never"),
         job(root, "epochs", {"training": {"max_steps": -1, "num_train_epochs": 0.45, "eval_steps": 0}}, name="epochs"),
         job(root, "wild", full(0), name="wild", poison_after=4),
+        job(root, "slow", {"save_steps": 1, "save_total_limit": 9}, name="slow", storage_until=5),
     ]
     return play(root, plans, 1)
 
@@ -216,6 +218,16 @@ def test_a_stop_saves_at_the_step_boundary_and_is_continued_exactly(root: Path, 
     assert figures(second) == figures(alone["unbroken"])
 
 
+def test_a_finished_run_only_writes_its_result_again(alone: dict[str, Any]) -> None:
+    first, again = alone["unbroken"], alone["unbroken/again"]
+    assert again["finished"] is True
+    assert again["losses"] == {}
+    assert again["progress"]["resumed_from_step"] == 8
+    assert again["evaluation"] == first["evaluation"]
+    assert figures(again) == figures(first)
+    assert [output["kind"] for output in again["outputs"]] == ["adapter"]
+
+
 def test_only_what_the_method_trains_moves(alone: dict[str, Any], gang: dict[str, Any]) -> None:
     for name, result in {**alone, **gang}.items():
         if "moved" in result:
@@ -254,6 +266,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(root: Path, alo
     assert "The loss became nan at step 5 (learning rate 0.00225" in result["message"]
     folders = {entry.path.split("/")[0] for entry in Store(f"file://{root}/wild/checkpoints").list()}
     assert folders == {"attempts", "step-3"}
+
+
+def test_slow_storage_delays_checkpoints_and_not_the_training(alone: dict[str, Any]) -> None:
+    result = alone["slow"]
+    assert result["finished"] is True
+    saved = [info["step"] for info in result["progress"]["checkpoints"]]
+    assert saved[0] == 1, "begun at once, finished when the storage let it"
+    assert not set(saved) & {2, 3, 4}
+    assert saved[-1] == 8
 
 
 def test_retention_keeps_the_newest(root: Path, alone: dict[str, Any]) -> None:

@@ -210,7 +210,7 @@ def test_progress_is_there_from_the_start(whole: dict[str, Any]) -> None:
     assert stepping.loss is not None
     assert stepping.eta_seconds is not None
     assert stepping.trainable_parameters == 8192
-    assert [info.step for info in stepping.checkpoints][-1] >= 9
+    assert stepping.checkpoints
     assert set(stepping.heartbeats) == {"0"}
     assert stepping.last_step_time.endswith("Z")
 

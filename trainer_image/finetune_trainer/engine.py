@@ -46,6 +46,8 @@ class Agreed:
     """Some process was asked to stop."""
     fatal: bool
     """Some process cannot go on; it says why itself."""
+    saving: bool
+    """Some process still writes its part of the last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,13 @@ class Engine:
         return move(slot.batch, self.world.device)
 
     def agree(
-        self, outcome: StepOutcome | None, batch: StepBatch | None, following: StepBatch | None, *, fatal: bool = False
+        self,
+        outcome: StepOutcome | None,
+        batch: StepBatch | None,
+        following: StepBatch | None,
+        *,
+        fatal: bool = False,
+        saving: bool = False,
     ) -> Agreed:
         """The one small reduction of a step: loss, counts, the next batch's weight, and whether to go on.
 
@@ -201,6 +209,7 @@ class Engine:
                 following.weight if following else 0,
                 self.stop.requested,
                 fatal,
+                saving,
             ],
             dtype=torch.float64,
         )
@@ -208,7 +217,9 @@ class Engine:
         if self.world.size > 1:
             dist.all_reduce(words)
         values = words.tolist()
-        return Agreed(values[0], int(values[1]), int(values[2]), int(values[3]), values[4] > 0, values[5] > 0)
+        return Agreed(
+            values[0], int(values[1]), int(values[2]), int(values[3]), values[4] > 0, values[5] > 0, values[6] > 0
+        )
 
     def check_finite(self, step: int, loss: float, norm: float, applied: bool, learning_rate: float) -> None:
         """Raise RunError(NON_FINITE_LOSS) where a step went wrong. All processes see the same numbers."""

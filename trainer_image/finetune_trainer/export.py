@@ -41,13 +41,24 @@ def merge(config: TrainerConfig, model_path: Path, adapter: Path, directory: Pat
 def upload(directory: Path, uri: str, kind: str, facts: dict[str, Any]) -> OutputInfo:
     """Everything in ``directory`` to ``uri``, then its manifest. ``facts`` go into the manifest as they are."""
     store = Store(uri)
+    before = _files_before(store)
     persistently(lambda: store.delete(MANIFEST))
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         persistently(lambda p=path, n=name: store.put(n, p))  # type: ignore[misc]
         files[name] = {"size": path.stat().st_size, "digest": file_digest(path)}
+    for name in sorted(before - files.keys()):  # of an earlier result in the same folder
+        persistently(lambda n=name: store.delete(n))  # type: ignore[misc]
     content = json.dumps({"kind": kind, "time": now(), **facts, "files": files}, indent=1).encode()
     persistently(lambda: store.put(MANIFEST, content))
     size = sum(int(file["size"]) for file in files.values())
     return OutputInfo(uri=uri, kind=kind, digest=digest(content), size=size)
+
+
+def _files_before(store: Store) -> set[str]:
+    """The files that the folder's manifest lists, where it has one."""
+    try:
+        return set(json.loads(persistently(lambda: store.get(MANIFEST)))["files"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return set()

@@ -62,6 +62,9 @@ def _agent(options: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    options_of_newer: dict[str, Any] = (
+        {"signals_to_handle": "SIGINT"} if hasattr(LaunchConfig, "signals_to_handle") else {}
+    )
     config = LaunchConfig(
         min_nodes=options.nnodes,
         max_nodes=options.nnodes,
@@ -72,7 +75,7 @@ def _agent(options: argparse.Namespace) -> int:
         rdzv_configs={"rank": options.node_rank, "timeout": 24 * 3600},
         max_restarts=0,
         monitor_interval=1,
-        signals_to_handle="SIGINT",
+        **options_of_newer,
     )
     stopping = threading.Event()
     threading.Thread(target=_pass_on, args=(stopping,), name="sigterm", daemon=True).start()

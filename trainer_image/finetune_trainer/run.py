@@ -233,6 +233,7 @@ class Job:
         if world.first:
             self.history.restore(self.resumed.metrics, self.step)
             self.tally = Tally.of(self.resumed.run)
+            self.loss = next((record["loss"] for record in reversed(self.history.records())), None)
             self._say_resumed()
         self.saver = Saver(
             self.checkpoints,
@@ -324,6 +325,7 @@ class Job:
         trace = self._trace()
         batch, waited = feed.take()
         agreed = engine.agree(None, None, batch)
+        save_due = False
         self.stop.beat(stepping=True)
         while batch is not None:
             if agreed.stop:
@@ -333,7 +335,7 @@ class Job:
             weight, rate = agreed.next_weight, self.rate(batch.step - 1)
             outcome = engine.step(batch, weight, rate)
             following, waits = feed.take()
-            agreed = engine.agree(outcome, batch, following, fatal=self.saver.fatal is not None)
+            agreed = engine.agree(outcome, batch, following, fatal=self.saver.fatal is not None, saving=self.saver.busy)
             loss, norm = agreed.loss_sum / max(weight, 1), float(outcome.grad_norm)
             engine.check_finite(batch.step, loss, norm, outcome.applied, rate)
             if agreed.fatal:
@@ -356,8 +358,11 @@ class Job:
             self._stepped(loss, batch.epoch, rate, norm, seconds, waited, agreed.tokens)
             last = following is None
             self._log_if_due(batch.epoch, batch.ends_epoch, rate, norm, last=last)
-            if last or self.step % self.save_steps == 0:
+            save_due |= self.step % self.save_steps == 0
+            # Storage that is slow, or away for an hour, delays checkpoints and not the training.
+            if last or (save_due and not agreed.saving):
                 self._save()
+                save_due = False
             batch, waited = following, waits
         self.stop.beat(stepping=False)
         with self.stop.never_leave():  # the last save is finished also where a stop is asked for now

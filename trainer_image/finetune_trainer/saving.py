@@ -135,6 +135,11 @@ class Saver:
         self._pending = self._pool.submit(self._write, snapshot)
         return time.monotonic() - began
 
+    @property
+    def busy(self) -> bool:
+        """A save is still being written."""
+        return self._pending is not None and not self._pending.done()
+
     def wait(self, hurry: bool = False) -> None:
         """Until the save under way has ended, well or not. ``hurry``: fewer retries, the pod is about to go."""
         if hurry:

@@ -10,6 +10,7 @@ Called by ``run.py``; filled by whoever has the numbers.
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -199,6 +200,12 @@ class Telemetry:
         class Server(ThreadingHTTPServer):
             daemon_threads = True
             allow_reuse_address = True
+            address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+            def server_bind(self) -> None:
+                if self.address_family == socket.AF_INET6:  # for both families
+                    self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                super().server_bind()
 
         try:
             self._server = Server(("", port), Handler)
