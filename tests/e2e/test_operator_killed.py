@@ -60,7 +60,7 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
         ["kubectl", "get", "pods", "-n", team, "-w", "-o", "json", "--output-watch-events"],
         env=cluster.environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=2500)), namespace=team)
+    cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=8000)), namespace=team)
     running, killed = operator(), 0
     try:
         # Each life of an operator lasts until it has done something, plus a moment drawn at random: so the kills fall
@@ -76,7 +76,7 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
                 killed += 1
             running.wait()
             running = operator()
-        done = product.wait_state("steady", team, "Succeeded", 400)["status"]
+        done = product.wait_state("steady", team, "Succeeded", 900)["status"]
     finally:
         running.kill()
         running.wait()
