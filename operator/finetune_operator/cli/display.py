@@ -24,21 +24,30 @@ EVERY = 10.0
 """Seconds between two plain lines of a job that only goes on."""
 QUIET = {"AttemptStarted", "Succeeded", "Failed", "Waiting", "Suspended"}
 """Events that the progress lines or the summary tell better."""
+BEFORE_STEPS = ("starting", "loading", "preparing")
 AT_REST = (State.SUCCEEDED, State.FAILED, State.INVALID, State.SUSPENDED)
 
 
 def phase(status: FineTuneJobStatus) -> str:
     """What the job does, in one word or two."""
-    if status.state in (State.RUNNING, State.STARTING, State.RESTARTING) and status.progress:
-        name = status.progress.phase or "starting"
-        return f"{name} (attempt {status.attempts[-1].number})" if len(status.attempts) > 1 else name
-    return status.state.lower()
+    name = status.state.lower()
+    if status.progress and status.state in (State.RUNNING, State.STARTING, State.RESTARTING):
+        said = status.progress.phase
+        if status.state == State.RUNNING or said in BEFORE_STEPS:  # else it is of the attempt before
+            name = said or name
+        if len(status.attempts) > 1:
+            name += f" (attempt {status.attempts[-1].number})"
+    return name
 
 
 def figures(status: FineTuneJobStatus) -> list[str]:
-    """Step, loss, speed and time left, as far as they are known."""
+    """Step, loss, speed and time left, as far as they are known; before them, what the trainer is busy with."""
     found = status.progress
-    if found is None or not found.max_steps:
+    if found is None:
+        return []
+    if status.state not in AT_REST and found.phase in (*BEFORE_STEPS, "exporting") and found.message:
+        return [found.message]
+    if not found.max_steps:
         return []
     parts = [f"step {found.step}/{found.max_steps}", f"loss {found.loss}" if found.loss else ""]
     if status.state not in AT_REST:
@@ -48,11 +57,11 @@ def figures(status: FineTuneJobStatus) -> list[str]:
 
 
 class Plain:
-    """One line for whatever changes, and one every ten seconds. For logs and pipes."""
+    """One line for every new phase, and one every ten seconds while something changes. For logs and pipes."""
 
     def __init__(self, write: Callable[[str], None] = print) -> None:
         self._write = write
-        self._shown: dict[Key, tuple[str, float]] = {}
+        self._shown: dict[Key, tuple[str, str, float]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -64,12 +73,13 @@ class Plain:
 
     def show(self, key: Key, status: FineTuneJobStatus) -> None:
         """Where a job stands now."""
-        head, when = self._shown.get(key, ("", 0.0))
+        head, line, when = self._shown.get(key, ("", "", 0.0))
         now = time.monotonic()
-        if head == phase(status) and (now - when < EVERY or status.state in AT_REST):
+        shown = "  ".join([key[1], phase(status), *figures(status)])
+        if head == phase(status) and (shown == line or now - when < EVERY or status.state in AT_REST):
             return
-        self._shown[key] = phase(status), now
-        self.say("  ".join([key[1], phase(status), *figures(status)]))
+        self._shown[key] = phase(status), shown, now
+        self.say(shown)
 
     def told(self, event: Object) -> None:
         """An event of the operator."""

@@ -1,0 +1,194 @@
+"""Every example is right, says how it is run, and those that can, run here: on a tiny model, by ``finetune run``."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from finetune_operator.cli.main import main
+from finetune_operator.cluster import processes
+from finetune_operator.cluster.store import Folder
+from tests.trainer.tiny import make_model
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_valid_and_opens_with_the_command_that_runs_it(example: Path) -> None:
+    result = CliRunner().invoke(main, ["validate", str(example)])
+    assert result.exit_code == 0, result.output
+    comment = example.read_text().split("apiVersion")[0]
+    assert re.search(rf"^#   (finetune run|kubectl apply -f) examples/{example.name}\b", comment, re.MULTILINE)
+    assert CliRunner().invoke(main, ["plan", str(example)]).exit_code == 0
+
+
+def test_the_examples_are_numbered_from_one() -> None:
+    assert [int(path.name[:2]) for path in EXAMPLES] == list(range(1, len(EXAMPLES) + 1))
+
+
+@pytest.mark.parametrize("name", ["self_cognition", "replay"])
+def test_the_rows_are_whole(name: str) -> None:
+    rows = [json.loads(line) for line in (ROOT / "examples" / "data" / f"{name}.jsonl").read_text().splitlines()]
+    assert len(rows) == {"self_cognition": 18, "replay": 9}[name]
+    assert all(row["instruction"] and row["output"] for row in rows)
+    if name == "self_cognition":
+        assert all("Nova" in row["output"] and "finetune-operator" in row["output"] for row in rows)
+        assert sum("\u4e00" <= char <= "\u9fff" for char in "".join(r["output"] for r in rows)) > 100
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+class Place:
+    """A folder in which examples are run."""
+
+    def __init__(self, home: Path, model: Path) -> None:
+        self.home = home
+        self.model = model
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "trainer_image")),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "FINETUNE_CACHE": str(home / "cache"),
+        }
+
+    def command(self, example: str, *options: str, output: str = "out") -> list[str]:
+        """The command line; what the example downloads is replaced by the tiny model."""
+        path = next(p for p in EXAMPLES if p.name.startswith(example))
+        sets = ["evaluation.max_new_tokens=4", f"model.uri=file://{self.model}", *options]
+        for job in yaml.safe_load_all(path.read_text()):
+            name = job["metadata"]["name"]
+            sets.append(f"{name}:output.uri=file://{self.home}/{output}/{name}")
+            if job["spec"]["model"]["uri"].startswith("job://"):
+                sets.append(f"{name}:model.uri={job['spec']['model']['uri']}")
+        flags = [part for change in sets for part in (["--set", change] if "=" in change else [change])]
+        state = str(self.home / f"state-{output}")
+        return [sys.executable, "-m", "finetune_operator.cli.main", "run", str(path), "--state-dir", state, *flags]
+
+    def run(self, example: str, *options: str, output: str = "out") -> str:
+        """To a good end; what was said."""
+        done = subprocess.run(
+            self.command(example, *options, output=output), env=self.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def status(self, name: str, output: str = "out") -> dict[str, Any]:
+        """The status of a job."""
+        job = Folder(self.home / f"state-{output}" / "default" / name).job
+        assert job is not None
+        found: dict[str, Any] = job["status"]
+        return found
+
+    def records(self, name: str, output: str = "out") -> list[dict[str, Any]]:
+        """metrics.jsonl of a job."""
+        path = self.home / output / name / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def place(tmp_path: Path, model: Path) -> Place:
+    return Place(tmp_path, model)
+
+
+@pytest.mark.trainer
+def test_self_cognition_on_two_nodes(place: Place) -> None:
+    told = place.run("01", "workers.replicas=2", "training.max_steps=3", "checkpoint.save_steps=2")
+    folder = place.home / "out" / "self-cognition"
+    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "report.html"):
+        assert (folder / name).exists()
+    assert f"  report      {folder}/report.html" in told
+    assert "  Who are you?\n    before  " in told
+    status = place.status("self-cognition")
+    assert status["state"] == "Succeeded"
+    assert status["progress"]["step"] == 3
+    assert [o["kind"] for o in status["outputs"]] == ["adapter"]
+    assert [r["step"] for r in place.records("self-cognition")] == [1, 2, 3]
+    logs = [place.home / "state-out/default/self-cognition/logs" / f"self-cognition-a1-{i}/trainer.log" for i in (0, 1)]
+    assert all(log.stat().st_size for log in logs)
+
+
+@pytest.mark.trainer
+def test_full_fine_tuning_with_zero_2_on_two_nodes(place: Place) -> None:
+    place.run("03", "--cpu", "workers.replicas=2", "training.max_steps=2")
+    assert (place.home / "out" / "full-zero2" / "model.safetensors").exists()
+    assert "loss" in place.status("full-zero2")["evaluation"]
+
+
+@pytest.mark.trainer
+def test_qlora_with_a_merged_model(place: Place) -> None:
+    place.run("04", "--cpu", "training.max_steps=2")
+    assert (place.home / "out" / "qlora" / "merged" / "model.safetensors").exists()
+    assert {o["kind"] for o in place.status("qlora")["outputs"]} == {"adapter", "merged"}
+
+
+@pytest.mark.trainer
+def test_a_chain_of_two_jobs(place: Place) -> None:
+    told = place.run("06", "training.max_steps=2")
+    assert "chain-identity  waiting" in told
+    first, second = place.status("chain-knowledge"), place.status("chain-identity")
+    assert (first["state"], second["state"]) == ("Succeeded", "Succeeded")
+    assert first["completionTime"] <= second["startTime"]
+
+
+@pytest.mark.trainer
+def test_keeping_knowledge_stopped_and_killed_ends_with_the_same_losses(place: Place) -> None:
+    """Ctrl-C, then kill -9 of the command, then kill -9 of a worker: every loss is that of a run left alone."""
+    options = ["training.max_steps=300", "checkpoint.save_steps=10", "workers.replicas=2"]
+    place.run("02", *options, output="alone")
+    name = "self-cognition-keep-knowledge"
+    command = place.command("02", *options, output="disturbed")
+    told: list[str] = []
+
+    def saved() -> int:
+        """The newest checkpoint that was told of."""
+        found = [int(step) for line in told for step in re.findall(r"Checkpoint of step (\d+)", line)]
+        return max(found, default=0)
+
+    def until_the_next_save(process: "subprocess.Popen[str]") -> None:
+        before = saved()
+        for line in process.stdout or ():
+            told.append(line)
+            if saved() > before:
+                return
+        raise AssertionError("".join(told))
+
+    def started() -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            command, env=place.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    with started() as process:
+        until_the_next_save(process)
+        process.send_signal(signal.SIGINT)
+        told += process.stdout or ()
+        assert process.wait() == 130, "".join(told)
+    assert re.search(r"stopped at step (\d+); a checkpoint of step \1 is saved\.", told[-2])
+    with started() as process:
+        until_the_next_save(process)
+        process.kill()
+    with started() as process:
+        until_the_next_save(process)
+        pod = place.home / "state-disturbed" / "default" / name / "pods" / f"{name}-a3-1"
+        for pid in processes.alive(str(pod)):
+            os.kill(pid, signal.SIGKILL)
+        told += process.stdout or ()
+        assert process.wait() == 0, "".join(told)
+    attempts = place.status(name, "disturbed")["attempts"]
+    assert [a["cause"] for a in attempts] == ["Suspended", "Terminated", "Killed", "Succeeded"]
+    alone, disturbed = place.records(name, "alone"), place.records(name, "disturbed")
+    assert [r["step"] for r in disturbed] == list(range(1, 301))
+    assert [r["loss"] for r in disturbed] == [r["loss"] for r in alone]
