@@ -268,16 +268,25 @@ def test_the_report_tells_before_and_after(whole: dict[str, Any]) -> None:
     assert (whole["output"] / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_killed_at_any_moment_it_goes_on_exactly(whole: dict[str, Any], root: Path, pods: Any) -> None:
+def test_killed_and_stopped_at_any_moment_it_goes_on_exactly(whole: dict[str, Any], root: Path, pods: Any) -> None:
     config = config_of(root, "killed")
-    moment = random.Random().randint(4, STEPS - 5)
+    moment = random.Random().randint(4, STEPS - 15)
     first = pods(root, config)
     first.wait_for(f"step {moment}/{STEPS}")
     first.process.kill()
     assert first.wait() == -signal.SIGKILL
     second = pods(root, config, attempt=2)
-    assert second.wait() == 0, second.log()
+    second.wait_for(f"step {moment + 5}/{STEPS}")
+    second.process.send_signal(signal.SIGTERM)
+    assert second.wait() == EXIT_STOPPED, second.log()
     assert "continuing from file://" in second.log()
+    word = tiny.word(root)
+    assert word.cause is Cause.TERMINATED
+    assert word.last_checkpoint is not None
+    assert word.last_checkpoint.step == word.step >= moment + 5
+    third = pods(root, config, attempt=3)
+    assert third.wait() == 0, third.log()
+    assert f"continuing from file://{root}/killed/checkpoints/step-{word.step} " in third.log()
 
     def figures(folder: str) -> list[Any]:
         names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss")
@@ -286,7 +295,8 @@ def test_killed_at_any_moment_it_goes_on_exactly(whole: dict[str, Any], root: Pa
     assert figures("killed") == figures("whole"), f"killed after step {moment}"
     page = (root / "killed" / "output" / "report.html").read_text()
     assert "ended without a word" in page
-    assert "from the checkpoint of step" in page
+    assert f"Stopped on request after step {word.step}, which is saved." in page
+    assert f"from the checkpoint of step {word.step}<" in page
     before = [answer["before"] for answer in told_answers(page)]
     assert before == [answer["before"] for answer in told_answers((whole["output"] / "report.html").read_text())]
 
@@ -299,7 +309,7 @@ def told_answers(page: str) -> list[dict[str, str]]:
     return [{"before": before, "after": after} for before, after in re.findall(pattern, page, re.S)]
 
 
-def test_a_gang_is_killed_stopped_and_finished(whole: dict[str, Any], root: Path, pods: Any) -> None:
+def test_a_gang_is_killed_and_stopped(root: Path, pods: Any) -> None:
     config = config_of(root, "gang", merge=False)
     first = pods(root, config, processes=2)
     first.wait_for(f"step 5/{STEPS}")
@@ -321,26 +331,6 @@ def test_a_gang_is_killed_stopped_and_finished(whole: dict[str, Any], root: Path
     assert word.last_checkpoint is not None
     assert word.last_checkpoint.step == word.step
 
-    third = pods(root, config, attempt=3, processes=2)
-    assert third.wait() == 0, third.log()
-    assert f"continuing from file://{root}/gang/checkpoints/step-{word.step} " in third.log()
-    ours, theirs = tiny.records(root / "gang" / "output"), tiny.records(whole["output"])
-    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-3)
-    page = (root / "gang" / "output" / "report.html").read_text()
-    assert "Stopped on request after step" in page
-
-
-def test_one_process_alone_stops_when_asked(root: Path, pods: Any) -> None:
-    pod = pods(root, config_of(root, "stopped", merge=False))
-    pod.wait_for(f"step 4/{STEPS}")
-    pod.process.send_signal(signal.SIGTERM)
-    assert pod.wait() == EXIT_STOPPED
-    word = tiny.word(root)
-    assert word.cause is Cause.TERMINATED
-    assert word.last_checkpoint is not None
-    assert word.last_checkpoint.step == word.step
-
 
 @pytest.mark.parametrize(
     ("changes", "cause", "text"),
@@ -349,15 +339,16 @@ def test_one_process_alone_stops_when_asked(root: Path, pods: Any) -> None:
         ({"accelerator": "gpu"}, Cause.NO_ACCELERATOR, "No GPU was found"),
     ],
 )
-def test_mistakes_are_told(changes: dict[str, Any], cause: Cause, text: str, tmp_path: Path) -> None:
+def test_mistakes_are_told(changes: dict[str, Any], cause: Cause, text: str, root: Path) -> None:
     import torch
 
     if cause is Cause.NO_ACCELERATOR and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    environ = tiny.environment(tmp_path, tiny.make_config(tmp_path, **changes))
+    (root / "termination").unlink(missing_ok=True)
+    environ = tiny.environment(root, tiny.make_config(root, **changes))
     done = subprocess.run([sys.executable, "-m", "finetune_trainer.run"], env=environ, capture_output=True, text=True)
     assert done.returncode == EXIT_USER, done.stderr
-    word = tiny.word(tmp_path)
+    word = tiny.word(root)
     assert word.cause is cause
     assert text in word.message
     assert word.exit_code == EXIT_USER

@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,10 @@ from finetune_api.run import (
     TrainerConfig,
 )
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
+from finetune_trainer.logbook import Logbook, Step, Tally, for_people
 from finetune_trainer.outcome import RunError
 from finetune_trainer.stopping import Stop, leave
-from finetune_trainer.telemetry import History, Pulse, Telemetry, host_memory, now
+from finetune_trainer.telemetry import History, Pulse, Telemetry, now
 from finetune_trainer.world import local_rank, rank, world_size
 
 ENV_TRACE = "FINETUNE_TRACE"
@@ -88,42 +88,6 @@ def failed(error: BaseException, job: "Job | None") -> int:
     return code
 
 
-@dataclass
-class Window:
-    """What has gathered since the last logged step, over all processes."""
-
-    loss_sum: float = 0.0
-    weight: int = 0
-    tokens: int = 0
-    pairs: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-
-
-@dataclass
-class Tally:
-    """What a run remembers from attempt to attempt (``run.json``)."""
-
-    window: Window = field(default_factory=Window)
-    seconds: float = 0.0
-    """In training steps."""
-    tokens: int = 0
-    before: dict[str, str] = field(default_factory=dict)
-    """Answers before training, by prompt."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    evaluated_step: int = -1
-
-    def document(self) -> bytes:
-        """As JSON."""
-        return json.dumps({**self.__dict__, "window": self.window.__dict__}).encode()
-
-    @classmethod
-    def of(cls, document: dict[str, Any]) -> "Tally":
-        """Read back."""
-        return cls(**{**document, "window": Window(**document["window"])}) if document else cls()
-
-
 class Job:
     """One attempt at a run, in one process."""
 
@@ -158,15 +122,21 @@ class Job:
 
     def load(self) -> None:
         """The processes meet; model and data come to this node; rows become sequences."""
+        from finetune_trainer.fetch import fetch
+
+        # Before anything heavy: a wrong URI is told within a second. Processes of a node take turns by file locks.
+        self._phase("loading", f"fetching {self.config.model.uri} and the data")
+        self.fetched = fetch(self.config, self.cache)
         self._phase("loading", "loading the libraries")
-        _quiet()
-        from finetune_trainer import data, fetch, model
-        from finetune_trainer.fence import claim
-        from finetune_trainer.storage import Store
         from finetune_trainer.world import join
 
         config = self.config
         self.world = join(config.accelerator)
+        _quiet()
+        from finetune_trainer import data, model
+        from finetune_trainer.fence import claim
+        from finetune_trainer.storage import Store
+
         self.world.alive = self.stop.beat
         self.pulse = Pulse(self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats)
         if self.world.first:
@@ -174,8 +144,6 @@ class Job:
         self.telemetry.update(world_size=self.world.size)
         self.checkpoints = Store(config.checkpoint_uri)
         self.fence = self._on_first("claim", lambda: claim(self.checkpoints))
-        self._phase("loading", f"fetching {config.model.uri} and the data")
-        self.fetched = self.world.in_turn("fetch", lambda: fetch.fetch(config, self.cache))
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
@@ -197,7 +165,7 @@ class Job:
         from finetune_trainer.checkpoint import resume
         from finetune_trainer.engine import Engine, before_loading
         from finetune_trainer.feed import draw_seed
-        from finetune_trainer.flops import model_cost, peak_flops
+        from finetune_trainer.flops import model_cost
         from finetune_trainer.methods import METHODS
         from finetune_trainer.objectives import OBJECTIVES
         from finetune_trainer.saving import Saver
@@ -218,8 +186,6 @@ class Job:
         trained = METHODS[config.method.type].prepare(base, config.method, config)
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
-        self.cost = model_cost(base, self.total, trains_all=config.method.type == "full")
-        self.peak = peak_flops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
         self.objective = OBJECTIVES[config.stage]
         self.engine = Engine(trained, config, world, self.objective, self.stop)
         self.state = TrainableState(self.engine.engine, world.rank, world.size)
@@ -235,6 +201,14 @@ class Job:
             self.tally = Tally.of(self.resumed.run)
             self.loss = next((record["loss"] for record in reversed(self.history.records())), None)
             self._say_resumed()
+        self.log = Logbook(
+            self.telemetry,
+            self.tally,
+            max_steps=self.max_steps,
+            cost=model_cost(base, self.total, trains_all=config.method.type == "full"),
+            peak=_peak(world),
+            device=world.device,
+        )
         self.saver = Saver(
             self.checkpoints,
             config,
@@ -344,20 +318,21 @@ class Job:
                 )
             self.step, self.position, self.loss = batch.step, batch.position, loss
             trace(batch)
-            window = self.tally.window
-            window.loss_sum += agreed.loss_sum
-            window.weight += weight
-            window.tokens += agreed.tokens
-            window.pairs += agreed.pairs
-            window.steps += 1
-            window.waited += waited
-            seconds = time.monotonic() - began
-            window.seconds += seconds
-            self.tally.seconds += seconds
-            self.tally.tokens += agreed.tokens
-            self._stepped(loss, batch.epoch, rate, norm, seconds, waited, agreed.tokens)
+            step = Step(
+                number=batch.step,
+                epoch=batch.epoch,
+                loss_sum=agreed.loss_sum,
+                weight=weight,
+                tokens=agreed.tokens,
+                pairs=agreed.pairs,
+                learning_rate=rate,
+                grad_norm=norm,
+                seconds=time.monotonic() - began,
+                waited=waited,
+            )
+            self._stepped(step)
             last = following is None
-            self._log_if_due(batch.epoch, batch.ends_epoch, rate, norm, last=last)
+            self._log_if_due(step, batch.ends_epoch, last=last)
             save_due |= self.step % self.save_steps == 0
             # Storage that is slow, or away for an hour, delays checkpoints and not the training.
             if last or (save_due and not agreed.saving):
@@ -371,88 +346,23 @@ class Job:
             self.saver.wait()
         return True
 
-    def _stepped(
-        self, loss: float, epoch: float, rate: float, norm: float, seconds: float, waited: float, tokens: int
-    ) -> None:
-        metrics = self.telemetry.metrics
-        metrics.loss.set(loss)
-        metrics.learning_rate.set(rate)
-        metrics.grad_norm.set(norm)
-        metrics.step.set(self.step)
-        metrics.epoch.set(epoch)
-        metrics.tokens.inc(tokens)
-        metrics.step_seconds.observe(seconds)
-        metrics.data_wait.inc(waited)
-        pace = self.telemetry.progress().step_seconds
-        pace = seconds if pace is None else 0.9 * pace + 0.1 * seconds
-        self.telemetry.update(
-            step=self.step,
-            epoch=round(epoch, 4),
-            loss=loss,
-            learning_rate=rate,
-            grad_norm=norm,
-            step_seconds=pace,
-            eta_seconds=round(pace * (self.max_steps - self.step), 1),
-            last_step_time=now(),
-            message=f"step {self.step} of {self.max_steps}",
-        )
+    def _stepped(self, step: Step) -> None:
+        self.log.note(step)
         self.stop.beat()
 
-    def _log_if_due(self, epoch: float, ends_epoch: bool, rate: float, norm: float, *, last: bool) -> None:
+    def _log_if_due(self, step: Step, ends_epoch: bool, *, last: bool) -> None:
         training = self.config.training
         evaluate = bool(self.prepared.eval) and (
             last or (self.step % training.eval_steps == 0 if training.eval_steps else ends_epoch)
         )
         if not (evaluate or last or self.step % training.logging_steps == 0):
             return
-        record = self._record(epoch, rate, norm)
+        line = self.log.line(step)
         if evaluate:
-            record |= self._evaluate()
+            line |= self._evaluate()
         if self.world.first:
-            self.history.add(record)
-            self._print(_line(record, self.max_steps))
-
-    def _record(self, epoch: float, rate: float, norm: float) -> dict[str, Any]:
-        """One line of metrics.jsonl, over the steps since the last one."""
-        window = self.tally.window
-        self.tally.window = Window()
-        seconds = max(window.seconds, 1e-9)
-        pace = window.tokens / seconds
-        mfu = None
-        if self.peak:
-            mfu = self.cost.of(window.tokens, window.pairs) / seconds / (self.peak * self.world.size)
-            self.telemetry.metrics.mfu.set(mfu)
-        memory = self._memory()
-        for kind, size in memory.items():
-            self.telemetry.metrics.memory(kind, size)
-        self.telemetry.metrics.tokens_per_second.set(pace)
-        self.telemetry.update(tokens_per_second=round(pace, 2), mfu=mfu)
-        return {
-            "step": self.step,
-            "epoch": round(epoch, 6),
-            "loss": window.loss_sum / max(window.weight, 1),
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "tokens": self.tally.tokens,
-            "tokens_per_second": round(pace, 3),
-            "step_seconds": round(seconds / max(window.steps, 1), 6),
-            "data_wait_seconds": round(window.waited / max(window.steps, 1), 6),
-            "memory": memory,
-            "mfu": mfu,
-            "time": now(),
-        }
-
-    def _memory(self) -> dict[str, int]:
-        import torch
-
-        sizes = {"rss": host_memory()}
-        if self.world.device.type == "cuda":
-            sizes |= {
-                "allocated": torch.cuda.memory_allocated(),
-                "peak": torch.cuda.max_memory_allocated(),
-                "reserved": torch.cuda.memory_reserved(),
-            }
-        return sizes
+            self.history.add(line)
+            self._print(for_people(line, self.max_steps))
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
@@ -461,11 +371,9 @@ class Job:
         before = self.telemetry.progress().phase
         self._phase("evaluating")
         figures = self.engine.evaluate(self.prepared.eval, self.collate)
-        self.tally.evaluation, self.tally.evaluated_step = figures, self.step
-        self.telemetry.metrics.evaluation(figures)
-        self.telemetry.update(evaluation=figures)
+        told = self.log.evaluated(self.step, figures)
         self._phase(before)
-        return {f"eval_{name}": value for name, value in figures.items()}
+        return told
 
     def _answer_before(self) -> None:
         """The answers of the untrained model; a resumed run has them from its checkpoint. Collective."""
@@ -693,20 +601,6 @@ class Job:
         return result
 
 
-def _line(record: dict[str, Any], max_steps: int) -> str:
-    """A logged step for people: one line."""
-    text = (
-        f"step {record['step']}/{max_steps} epoch {record['epoch']:.2f} loss {record['loss']:.4f} "
-        f"lr {record['learning_rate']:.3e} grad_norm {record['grad_norm']:.3f} "
-        f"{record['tokens_per_second']:,.0f} tok/s {record['step_seconds']:.3f} s/step"
-    )
-    if record.get("mfu") is not None:
-        text += f" mfu {record['mfu']:.1%}"
-    if "eval_loss" in record:
-        text += f" eval_loss {record['eval_loss']:.4f}"
-    return text
-
-
 def _quiet() -> None:
     """The log is for the run: no progress bars, none of the libraries' warnings to their developers."""
     import warnings
@@ -717,6 +611,16 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _peak(world: Any) -> float | None:
+    """FLOP/s of all GPUs of the run together, as far as they are known."""
+    from finetune_trainer.flops import peak_flops
+
+    if world.device.type != "cuda":
+        return None
+    one = peak_flops(_device_name(world.device))
+    return one and one * world.size
 
 
 def _device_name(device: Any) -> str:

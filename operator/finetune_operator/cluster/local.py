@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -302,7 +303,7 @@ class LocalCluster:
         try:
             with self._opener.open(f"http://127.0.0.1:{port}/progress", timeout=PROGRESS_TIMEOUT) as answer:
                 found = json.load(answer)
-        except (OSError, ValueError):
+        except (OSError, HTTPException, ValueError):  # it may end in the middle of its answer
             return None
         return found if isinstance(found, dict) else None
 
