@@ -8,10 +8,10 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,7 +45,7 @@ class Operator:
         self.jobs: dict[Key, Object] = {}
         self.metrics = OperatorMetrics(lambda: list(self.jobs.values()), settings)
         self.leading = asyncio.Event()
-        self.stop = asyncio.Event()
+        self.give_back: Callable[[], None] = lambda: None
         self._stop_watches = threading.Event()
 
     # --- what wakes us ---
@@ -142,7 +142,8 @@ class Operator:
         app.router.add_get("/metrics", metrics)
         app.router.add_get("/healthz", healthz)
         app.router.add_get("/readyz", healthz)
-        runner = web.AppRunner(app, access_log=None)
+        # kopf waits 5 s for whatever is left when it stops, open connections too, and the next replica waits for us.
+        runner = web.AppRunner(app, access_log=None, keepalive_timeout=0)
         await runner.setup()
         await web.TCPSite(runner, port=self.settings.http_port).start()
         return runner
@@ -154,12 +155,9 @@ class Operator:
         os._exit(1)
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop.set)
+        """Until SIGTERM or SIGINT, which kopf handles."""
         runner = await self.serve()
-        elect(self.settings.leader_election, self.leading, self.lost_leadership)
+        self.give_back = elect(self.settings.leader_election, self.leading, self.lost_leadership)
         self.watch_pods()
         tasks = [asyncio.create_task(self.work()) for _ in range(self.settings.workers)]
         tasks.append(asyncio.create_task(self.resync()))
@@ -171,7 +169,6 @@ class Operator:
                 identity=identity(),  # type: ignore[arg-type]  # else kopf asks for the user's name, and 65532 has none
                 clusterwide=not self.settings.namespaces,
                 namespaces=self.settings.namespaces,
-                stop_flag=self.stop,
             )
         finally:
             self._stop_watches.set()
@@ -238,7 +235,8 @@ def main(settings: Settings) -> None:
     api = load_client(connections=settings.workers * 2 + 4)
     cluster = KubernetesCluster(api, settings.progress_through)
 
-    async def start() -> None:
-        await Operator(settings, cluster).run()
-
-    asyncio.run(start())
+    operator = Operator(settings, cluster)
+    try:
+        asyncio.run(operator.run())  # which waits for passes that are being done
+    finally:
+        operator.give_back()
