@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class _Lock(LeaseLock):
         super().__init__(name, namespace, identity)
         self.api_instance = client.CoordinationV1Api(_ImpatientClient(patience))
         self.given_back = False
+        self.renewed = 0.0
+        """When it was last written (``time.monotonic``); what was written is valid from then on."""
         self._writing = threading.Lock()
 
     def get(self, name: str, namespace: str) -> tuple[bool, Any]:
@@ -80,11 +83,14 @@ class _Lock(LeaseLock):
 
     def _write(self, write: Callable[..., bool], name: str, *rest: Any) -> bool:
         with self._writing:
+            asked = time.monotonic()
             try:
-                return not self.given_back and write(name, *rest)
+                written = not self.given_back and write(name, *rest)
             except (HTTPError, OSError) as error:
                 log.warning("the Lease %s cannot be written: %s", name, error)
                 return False
+            self.renewed = asked if written else self.renewed
+            return written
 
     def give_back(self) -> None:
         """Names no holder where that was us, and never takes it again."""
@@ -110,9 +116,19 @@ def elect(settings: LeaderElection, leading: asyncio.Event, lost: Callable[[], N
         leading.set()
         return lambda: None
 
+    def ended() -> None:
+        if not lock.given_back:
+            lost()
+
     def started() -> None:
+        """Runs in a thread of its own."""
         log.info("this replica leads")
         loop.call_soon_threadsafe(leading.set)
+        # The client counts the deadline from its first failure on, and looks at it between two tries only: late enough
+        # for another replica to lead already.
+        while (left := lock.renewed + renew_deadline - time.monotonic()) > 0:
+            time.sleep(left)
+        ended()
 
     renew_deadline = seconds(settings.renew_deadline)
     # Half the deadline: an unanswered try leaves time for another one.
@@ -133,8 +149,7 @@ def elect(settings: LeaderElection, leading: asyncio.Event, lost: Callable[[], N
             election.run()
         except Exception:
             log.exception("the election broke")
-        if not lock.given_back:
-            lost()  # whether it ended or broke: without it nobody knows who leads
+        ended()  # or broken: without it nobody knows who leads
 
     threading.Thread(target=run, name="leader-election", daemon=True).start()
     return lock.give_back

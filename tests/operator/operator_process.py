@@ -27,7 +27,6 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.control_plane import simulated_node
 from tests.operator import progress_server
 
-JOBS = "finetune.dev/v1alpha1/finetunejobs"
 POOL = "finetune.test/pool"
 ACCOUNT = "operator-under-test"
 
@@ -37,24 +36,6 @@ def simulated(cluster: Access) -> Cluster:
     if not isinstance(cluster, Cluster) or not cluster.simulated:
         pytest.skip("needs simulated pods, and the cluster of KUBECONFIG has none")
     return cluster
-
-
-def fine_tune_job(name: str, **spec: Any) -> Object:
-    """A FineTuneJob of two workers with eight GPUs each."""
-    least = {
-        "model": {"uri": "hf://org/model"},
-        "data": {"train": [{"uri": "s3://team/train.jsonl"}]},
-        "output": {"uri": f"s3://team/{name}"},
-        "workers": {"replicas": 2, "gpusPerWorker": 8},
-    }
-    api = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob"}
-    return {**api, "metadata": {"name": name}, "spec": {**least, **spec}}
-
-
-def workers(cluster: Cluster, namespace: str, name: str, attempt: int = 1, count: int = 2) -> list[Object]:
-    """The workers of an attempt, by index, once they run."""
-    selector = f"finetune.dev/job={name},finetune.dev/attempt={attempt}"
-    return cluster.wait_for_pods(selector, count, namespace=namespace)
 
 
 def free_port() -> int:

@@ -14,31 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.access import Access, Object
+from tests.cluster.access import Object
 from tests.cluster.cluster import Cluster
-from tests.operator.operator_process import (
-    JOBS,
-    OperatorProcess,
-    account,
-    fine_tune_job,
-    free_port,
-    prepared,
-    settings_in,
-    simulated,
-    workers,
-)
+from tests.operator.jobs_on_a_cluster import BATCH_JOBS, JOBS, condition, fine_tune_job, workers
+from tests.operator.operator_process import OperatorProcess, account, free_port, settings_in
 
 pytestmark = pytest.mark.cluster
 
 LEASES = "coordination.k8s.io/v1/leases"
 LEASE_DURATION = 6.0
-
-
-@pytest.fixture(scope="module")
-def own(cluster: Access) -> Iterator[str]:
-    """The operator's namespace."""
-    with prepared(simulated(cluster), nodes=2) as name:
-        yield name
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +68,10 @@ def running_job(cluster: Cluster, namespace: str, name: str) -> list[Object]:
     """A job of two workers, of which the operator has seen that they run; the workers."""
     cluster.apply(fine_tune_job(name), namespace=namespace)
     pods = workers(cluster, namespace, name)
-    cluster.wait_for(JOBS, lambda jobs: pods_ready(jobs[0]) == "True", name=name, namespace=namespace)
+    cluster.wait_for(
+        JOBS, lambda jobs: condition(jobs[0], "PodsReady")["status"] == "True", name=name, namespace=namespace
+    )
     return pods
-
-
-def pods_ready(job: Object) -> str:
-    conditions: list[Object] = job.get("status", {}).get("conditions", [])
-    return next((c["status"] for c in conditions if c["type"] == "PodsReady"), "")
 
 
 def let_succeed(cluster: Cluster, namespace: str, name: str) -> Object:
@@ -131,7 +112,7 @@ def test_a_killed_leader_is_replaced_within_the_lease_and_its_job_goes_on(
     assert [(a["number"], a["cause"]) for a in done["attempts"]] == [(1, "Succeeded")]
     assert done["restarts"] == 0
     assert uids(cluster.objects("pods", namespace=namespace)) == uids(pods)
-    assert len(cluster.objects("batch/v1/jobs", namespace=namespace)) == 1
+    assert len(cluster.objects(BATCH_JOBS, namespace=namespace)) == 1
 
     first.start()
     first.wait_until("it answers", first.answers)

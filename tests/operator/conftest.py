@@ -1,0 +1,50 @@
+"""Fixtures of the tests on a cluster; a file that uses them has an operator of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.access import Access
+from tests.cluster.cluster import Cluster
+from tests.operator.jobs_on_a_cluster import EXIT
+from tests.operator.operator_process import (
+    OperatorProcess,
+    Trainers,
+    account,
+    prepared,
+    profile,
+    settings_in,
+    simulated,
+)
+
+
+@pytest.fixture(scope="module")
+def own(cluster: Access) -> Iterator[str]:
+    """The operator's namespace, and nodes for its pods."""
+    with prepared(simulated(cluster), nodes=8) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def trainers(cluster: Cluster) -> Iterator[Trainers]:
+    speaking = Trainers(cluster)
+    yield speaking
+    speaking.stop()
+
+
+@pytest.fixture(scope="module")
+def operator(cluster: Cluster, own: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+    """One operator for all of these tests, with the rights of the chart."""
+    folder = tmp_path_factory.mktemp("operator")
+    profiles = {
+        "default": profile(own),
+        "done": profile(own, **{EXIT: "0"}),
+        "on-silent-nodes": profile(own, **{"simulate.finetune.dev/silent": "true"}),
+    }
+    with account(cluster, own, folder) as kubeconfig:
+        process = OperatorProcess(cluster, kubeconfig, folder, "operator", settings_in(own, profiles=profiles))
+        process.wait_until("it answers", process.answers)
+        yield process
+        process.stop()
