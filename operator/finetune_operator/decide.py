@@ -43,6 +43,8 @@ BACKOFF_FIRST, BACKOFF_MOST = 10.0, 300.0
 """Seconds before a restart after attempts that finished no step; doubled each time."""
 PENDING_POLL = 15.0
 """Seconds between looks at what should wake us by itself, in case an event was lost."""
+REFUSAL_POLL = 2.0
+"""Seconds between looks at a Job without its pods: that they cannot be made wakes nobody."""
 
 
 @dataclass(frozen=True)
@@ -428,11 +430,13 @@ def _running(
     facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, job: GangJob | None, pods: tuple[Pod, ...]
 ) -> Decision:
     pods_ready = _pods_ready(facts, job, pods)
-    progressing = _progressing(facts, status, pods, bool(pods_ready.holds))
+    progressing = _progressing(facts, status, bool(pods_ready.holds))
     state = State.RUNNING if progressing.holds else State.STARTING
     if status.restarts and state is State.STARTING:
         state = State.RESTARTING
     poll = facts.poll if pods_ready.holds else PENDING_POLL
+    if job is not None and not (job.suspended or job.refusal) and facts.plan and len(pods) < facts.plan.workers:
+        poll = REFUSAL_POLL
     return Decision(_written(facts, status, state, pods_ready, progressing, *_not_finished()), requeue=poll)
 
 
@@ -444,6 +448,9 @@ def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Fin
     count = f"{ready} of {wanted} workers run."
     if job is not None and job.suspended:
         return Finding(Condition.PODS_READY, False, Reason.QUEUED, f"{count} The queue holds Job {job.name} back.")
+    if job is not None and job.refusal:
+        reason = Reason.QUOTA_EXCEEDED if "exceeded quota" in job.refusal else Reason.PODS_PENDING
+        return Finding(Condition.PODS_READY, False, reason, f"{count} No further pod can be made: {job.refusal}")
     for pod in pods:
         if pod.unschedulable:
             message = f"{count} No node for {pod.name}: {pod.unschedulable}"
@@ -457,12 +464,14 @@ def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Fin
     return Finding(Condition.PODS_READY, False, Reason.PODS_PENDING, count)
 
 
-def _progressing(facts: Facts, status: FineTuneJobStatus, pods: tuple[Pod, ...], ready: bool) -> Finding:
+def _progressing(facts: Facts, status: FineTuneJobStatus, ready: bool) -> Finding:
     if not ready:
         return Finding(Condition.PROGRESSING, False, Reason.LOADING, "Waiting for the pods.")
     progress = facts.progress
     if progress is None:
-        known = status.progress is not None and status.progress.phase in ("training", "evaluating", "saving")
+        # In an attempt that has told of no step yet, the phase is one of an earlier attempt.
+        last = status.progress if status.attempts[-1].last_step else None
+        known = last is not None and last.phase in ("training", "evaluating", "saving")
         message = "The trainer does not answer yet."
         return Finding(Condition.PROGRESSING, True if known else None, Reason.PROGRESS_UNKNOWN, message)
     if progress.phase in ("training", "evaluating"):

@@ -4,6 +4,7 @@ Called by ``reconcile.py`` on every pass; ``failures.py`` and ``decide.py`` read
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -97,6 +98,8 @@ class GangJob:
     failure_message: str
     deleting: bool
     active: int
+    refusal: str = ""
+    """Why its controller cannot make a pod it lacks: a quota, Pod Security, a webhook."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,13 @@ class Observed:
 
 def observe(name: str, children: Iterable[dict[str, Any]]) -> Observed:
     """Facts of the children of the FineTuneJob ``name``."""
+    children = list(children)
     jobs, pods = [], []
     config, spec = None, None
     for child in children:
         kind = child["kind"]
         if kind == "Job":
-            jobs.append(_job(child))
+            jobs.append(_job(child, [c for c in children if c["kind"] == "Event"]))
         elif kind == "Pod":
             pods.append(_pod(child))
         elif kind == "ConfigMap" and child["metadata"]["name"] == config_name(name):
@@ -143,7 +147,14 @@ def _true_condition(child: Object, kind: str) -> Mapping[str, Any]:
     return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), {})
 
 
-def _job(child: Object) -> GangJob:
+def _refusal(job: Object, events: list[dict[str, Any]]) -> str:
+    own = [e for e in events if e["involvedObject"]["uid"] == job["metadata"].get("uid")]
+    newest = max(own, key=lambda e: e.get("lastTimestamp") or "", default={"message": ""})
+    # Without the name of the pod, which is another one at every try.
+    return re.sub(r'^Error creating: (pods "[^"]*" is forbidden: )?', "", newest["message"])
+
+
+def _job(child: Object, events: list[dict[str, Any]]) -> GangJob:
     failed = _true_condition(child, "Failed") or _true_condition(child, "FailureTarget")
     succeeded = _true_condition(child, "Complete") or _true_condition(child, "SuccessCriteriaMet")
     return GangJob(
@@ -157,6 +168,7 @@ def _job(child: Object) -> GangJob:
         failure_message=failed.get("message", ""),
         deleting="deletionTimestamp" in child["metadata"],
         active=child.get("status", {}).get("active") or 0,
+        refusal=_refusal(child, events),
     )
 
 

@@ -163,10 +163,12 @@ def _progress(cluster: Cluster, observed: Observed) -> Progress | None:
         return None
     known = {key: value for key, value in document.items() if key in Progress.model_fields}
     try:
-        return Progress.model_validate(known)
+        progress = Progress.model_validate(known)
     except ValidationError:
         log.warning("pod %s answers something else than progress", rank0.name)
         return None
+    # Pod addresses are used again: what an earlier pod still says is not about this attempt.
+    return progress if progress.attempt == newest else None
 
 
 def _dead_nodes(cluster: Cluster, observed: Observed) -> frozenset[str]:

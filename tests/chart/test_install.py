@@ -275,6 +275,7 @@ NEEDED = [
     ("watch", "pods"),
     ("delete", "pods"),
     ("create", "events"),
+    ("list", "events"),
 ]
 REFUSED = [
     ("get", "secrets"),

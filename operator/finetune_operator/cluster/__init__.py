@@ -24,7 +24,8 @@ class Cluster(Protocol):
         """The FineTuneJob, or None where there is none."""
 
     def children(self, namespace: str, name: str) -> list[Object]:
-        """All Jobs, Pods and ConfigMaps made for the FineTuneJob of that name, each with its ``kind``."""
+        """All Jobs, Pods and ConfigMaps made for the FineTuneJob of that name, each with its ``kind``; and Events, of
+        Jobs whose pods cannot be made."""
 
     def node(self, name: str) -> Object | None:
         """A node; None where it is gone or may not be read."""

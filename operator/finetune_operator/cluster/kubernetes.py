@@ -5,6 +5,7 @@ Reads plain JSON, not the client's typed models: what is observed must not depen
 reads Secrets.
 """
 
+import contextlib
 import json
 import logging
 import threading
@@ -85,6 +86,22 @@ class KubernetesCluster:
         ):
             answer = self._json(f"list {kind}s of {namespace}", listing, namespace, label_selector=selector)
             found += [{**item, "kind": kind} for item in answer.get("items") or []]
+        return [*found, *self._refusals(namespace, found)]
+
+    def _refusals(self, namespace: str, children: list[Object]) -> list[Object]:
+        """The events that say why the Job controller cannot make the pods a Job lacks: they are told nowhere else."""
+        owners = [owner["uid"] for child in children for owner in child["metadata"].get("ownerReferences") or []]
+        found: list[Object] = []
+        for job in children:
+            uid, over = job["metadata"]["uid"], "deletionTimestamp" in job["metadata"]
+            over = over or any(c["status"] == "True" for c in (job.get("status") or {}).get("conditions") or [])
+            if job["kind"] != "Job" or over or owners.count(uid) >= job["spec"].get("parallelism", 1):
+                continue
+            selector = f"involvedObject.uid={uid},reason=FailedCreate"
+            with contextlib.suppress(ClusterError):  # a job runs as well without being explained
+                listing = self._core.list_namespaced_event
+                answer = self._json(f"list events of {namespace}", listing, namespace, field_selector=selector)
+                found += [{**item, "kind": "Event"} for item in answer.get("items") or []]
         return found
 
     def node(self, name: str) -> Object | None:

@@ -1,0 +1,229 @@
+"""Lives of jobs with the real operator at a real API server, with its Job controller and scheduler. Pods are simulated:
+they end, and their trainers speak, as a test says."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from finetune_api.causes import Cause
+from finetune_api.run import CheckpointInfo, Termination
+from tests.cluster.cluster import Cluster
+from tests.operator.jobs_on_a_cluster import (
+    BATCH_JOBS,
+    CHILDREN,
+    JOBS,
+    condition,
+    end,
+    fine_tune_job,
+    result,
+    shown,
+    told,
+    wait_for_reason,
+    wait_for_state,
+    workers,
+)
+from tests.operator.operator_process import Trainers
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("operator")]
+
+
+# --- a life without trouble ---
+
+
+def test_a_job_runs_on_two_nodes_and_succeeds(cluster: Cluster, namespace: str, trainers: Trainers) -> None:
+    cluster.apply(fine_tune_job("tune"), namespace=namespace)
+    pods = workers(cluster, namespace, "tune")
+    assert len({pod["spec"]["nodeName"] for pod in pods}) == 2
+    for pod in pods:
+        trainer = next(c for c in pod["spec"]["containers"] if c["name"] == "trainer")
+        assert trainer["resources"] == {"requests": {"nvidia.com/gpu": "8"}, "limits": {"nvidia.com/gpu": "8"}}
+    indexes = [pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] for pod in pods]
+    assert indexes == ["0", "1"]
+
+    trainers.say(pods[0], phase="loading", message="Loading the model.")
+    loading = wait_for_reason(cluster, namespace, "tune", "Progressing", "Loading")
+    assert wait_for_state(cluster, namespace, "tune", "Starting")
+    assert loading["status"] == "False"
+
+    saved = CheckpointInfo(step=3, uri="s3://team/tune/checkpoints/step-3", time="2026-01-01T00:00:00Z", size=1024)
+    trainers.say(
+        pods[0], phase="training", step=4, max_steps=10, loss=1.25, eta_seconds=72.0, checkpoints=[saved],
+        trainable_parameters=7,
+    )  # fmt: skip
+    status = wait_for_state(cluster, namespace, "tune", "Running")
+    assert (status["progress"]["percent"], status["progress"]["loss"]) == ("40 %", "1.2500")
+    assert status["checkpoints"][0]["uri"] == saved.uri
+    columns = shown(cluster, namespace, "tune")
+    assert {c: columns[c] for c in ("STATE", "PROGRESS", "STEP", "LOSS", "ETA", "RESTARTS")} == {
+        "STATE": "Running", "PROGRESS": "40 %", "STEP": "4", "LOSS": "1.2500", "ETA": "1m12s", "RESTARTS": "0",
+    }  # fmt: skip
+
+    end(cluster, pods[0], 0, word=result("tune"))
+    end(cluster, pods[1], 0)
+    done = cluster.wait_for_condition(JOBS, "tune", "Complete", namespace=namespace)
+    assert condition(done, "Complete")["message"] == (
+        "The run has finished after 10 steps; its output is in s3://team/tune"
+    )
+    assert condition(done, "Ready")["status"] == "True"  # what Flux and Argo CD wait for
+    holding = {c["type"] for c in done["status"]["conditions"] if c["status"] == "True"}
+    assert holding == {"Accepted", "InputsReady", "Reconciled", "Complete", "Ready"}
+    status = done["status"]
+    assert (status["state"], status["restarts"], status["completionTime"] > status["startTime"]) == (
+        "Succeeded",
+        0,
+        True,
+    )
+    assert [(a["number"], a["jobName"], a["cause"], a["exitCode"]) for a in status["attempts"]] == [
+        (1, "tune-a1", "Succeeded", 0)
+    ]
+    assert status["outputs"] == [{"uri": "s3://team/tune", "kind": "model", "digest": "sha256:1", "size": "2.0Ki"}]
+    assert shown(cluster, namespace, "tune")["PROGRESS"] == "100 %"
+    events = told(cluster, namespace, "tune", last="Succeeded")
+    assert ("Normal", "AttemptStarted", "Attempt 1: Job tune-a1 made.") in events
+    assert ("Normal", "CheckpointSaved", "Checkpoint of step 3 is complete.") in events
+    assert {kind for kind, _, _ in events} == {"Normal"}
+
+
+# --- failures of the run ---
+
+
+def test_failed_workers_restart_the_gang_until_the_restarts_are_used_up(cluster: Cluster, namespace: str) -> None:
+    cluster.apply(fine_tune_job("tune", recovery={"maxRestarts": 1}), namespace=namespace)
+    first = workers(cluster, namespace, "tune")
+    end(cluster, first[1], 137, reason="OOMKilled")
+    second = workers(cluster, namespace, "tune", attempt=2)
+    status = wait_for_state(cluster, namespace, "tune", "Restarting")
+    assert (status["restarts"], status["countedRestarts"]) == (1, 1)
+    assert shown(cluster, namespace, "tune")["RESTARTS"] == "1"
+    # The whole gang was taken away, not only the worker that failed.
+    left = cluster.objects("pods", namespace=namespace)
+    assert {pod["metadata"]["uid"] for pod in left} == {pod["metadata"]["uid"] for pod in second}
+
+    end(cluster, second[0], 1, word=Termination(cause=Cause.TRAINER_ERROR, message="ValueError: boom", exit_code=1))
+    failed = cluster.wait_for_condition(JOBS, "tune", "Failed", namespace=namespace)
+    told_why = condition(failed, "Failed")
+    assert told_why["reason"] == "RestartsExhausted"
+    assert told_why["message"] == "recovery.maxRestarts = 1 is used up. Last: TrainerError: ValueError: boom"
+    assert condition(failed, "Stalled")["status"] == "True"
+    attempts = failed["status"]["attempts"]
+    assert [(a["cause"], a["exitCode"], a["counted"], a["pod"], a["node"]) for a in attempts] == [
+        ("OutOfMemory", 137, True, first[1]["metadata"]["name"], first[1]["spec"]["nodeName"]),
+        ("TrainerError", 1, True, second[0]["metadata"]["name"], second[0]["spec"]["nodeName"]),
+    ]
+    assert "resources.limits.memory in spec.workers.template" in attempts[0]["message"]
+    events = told(cluster, namespace, "tune", last="Failed")
+    assert {reason for kind, reason, _ in events if kind == "Warning"} == {"OutOfMemory", "TrainerError", "Failed"}
+    assert ("Warning", "TrainerError", "Attempt 2 ended (exit code 1): ValueError: boom") in events
+    # The survivors hold no GPUs.
+    cluster.wait_for(
+        "pods", lambda pods: not [p for p in pods if p["status"]["phase"] == "Running"], namespace=namespace
+    )
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(cluster: Cluster, namespace: str) -> None:
+    cluster.apply(fine_tune_job("tune"), namespace=namespace)
+    pods = workers(cluster, namespace, "tune")
+    said = "data.train[0].uri: s3://team/train.jsonl does not exist"
+    end(cluster, pods[0], 64, word=Termination(cause=Cause.DATA_NOT_FOUND, message=said, exit_code=64))
+    failed = cluster.wait_for_condition(JOBS, "tune", "Failed", namespace=namespace)
+    told_why = condition(failed, "Failed")
+    assert (told_why["reason"], told_why["message"]) == ("NotRetryable", f"DataNotFound: {said}")
+    assert [(a["cause"], a["exitCode"]) for a in failed["status"]["attempts"]] == [("DataNotFound", 64)]
+    assert failed["status"]["restarts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "last_words", "cause", "says"),
+    [
+        (137, "", "Killed", "Container trainer was killed by SIGKILL (exit code 137)."),
+        (1, "KeyError: 3", "TrainerError", "Container trainer ended with exit code 1. It said: KeyError: 3"),
+        (1, "NCCL error: remote process exited", "CommunicationError", "The workers lost each other."),
+    ],
+)
+def test_a_worker_that_could_not_explain_itself_is_explained(
+    cluster: Cluster, namespace: str, code: int, last_words: str, cause: str, says: str
+) -> None:
+    cluster.apply(fine_tune_job("tune", recovery={"maxRestarts": 0}), namespace=namespace)
+    pods = workers(cluster, namespace, "tune")
+    end(cluster, pods[1], code, word=last_words)
+    failed = cluster.wait_for_condition(JOBS, "tune", "Failed", namespace=namespace)["status"]
+    assert [(a["cause"], a["exitCode"]) for a in failed["attempts"]] == [(cause, code)]
+    assert says in failed["attempts"][0]["message"]
+
+
+def test_workers_that_hang_are_made_anew(cluster: Cluster, namespace: str, trainers: Trainers) -> None:
+    cluster.apply(fine_tune_job("tune"), namespace=namespace)
+    pods = workers(cluster, namespace, "tune")
+    now = datetime.now(UTC).isoformat()
+    trainers.say(
+        pods[0], phase="training", step=3, max_steps=9, last_step_time=now, heartbeats={"0": 599.0, "9": 601.0}
+    )
+    workers(cluster, namespace, "tune", attempt=2)
+    hung = cluster.get(JOBS, "tune", namespace=namespace)["status"]["attempts"][0]
+    assert (hung["cause"], hung["counted"], hung["lastStep"]) == ("Stalled", True, 3)
+    assert hung["message"] == (
+        "The workers made no progress for 601 s (recovery.hangTimeout is 600 s). Rank 9 has been silent the longest."
+    )
+
+
+def test_a_killed_pod_costs_no_restart(cluster: Cluster, namespace: str) -> None:
+    cluster.apply(fine_tune_job("tune", recovery={"maxRestarts": 0}), namespace=namespace)
+    pods = workers(cluster, namespace, "tune")
+    cluster.kubectl("delete", "pod", pods[1]["metadata"]["name"], "-n", namespace, "--wait=false")
+    workers(cluster, namespace, "tune", attempt=2)
+    status = wait_for_state(cluster, namespace, "tune", "Restarting")
+    assert (status["restarts"], status["countedRestarts"]) == (1, 0)
+    assert [a["cause"] for a in status["attempts"]] == ["Terminated", ""]
+
+
+# --- failures of nodes ---
+
+
+def test_a_node_that_dies_is_left_and_kept_out(cluster: Cluster, namespace: str, own: str) -> None:
+    """As where the machine is gone: its pod is never confirmed to have ended, and must not be waited for."""
+    cluster.apply(fine_tune_job("tune", profile="on-silent-nodes"), namespace=namespace)
+    pods = workers(cluster, namespace, "tune")
+    dead, silent = pods[1]["spec"]["nodeName"], pods[0]["metadata"]["name"]
+    cluster.kubectl("annotate", "node", dead, "simulate.finetune.dev/not-ready=true")
+    try:
+        wait_for_reason(cluster, namespace, "tune", "Progressing", "Restarting")
+        # The other worker's node is well: its kubelet ends the pod.
+        cluster.kubectl("annotate", "pod", silent, "-n", namespace, "simulate.finetune.dev/silent-")
+        again = workers(cluster, namespace, "tune", attempt=2)
+    finally:
+        cluster.kubectl("annotate", "node", dead, "simulate.finetune.dev/not-ready-")
+    assert dead not in {pod["spec"]["nodeName"] for pod in again}
+    status = cluster.get(JOBS, "tune", namespace=namespace)["status"]
+    lost = status["attempts"][0]
+    assert (lost["cause"], lost["pod"], lost["node"]) == ("NodeLost", pods[1]["metadata"]["name"], dead)
+    assert (lost["nodeSuspect"], lost["counted"], status["countedRestarts"]) == (True, False, 0)
+    assert dead in lost["message"]
+
+
+# --- the end of a job ---
+
+
+def test_a_finished_job_goes_after_its_time_and_takes_its_children_along(cluster: Cluster, namespace: str) -> None:
+    cluster.apply(fine_tune_job("tune", profile="done", ttlSecondsAfterFinished=2), namespace=namespace)
+    cluster.wait_for_condition(JOBS, "tune", "Complete", namespace=namespace)
+    assert cluster.objects("pods", namespace=namespace)  # they stay for their logs
+    cluster.wait_gone(JOBS, name="tune", namespace=namespace)
+    wait_until_no_child_is_left(cluster, namespace)
+
+
+def test_a_running_job_that_is_deleted_leaves_nothing(cluster: Cluster, namespace: str) -> None:
+    cluster.apply(fine_tune_job("tune"), namespace=namespace)
+    workers(cluster, namespace, "tune")
+    made = cluster.kubectl("get", CHILDREN, "-n", namespace, "-l", "finetune.dev/job=tune", "-o", "name").split()
+    assert {name.partition("/")[0] for name in made} == {
+        "job.batch", "pod", "service", "networkpolicy.networking.k8s.io", "configmap",
+    }  # fmt: skip
+    cluster.kubectl("delete", "ftj", "tune", "-n", namespace, timeout=20)
+    wait_until_no_child_is_left(cluster, namespace)
+
+
+def wait_until_no_child_is_left(cluster: Cluster, namespace: str) -> None:
+    for kind in ("pods", BATCH_JOBS, "services", "networking.k8s.io/v1/networkpolicies", "configmaps"):
+        cluster.wait_gone(kind, selector="finetune.dev/job=tune", namespace=namespace)
