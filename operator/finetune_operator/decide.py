@@ -487,12 +487,14 @@ def _progressing(facts: Facts, status: FineTuneJobStatus, ready: bool) -> Findin
 def _between_attempts(facts: Facts, status: FineTuneJobStatus) -> Decision:
     """No attempt runs: clear what is left, then wait for what is missing, then make the next one."""
     leftovers = _leftovers(facts)
-    clearing = bool(facts.observed.jobs or facts.observed.pods)
+    clearing = bool(facts.observed.jobs or facts.observed.pods or facts.observed.earlier)
     suspended = facts.spec is not None and facts.spec.suspend
     if clearing:
         state = State.SUSPENDING if suspended else (State.RESTARTING if status.attempts else State.PENDING)
         last = status.attempts[-1] if status.attempts else None
-        message = f"Clearing attempt {last.number} ({last.cause})." if last else "Clearing."
+        message = "Clearing what is left of an earlier job of this name."
+        if last is not None:
+            message = f"Clearing attempt {last.number} ({last.cause})."
         findings = [
             Finding(Condition.PROGRESSING, False, Reason.RESTARTING, message),
             Finding(Condition.PODS_READY, False, Reason.NO_PODS, message),

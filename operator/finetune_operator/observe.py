@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, Termination, TrainerConfig
-from finetune_operator.manifests import INDEX_LABEL, LABEL_ATTEMPT, config_name
+from finetune_operator.manifests import INDEX_LABEL, KIND, LABEL_ATTEMPT, config_name
 
 Object = Mapping[str, Any]
 
@@ -110,6 +110,8 @@ class Observed:
     pods: tuple[Pod, ...]
     frozen_config: TrainerConfig | None
     frozen_spec: Mapping[str, Any] | None
+    earlier: bool = False
+    """Something is left of a FineTuneJob of the same name that was deleted; it is none of the above."""
 
     def job(self, attempt: int) -> GangJob | None:
         """The Job of one attempt."""
@@ -120,9 +122,12 @@ class Observed:
         return tuple(sorted((p for p in self.pods if p.attempt == attempt), key=lambda p: (p.index, p.name)))
 
 
-def observe(name: str, children: Iterable[dict[str, Any]]) -> Observed:
-    """Facts of the children of the FineTuneJob ``name``."""
-    children = list(children)
+def observe(name: str, children: Iterable[dict[str, Any]], uid: str = "") -> Observed:
+    """Facts of the children of the FineTuneJob ``name``; with ``uid``, of the one that has it."""
+    everything = list(children)
+    earlier = {c["metadata"]["uid"] for c in everything if uid and _owners(c, KIND) - {uid}}
+    earlier |= {c["metadata"]["uid"] for c in everything if _owners(c, "Job") & earlier}
+    children = [c for c in everything if c["metadata"].get("uid") not in earlier]
     jobs, pods = [], []
     config, spec = None, None
     for child in children:
@@ -135,7 +140,11 @@ def observe(name: str, children: Iterable[dict[str, Any]]) -> Observed:
             data = child.get("data") or {}
             config = TrainerConfig.model_validate_json(data["config.json"])
             spec = json.loads(data["spec.json"])
-    return Observed(tuple(jobs), tuple(pods), config, spec)
+    return Observed(tuple(jobs), tuple(pods), config, spec, bool(earlier))
+
+
+def _owners(child: Object, kind: str) -> set[str]:
+    return {owner["uid"] for owner in child["metadata"].get("ownerReferences") or [] if owner["kind"] == kind}
 
 
 def _attempt(child: Object) -> int:

@@ -87,7 +87,7 @@ def gather(cluster: Cluster, settings: Settings, raw: Object, status: FineTuneJo
     found = read(raw)
     mistakes: tuple[Mistake, ...] = () if isinstance(found, FineTuneJobSpec) else tuple(found)
     spec = found if isinstance(found, FineTuneJobSpec) else None
-    observed = observe(name, cluster.children(namespace, name))
+    observed = observe(name, cluster.children(namespace, name), metadata["uid"])
     profile, profile_problem = _profile(settings, spec)
     inputs = Inputs()
     if spec is not None and observed.frozen_config is None:

@@ -28,10 +28,17 @@ def own(cluster: Access) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def trainers(cluster: Cluster) -> Iterator[Trainers]:
+def progress(cluster: Cluster) -> Iterator[Trainers]:
     speaking = Trainers(cluster)
     yield speaking
     speaking.stop()
+
+
+@pytest.fixture
+def trainers(progress: Trainers) -> Iterator[Trainers]:
+    """The trainers of one test: the next one's pods may have the same addresses."""
+    yield progress
+    progress.forget()
 
 
 @pytest.fixture(scope="module")

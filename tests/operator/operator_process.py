@@ -190,6 +190,11 @@ class Trainers:
         answer.write_text(Progress(**progress).model_dump_json())
         answer.rename(answer.with_suffix(".json"))
 
+    def forget(self) -> None:
+        """No pod answers until it is told to again."""
+        for answer in self._folder.iterdir():
+            answer.unlink()
+
     def stop(self) -> None:
         """Nobody answers any more."""
         self._stop()

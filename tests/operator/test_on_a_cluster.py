@@ -3,6 +3,7 @@ they end, and their trainers speak, as a test says."""
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 
 import pytest
@@ -20,6 +21,7 @@ from tests.operator.jobs_on_a_cluster import (
     result,
     shown,
     told,
+    uids,
     wait_for_reason,
     wait_for_state,
     workers,
@@ -222,6 +224,23 @@ def test_a_running_job_that_is_deleted_leaves_nothing(cluster: Cluster, namespac
     }  # fmt: skip
     cluster.kubectl("delete", "ftj", "tune", "-n", namespace, timeout=20)
     wait_until_no_child_is_left(cluster, namespace)
+
+
+def test_a_job_made_anew_has_nothing_of_the_one_before(cluster: Cluster, namespace: str) -> None:
+    """``kubectl replace --force``: what was made for the job before is still there, and its workers are slow to end."""
+    cluster.apply(fine_tune_job("tune", profile="on-silent-nodes"), namespace=namespace)
+    before = workers(cluster, namespace, "tune")
+    cluster.kubectl("delete", "ftj", "tune", "-n", namespace)
+    cluster.apply(fine_tune_job("tune", training={"learning_rate": 0.5}), namespace=namespace)
+    clearing = wait_for_reason(cluster, namespace, "tune", "Progressing", "Restarting")
+    assert clearing["message"] == "Clearing what is left of an earlier job of this name."
+    cluster.kubectl("annotate", "pod", "-n", namespace, "--all", "simulate.finetune.dev/silent-")
+    cluster.wait_for("pods", lambda pods: len(pods) == 2 and not uids(before) & uids(pods), namespace=namespace)
+    status = wait_for_state(cluster, namespace, "tune", "Starting")
+    assert [(a["number"], a["cause"]) for a in status["attempts"]] == [(1, "")]
+    config = json.loads(cluster.get("configmaps", "tune-config", namespace=namespace)["data"]["config.json"])
+    assert config["training"]["learning_rate"] == 0.5
+    told(cluster, namespace, "tune", last="AttemptStarted")
 
 
 def wait_until_no_child_is_left(cluster: Cluster, namespace: str) -> None:

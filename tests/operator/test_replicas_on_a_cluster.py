@@ -16,7 +16,14 @@ import pytest
 
 from tests.cluster.access import Object
 from tests.cluster.cluster import Cluster
-from tests.operator.jobs_on_a_cluster import BATCH_JOBS, JOBS, condition, fine_tune_job, workers
+from tests.operator.jobs_on_a_cluster import (
+    BATCH_JOBS,
+    JOBS,
+    condition,
+    fine_tune_job,
+    uids,
+    workers,
+)
 from tests.operator.operator_process import OperatorProcess, account, free_port, settings_in
 
 pytestmark = pytest.mark.cluster
@@ -79,10 +86,6 @@ def let_succeed(cluster: Cluster, namespace: str, name: str) -> Object:
     ended = "simulate.finetune.dev/exit-code=0"
     cluster.kubectl("annotate", "pod", "-n", namespace, "-l", f"finetune.dev/job={name}", ended)
     return cluster.wait_for_condition(JOBS, name, "Complete", namespace=namespace)
-
-
-def uids(objects: list[Object]) -> set[str]:
-    return {o["metadata"]["uid"] for o in objects}
 
 
 def test_one_replica_leads_and_both_are_ready(replicas: list[OperatorProcess]) -> None:
