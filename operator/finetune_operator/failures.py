@@ -129,11 +129,12 @@ def explain_exit(ended: Exit) -> tuple[Cause, str]:
         )
     if ended.termination:
         return ended.termination.cause, ended.termination.message
-    if known := _known_text(ended.text):
+    signal = ended.code - 128 if ended.code > 128 else 0
+    # Who is killed has said nothing about it: the log's last lines are about something else.
+    if signal not in (SIGKILL, SIGTERM) and (known := _known_text(ended.text)):
         return known
     if ended.reason in ("ContainerCannotRun", "StartError", "CreateContainerError"):
         return Cause.INVALID_CONFIGURATION, f"Container {ended.container} cannot start: {ended.text or ended.reason}"
-    signal = ended.code - 128 if ended.code > 128 else 0
     if signal == SIGTERM or ended.code == 75:
         return Cause.TERMINATED, f"Container {ended.container} was told to stop (exit code {ended.code})."
     if signal:
@@ -164,7 +165,7 @@ _TEXTS: tuple[tuple[str, Cause, str], ...] = (
         "The workers lost each other.",
     ),
     (
-        r"No module named|ImportError",
+        r"(?m)^(ModuleNotFoundError|ImportError): |^\S*python\S*: (No module named|Error while finding module)",
         Cause.INVALID_CONFIGURATION,
         "The image does not hold what the trainer needs. Check the profile's image.",
     ),

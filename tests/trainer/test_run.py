@@ -178,7 +178,7 @@ def test_outputs_are_sealed_by_digests(whole: dict[str, Any]) -> None:
         assert manifest["step"] == STEPS
         assert sum(file["size"] for file in manifest["files"].values()) == output.size
         for name, file in manifest["files"].items():
-            assert file["digest"] == "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            assert file["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert {"adapter_model.safetensors", "metrics.jsonl", "loss.png", "report.html"} <= manifest_names(whole["output"])
 
 

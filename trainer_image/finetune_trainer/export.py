@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.run import OutputInfo, TrainerConfig
-from finetune_trainer.checkpoint import persistently
-from finetune_trainer.storage import Store, digest, file_digest
+from finetune_trainer.checkpoint import persistently, sha256_of
+from finetune_trainer.storage import Store, digest
 from finetune_trainer.telemetry import now
 
 MANIFEST = "manifest.json"
@@ -47,7 +47,7 @@ def upload(directory: Path, uri: str, kind: str, facts: dict[str, Any]) -> Outpu
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         persistently(lambda p=path, n=name: store.put(n, p))  # type: ignore[misc]
-        files[name] = {"size": path.stat().st_size, "digest": file_digest(path)}
+        files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     for name in sorted(before - files.keys()):  # of an earlier result in the same folder
         persistently(lambda n=name: store.delete(n))  # type: ignore[misc]
     content = json.dumps({"kind": kind, "time": now(), **facts, "files": files}, indent=1).encode()

@@ -272,8 +272,9 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 def assert_packing_isolated(model: PreTrainedModel) -> None:
     """RunError(INVALID_CONFIGURATION) unless rows packed into one sequence do not see each other.
 
-    Tried on the model itself: the logits of a second row must stay what they are when the first one changes,
-    and must be those of the row alone. Three forward passes of a few tokens.
+    Tried on the model itself: the logits of a second row must stay what they are when the first one changes, and
+    must be those it has in first place. Three forward passes of a few tokens, all of one shape: another shape takes
+    other kernels, and 32 layers of 4-bit weights make 6 % of their rounding.
     """
     was_training = model.training
     model.eval()
@@ -289,14 +290,15 @@ def assert_packing_isolated(model: PreTrainedModel) -> None:
                 position_ids=positions.repeat(len(documents))[None],
                 use_cache=False,
             )
-            return out.logits[0, -length:].float()
+            return out.logits[0].float()
 
-        alone, after_first, after_other = logits(rows[2]), logits(rows[0], rows[2]), logits(rows[1], rows[2])
+        in_front = logits(rows[2], rows[0])[:length]
+        after_first, after_other = logits(rows[0], rows[2])[length:], logits(rows[1], rows[2])[length:]
     finally:
         model.train(was_training)
-    scale = alone.abs().mean().clamp_min(1e-6)
+    scale = in_front.abs().mean().clamp_min(1e-6)
     seen = float((after_first - after_other).abs().mean() / scale)
-    moved = float((after_first - alone).abs().mean() / scale)
+    moved = float((after_first - in_front).abs().mean() / scale)
     if seen > 1e-3 or moved > 5e-2:
         raise RunError(
             Cause.INVALID_CONFIGURATION,
