@@ -169,7 +169,8 @@ class Access:
         """Waits until an object has a condition with status True; returns the object."""
 
         def holds(objects: list[Object]) -> Object | None:
-            conditions = objects[0].get("status", {}).get("conditions", []) if objects else []
+            # A new CRD has null.
+            conditions = (objects[0].get("status", {}).get("conditions") if objects else None) or []
             return next((objects[0] for c in conditions if (c["type"], c["status"]) == (condition, "True")), None)
 
         found = self.wait_for(resource, holds, name=name, namespace=namespace, timeout=timeout)

@@ -33,7 +33,9 @@ JOBS = "finetune.dev/v1alpha1/finetunejobs"
 def api(cluster: Access) -> Access:
     """The API server with the CRD."""
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crd.PATH))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=60s")
+    # Not `kubectl wait`, which fails where there is no condition yet.
+    crds = "apiextensions.k8s.io/v1/customresourcedefinitions"
+    cluster.wait_for_condition(crds, "finetunejobs.finetune.dev", "Established", namespace=None)
     return cluster
 
 

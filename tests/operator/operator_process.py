@@ -113,12 +113,14 @@ class OperatorProcess:
 def prepared(cluster: Cluster, nodes: int) -> Iterator[str]:
     """The CRD, nodes that only these tests' pods use, and the operator's own namespace, whose name is given."""
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crd.PATH))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=60s")
+    crds = "apiextensions.k8s.io/v1/customresourcedefinitions"
+    cluster.wait_for_condition(crds, "finetunejobs.finetune.dev", "Established", namespace=None)
     with cluster.namespace("operator") as own:
         names = [f"{own}-{number}" for number in range(nodes)]
         made = [json.dumps(simulated_node(name, 8, {POOL: own})) for name in names]
         cluster.kubectl("create", "-f", "-", input="\n---\n".join(made))
-        cluster.kubectl("wait", "--for=condition=Ready", "node", "-l", f"{POOL}={own}", "--timeout=60s")
+        for name in names:
+            cluster.wait_for_condition("nodes", name, "Ready", namespace=None)
         yield own
         cluster.kubectl("delete", "node", "--wait=false", *names)
 

@@ -143,6 +143,12 @@ def test_a_queue_holds_a_job_back_and_lets_it_go(cluster: Cluster, namespace: st
         workers(cluster, namespace, "tune")
         ready = wait_for_reason(cluster, namespace, "tune", "PodsReady", "PodsRunning")
         assert ready["status"] == "True"
+
+        # It takes the room back for something more urgent: that is no failure of the run.
+        cluster.kubectl("patch", "job", "tune-a1", "-n", namespace, "-p", '{"spec": {"suspend": true}}')
+        wait_for_reason(cluster, namespace, "tune", "PodsReady", "Queued")
+        status = cluster.get(JOBS, "tune", namespace=namespace)["status"]
+        assert status["countedRestarts"] == 0
     finally:
         cluster.kubectl("delete", "mutatingadmissionpolicy,mutatingadmissionpolicybinding", "a-queue")
 
