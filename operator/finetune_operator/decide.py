@@ -19,7 +19,7 @@ from finetune_api.mistakes import Mistake
 from finetune_api.run import Progress, Termination
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptStatus, FineTuneJobStatus
-from finetune_operator.failures import WAITING_FOR_EVER, Failure, judge
+from finetune_operator.failures import ECHO_PATIENCE, WAITING_FOR_EVER, Failure, judge
 from finetune_operator.manifests import job_name
 from finetune_operator.observe import GangJob, Observed, Pod, format_time, parse_time
 from finetune_operator.plan import Plan, changed_fields
@@ -118,7 +118,7 @@ def decide(facts: Facts) -> Decision:
     job, pods = facts.observed.job(current.number), facts.observed.pods_of(current.number)
     if _succeeded(job, pods):
         return _succeed(facts, status, current, pods)
-    failure = judge(job, pods, facts.dead_nodes)
+    failure = judge(job, pods, facts.dead_nodes, facts.now)
     if failure is None and facts.spec is not None and facts.spec.suspend:
         failure = Failure(Cause.SUSPENDED, "Suspended on request; a checkpoint is saved before the pods go.")
     failure = failure or _stalled(facts, status, pods) or _no_other_node(facts, current, pods)
@@ -437,6 +437,8 @@ def _running(
     poll = facts.poll if pods_ready.holds else PENDING_POLL
     if job is not None and not (job.suspended or job.refusal) and facts.plan and len(pods) < facts.plan.workers:
         poll = REFUSAL_POLL
+    if any(pod.phase == "Failed" for pod in pods):  # it lost its peers, and their story is awaited
+        poll = ECHO_PATIENCE.total_seconds()
     return Decision(_written(facts, status, state, pods_ready, progressing, *_not_finished()), requeue=poll)
 
 

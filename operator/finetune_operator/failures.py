@@ -7,7 +7,7 @@ infrastructure says of a pod (evicted, preempted, node lost) explains its exit c
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from finetune_api.causes import RETRY, Cause, Retry
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER
@@ -18,8 +18,11 @@ _SIGNALS = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGSEGV: "SIGSEGV", SIGABRT:
 
 # Causes that blame the machine: its next attempt goes elsewhere.
 _NODE_TO_BLAME = {Cause.NODE_LOST, Cause.GPU_ERROR, Cause.EVICTED}
-# A rank that lost its peers reports this; if another pod has a better story, that one is the cause.
-_SECONDARY = {Cause.COMMUNICATION_ERROR, Cause.TERMINATED, Cause.UNKNOWN, Cause.KILLED}
+# What the rest of a gang dies of: if another pod has a better story (a lower number), that one is the cause.
+_SECONDARY = {Cause.KILLED: 1, Cause.UNKNOWN: 1, Cause.COMMUNICATION_ERROR: 2, Cause.TERMINATED: 2}
+ECHO_PATIENCE = timedelta(seconds=5)
+"""So long a worker that lost its peers waits for their own story, which another kubelet tells a moment later. It
+decides what is done: an eviction costs no restart, a full GPU is no reason to try again."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,16 @@ class Failure:
         return bool(self.node) and self.cause in _NODE_TO_BLAME
 
 
-def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str]) -> Failure | None:
-    """The failure of an attempt, or None where it goes on (or went well).
+def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str], now: datetime) -> Failure | None:
+    """The failure of an attempt, or None where it goes on (or went well), or where the cause is still to come.
 
     ``dead_nodes`` are nodes of these pods that are gone or not ready.
     """
     stories = [(_when(pod), failure) for pod in pods if (failure := _judge_pod(pod, dead_nodes))]
     if stories:
-        primary = [s for s in stories if s[1].cause not in _SECONDARY] or stories
-        return min(primary, key=lambda story: story[0])[1]
+        when, failure = min(stories, key=lambda story: (_SECONDARY.get(story[1].cause, 0), story[0]))
+        echo = failure.cause is Cause.COMMUNICATION_ERROR and any(pod.running for pod in pods)
+        return None if echo and now - when < ECHO_PATIENCE else failure
     if job is None:
         return Failure(Cause.JOB_DELETED, "The batch Job of this attempt was deleted by someone else.")
     if job.failed:
@@ -197,4 +201,4 @@ WAITING_FOR_EVER: Mapping[str, str] = {
 }
 """Why a container may wait without end, by the kubelet's word for it."""
 
-__all__ = ["FETCH_CONTAINER", "WAITING_FOR_EVER", "Failure", "explain_exit", "judge"]
+__all__ = ["ECHO_PATIENCE", "FETCH_CONTAINER", "WAITING_FOR_EVER", "Failure", "explain_exit", "judge"]

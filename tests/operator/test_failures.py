@@ -1,5 +1,6 @@
 """What is said of every way a worker can end."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -48,9 +49,12 @@ JOB = {
 }
 
 
-def judged(*pods: dict[str, Any], dead: frozenset[str] = NO_NODES, job: dict[str, Any] | None = JOB) -> Any:
+def judged(
+    *pods: dict[str, Any], dead: frozenset[str] = NO_NODES, job: dict[str, Any] | None = JOB, at: int = 59
+) -> Any:
+    now = datetime(2026, 1, 1, 0, 0, at, tzinfo=UTC)
     seen = observe("tune", [*([job] if job else []), *pods])
-    return judge(seen.job(1), seen.pods_of(1), dead)
+    return judge(seen.job(1), seen.pods_of(1), dead, now)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,20 @@ def test_who_only_lost_his_peers_is_not_the_cause_even_when_first() -> None:
     victim = pod(0, **ended(1, at=3, message=word(Cause.COMMUNICATION_ERROR)))
     culprit = pod(1, **ended(1, at=4, message=word(Cause.OUT_OF_GPU_MEMORY)))
     assert judged(victim, culprit).cause is Cause.OUT_OF_GPU_MEMORY
+
+
+def test_who_was_killed_is_the_cause_and_not_his_peers_that_lost_him_at_the_same_second() -> None:
+    victim = pod(0, **ended(1, at=3, message=word(Cause.COMMUNICATION_ERROR)))
+    assert judged(victim, pod(1, **ended(137, at=3))).cause is Cause.KILLED
+
+
+def test_who_lost_his_peers_waits_a_moment_for_their_story() -> None:
+    victim = pod(0, **ended(1, at=3, message=word(Cause.COMMUNICATION_ERROR)))
+    started = {"containerStatuses": [{"name": "trainer", "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}]}
+    silent = pod(1, **started)
+    assert judged(victim, silent, at=7) is None
+    assert judged(victim, silent, at=8).cause is Cause.COMMUNICATION_ERROR
+    assert judged(victim, pod(1, **ended(137, at=6)), at=7).cause is Cause.KILLED
 
 
 def test_the_workers_own_exit_code_is_told_not_the_launchers() -> None:
