@@ -146,6 +146,13 @@ def build(
     return target
 
 
+def keep_newest(pattern: str, count: int = 2) -> None:
+    """Deletes the older archives of one image from the cache: every change of the sources makes another."""
+    found = sorted((cache() / "images").glob(pattern), key=lambda path: path.stat().st_mtime)
+    for path in found[:-count]:
+        path.unlink(missing_ok=True)
+
+
 def _build_mounts() -> dict[str, str]:
     mounts = {"/etc/ssl/certs": "/etc/ssl/certs"} if Path("/etc/ssl/certs").is_dir() else {}
     home = Path.home()

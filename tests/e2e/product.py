@@ -75,6 +75,7 @@ def build_operator_image() -> Path:
     target = images.cache() / "images" / f"operator-{digest}.tar"
     if not target.exists():
         images.build(ROOT / "operator" / "Containerfile", ROOT, OPERATOR_IMAGE, target)
+        images.keep_newest("operator-*.tar")
     return target
 
 

@@ -26,6 +26,7 @@ def test_a_job_runs_in_the_real_image_under_the_restricted_standard(product: Pro
     archive = images.cache() / "images" / f"trainer-{digest}.tar"
     if not archive.exists():
         images.build(ROOT / "trainer_image" / "Containerfile", ROOT, IMAGE, archive, {"COMPILER": ""})
+        images.keep_newest("trainer-*.tar", 1)
     node = cluster.node("node-1")
     node.import_image(archive)
     profiles = {
