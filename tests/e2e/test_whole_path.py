@@ -15,7 +15,7 @@ import yaml
 
 from tests.chart.test_dashboards import QUERIES, filled_in
 from tests.e2e.conftest import tail
-from tests.e2e.product import BUCKET, JOBS, ROOT, Product, self_cognition
+from tests.e2e.product import BUCKET, JOBS, Product, self_cognition
 
 pytestmark = pytest.mark.e2e
 
