@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -19,8 +20,12 @@ from tests.cluster.access import Access
 from tests.cluster.binaries import UnavailableError
 from tests.cluster.cluster import Cluster
 
+# A shell starts what runs in the background deaf to Ctrl-C, and so would be all processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def _available(make: Callable[[], object]) -> None:
+
+def available(make: Callable[[], object]) -> None:
     """Calls what may not be possible on this machine."""
     try:
         make()
@@ -38,11 +43,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
     """
     if given := os.environ.get("KUBECONFIG"):
         if not shutil.which("kubectl"):
-            _available(lambda: binaries.require(["kubectl"]))
+            available(lambda: binaries.require(["kubectl"]))
         yield Access(Path(given), tmp_path_factory.mktemp("cluster"))
         return
     own = Cluster("simulated")
-    _available(own.start)
+    available(own.start)
     yield own
     own.stop()
 
@@ -51,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
 def e2e_cluster() -> Iterator[Cluster]:
     """A Kubernetes with two real kubelets, DNS and S3."""
     own = Cluster("full")
-    _available(own.start)
+    available(own.start)
     yield own
     own.stop()
 

@@ -34,8 +34,6 @@ from finetune_trainer.storage import Store
 from finetune_trainer.world import World
 from tests.trainer import tiny
 
-pytestmark = pytest.mark.trainer
-
 SHAPES = {"a.weight": (5, 3), "b.bias": (7,), "c.weight": (4, 4)}
 
 

@@ -8,8 +8,6 @@ import pytest
 
 from tests.trainer import tiny
 
-pytestmark = pytest.mark.trainer
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

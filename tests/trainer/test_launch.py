@@ -14,8 +14,6 @@ from finetune_trainer.faults import describe_exit, diagnose, exit_code, last_wor
 from finetune_trainer.outcome import RunError
 from finetune_trainer.stopping import PATIENCE, Stop
 
-pytestmark = pytest.mark.trainer
-
 
 def torch_errors() -> list[tuple[BaseException, Cause, str]]:
     """Errors as the libraries word them."""

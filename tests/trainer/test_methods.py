@@ -17,8 +17,6 @@ from finetune_trainer.model import load_model, load_tokenizer, parameter_counts
 from finetune_trainer.outcome import RunError
 from tests.trainer.tiny import make_config, make_model
 
-pytestmark = pytest.mark.trainer
-
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 35).reshape(2, 16)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -117,7 +117,6 @@ def check(found: dict, tolerance: float) -> None:
         assert found[f"{kind}-False"]["losses"] == pytest.approx(found[f"{kind}-True"]["losses"], abs=1e-5)
 
 
-@pytest.mark.trainer
 def test_on_the_cpu(tmp_path):
     check(run(tmp_path, "cpu"), 1e-5)
 

@@ -29,8 +29,6 @@ from finetune_trainer.model import (
 from finetune_trainer.outcome import RunError
 from tests.trainer.tiny import make_config, make_model
 
-pytestmark = pytest.mark.trainer
-
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPES = {

@@ -11,8 +11,6 @@ from finetune_api.run import Answer, CheckpointInfo, OutputInfo
 from finetune_trainer.report import Report, chart, duration, number, page, size, smooth, ticks, write_plot
 from tests.trainer import tiny
 
-pytestmark = pytest.mark.trainer
-
 
 def report(root: Path, steps: int = 100) -> Report:
     """A report with something in every section."""

@@ -15,8 +15,6 @@ import pytest
 from finetune_trainer.storage import Store
 from tests.trainer import tiny
 
-pytestmark = pytest.mark.trainer
-
 DROPOUT = {"method": {"type": "lora", "r": 4, "lora_dropout": 0.1}, "training": {"neftune_noise_alpha": 5.0}}
 PACKED = {"data": {"packing": True}, "training": {"gradient_checkpointing": True}}
 BF16 = {"model": {"dtype": "bfloat16"}, "method": {"type": "full"}}

@@ -19,8 +19,6 @@ from finetune_api.causes import Cause
 from finetune_api.run import EXIT_STOPPED, EXIT_USER, Progress, TrainerConfig
 from tests.trainer import tiny
 
-pytestmark = pytest.mark.trainer
-
 STEPS = 40
 
 

@@ -2,7 +2,6 @@
 
 import http.server
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +9,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -20,6 +18,7 @@ from finetune_api.causes import Cause
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store, digest, file_digest
 from tests.cluster import binaries
+from tests.conftest import available
 
 AWS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
@@ -32,12 +31,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
-    """A versitygw: $VERSITYGW, the one the cluster tests have built, or one in PATH. (environment, folder)"""
-    binary = os.environ.get("VERSITYGW") or str(binaries.folder() / "versitygw")
-    if not Path(binary).exists():
-        binary = shutil.which("versitygw") or ""
-    if not binary:
-        pytest.skip("no versitygw: set VERSITYGW, or run python -m tests.cluster.binaries versitygw")
+    """The S3 server of the cluster tests. (environment, folder)"""
+    available(lambda: binaries.require(["versitygw"]))
+    binary = binaries.folder() / "versitygw"
     folder = tmp_path_factory.mktemp("s3")
     (folder / "team").mkdir()
     port = free_port()

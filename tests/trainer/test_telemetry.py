@@ -13,8 +13,6 @@ from finetune_api.run import CheckpointInfo, Progress
 from finetune_trainer.telemetry import History, Metrics, Pulse, Telemetry, host_memory
 from tests.trainer import tiny
 
-pytestmark = pytest.mark.trainer
-
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
