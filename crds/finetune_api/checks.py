@@ -323,6 +323,19 @@ _POD_FIELDS = _words(
     topologySpreadConstraints volumes
     """
 )
+_POD_OBJECTS = _words("affinity dnsConfig nodeSelector os overhead resources securityContext")
+_POD_LISTS = _words(
+    """
+    hostAliases imagePullSecrets readinessGates resourceClaims schedulingGates tolerations topologySpreadConstraints
+    """
+)
+_POD_BOOLEANS = _words(
+    "automountServiceAccountToken enableServiceLinks hostIPC hostNetwork hostPID hostUsers shareProcessNamespace"
+)
+_POD_INTEGERS = _words("priority terminationGracePeriodSeconds")
+_POD_TEXTS = _words(
+    "dnsPolicy nodeName preemptionPolicy priorityClassName runtimeClassName schedulerName serviceAccountName"
+)
 _OWNED_POD_FIELDS = {
     "restartPolicy": "a failed worker ends the attempt; spec.recovery says what happens then",
     "hostname": "workers find each other by the names the Job gives them",
@@ -400,6 +413,8 @@ def _template_spec(at: str, spec: Any, gpus: int) -> Iterator[Finding]:
             yield f"{at}.{key}", value, "what the operator sets", f"remove it; {_OWNED_POD_FIELDS[key]}"
         elif key not in _POD_FIELDS and (meant := close(key, _POD_FIELDS, _CERTAIN)):
             yield f"{at}.{key}", value, f"a field of a pod's spec, such as {meant}", f"write {meant}"
+        else:
+            yield from _typed(f"{at}.{key}", key, value)
     for key in ("containers", "initContainers", "volumes"):
         if key in spec:
             yield from _named(f"{at}.{key}", spec[key])
@@ -409,6 +424,29 @@ def _template_spec(at: str, spec: Any, gpus: int) -> Iterator[Finding]:
                 yield from _our_container(f"{at}.{key}[{index}]", container, gpus)
     for index, volume in enumerate(_objects(spec.get("volumes"))):
         yield from _volume(f"{at}.volumes[{index}]", volume)
+
+
+def _typed(at: str, key: str, value: Any) -> Iterator[Finding]:
+    """A field of another type would only be found when the first Job is made."""
+    if value is None:
+        return
+    if key in _POD_OBJECTS and not isinstance(value, Mapping):
+        yield at, value, "an object", "write its fields below it, as name: value"
+    elif key in _POD_LISTS:
+        if not isinstance(value, list):
+            yield at, value, "a list of objects", "write each item on a line that begins with -"
+        elif not all(isinstance(item, Mapping) for item in value):
+            yield at, value, "a list of objects", "write the fields of each item behind its -, as name: value"
+    elif key in _POD_BOOLEANS and not isinstance(value, bool):
+        yield at, value, "true or false", "write true or false, without quotes"
+    elif key in _POD_INTEGERS and (isinstance(value, bool) or not isinstance(value, int | float) or value % 1):
+        yield at, value, "a whole number", "write a whole number, without quotes"
+    elif key in _POD_TEXTS and not isinstance(value, str):
+        yield at, value, "a text", "put it into quotes" if isinstance(value, int | float) else "write a text"
+    elif key == "nodeSelector":
+        for name, wanted in value.items():
+            if not isinstance(wanted, str):
+                yield f"{at}[{name}]", wanted, "a text", "put it into quotes"
 
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:

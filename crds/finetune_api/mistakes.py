@@ -5,6 +5,7 @@ besides what only Python can see; a test applies one table of bad specs to both.
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetune_api import schema
+from finetune_api.base import DURATION, seconds
 from finetune_api.checks import CHECKS, close
-from finetune_api.rules import IMMUTABLE, NEW_JOB, RULES, Rule, foreign_parameter
+from finetune_api.rules import IMMUTABLE, NAME_ACCEPTED, NEW_JOB, RULES, Rule, foreign_parameter
 from finetune_api.schema import METHOD_PARAMETERS, PATTERNS, PRESERVE, text
 from finetune_api.spec import FineTuneJobSpec
 
@@ -80,9 +82,10 @@ def _place(mistake: Mistake) -> int:
     return next((i for i, name in enumerate(sections) if re.match(rf"{name}\b", mistake.field)), -1)
 
 
-def load(source: str) -> list[dict[str, Any]]:
-    """The objects of a YAML text as kubectl reads it: 1e-3 is a number (PyYAML alone makes it a text)."""
-    return [document for document in yaml.load_all(source, Loader=_Loader) if document]
+def load(source: str) -> list[Any]:
+    """The documents of a YAML text, empty ones left out, as kubectl reads it: 1e-3 is a number (PyYAML alone makes
+    it a text). YAMLError also where a key stands twice in one map."""
+    return [document for document in yaml.load_all(source, Loader=_Loader) if document is not None]
 
 
 def changed(old: FineTuneJobSpec, new: FineTuneJobSpec) -> list[Mistake]:
@@ -104,7 +107,19 @@ def changed(old: FineTuneJobSpec, new: FineTuneJobSpec) -> list[Mistake]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's numbers as Go's parser reads them."""
+    """YAML's numbers as Go's parser reads them, and no key twice: PyYAML would silently take the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Looked at before merge keys (<<) are resolved: what those bring may be there already."""
+        node: Any = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    problem = f"the key {key.value} stands twice in one map"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -123,12 +138,51 @@ def _envelope(raw: Mapping[str, Any]) -> Iterator[Mistake]:
         if key not in known:
             yield _no_such_field((key,), value, known)
     for key, expected in (("apiVersion", API_VERSION), ("kind", KIND)):
-        if raw.get(key, expected) != expected:
-            yield Mistake(key, raw[key], expected, f"write {key}: {expected}")
-    metadata = raw.get("metadata")
-    name = metadata.get("name") if isinstance(metadata, dict) else None
-    if not isinstance(name, str) or not name:
-        yield Mistake("metadata.name", name, "a name", "add metadata.name", "it is missing" if not name else "")
+        if raw.get(key) != expected:
+            missing = "it is missing" if raw.get(key) is None else ""
+            yield Mistake(key, raw.get(key), expected, f"write {key}: {expected}", missing)
+    yield from _metadata(raw.get("metadata"))
+
+
+_NAMESPACE = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_LABEL_VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
+
+
+def _metadata(given: Any) -> Iterator[Mistake]:
+    """What the API server refuses of metadata; only the fields a user writes."""
+    if given is not None and not isinstance(given, dict):
+        yield Mistake("metadata", given, "an object with name", "write name: and its value below it")
+        return
+    metadata = given or {}
+    name = metadata.get("name")
+    if name is None or name == "":
+        yield Mistake("metadata.name", name, "a name", "add metadata.name", "it is missing")
+    elif not isinstance(name, str):
+        # Quotes alone do not help: no number is a name.
+        number = isinstance(name, int | float) and not isinstance(name, bool)
+        yield Mistake("metadata.name", name, NAME_ACCEPTED, "begin it with a letter" if number else "write a text")
+    namespace = metadata.get("namespace")
+    if namespace is not None and not (isinstance(namespace, str) and re.fullmatch(_NAMESPACE, namespace)):
+        yield Mistake(
+            "metadata.namespace",
+            namespace,
+            "at most 63 lower-case letters, digits and -, beginning and ending with a letter or digit",
+            "use the name the namespace has",
+        )
+    for field in ("labels", "annotations"):
+        entries = metadata.get(field)
+        if entries is not None and not isinstance(entries, dict):
+            yield Mistake(f"metadata.{field}", entries, "an object of texts", "write it as name: value")
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            if value is not None and not isinstance(value, str):
+                yield Mistake(f"metadata.{field}[{key}]", value, "a text", "put it into quotes")
+            elif value and field == "labels" and not re.fullmatch(_LABEL_VALUE, value):
+                yield Mistake(
+                    f"metadata.labels[{key}]",
+                    value,
+                    "at most 63 letters, digits, -, _ and ., beginning and ending with a letter or digit",
+                    "shorten or rewrite it, or make it an annotation",
+                )
 
 
 def _no_such_field(path: Path, value: Any, siblings: Any) -> Mistake:
@@ -247,10 +301,10 @@ def _translated(path: Path, detail: dict[str, Any]) -> Mistake:
     accepted = schema.accepted(node)
     if kind == "missing":
         return Mistake(field, None, accepted, f"add it: {_first_sentence(node)}", "it is missing")
-    return Mistake(field, value, accepted, _remedy(node, kind, value))
+    return Mistake(field, value, accepted, _remedy(node, kind, value, field))
 
 
-def _remedy(node: Mapping[str, Any], kind: str, value: Any) -> str:
+def _remedy(node: Mapping[str, Any], kind: str, value: Any, field: str) -> str:
     if "enum" in node:
         meant = close(str(value), [str(v) for v in node["enum"]])
         return f"did you mean {meant}?" if meant else "write one of them" if len(node["enum"]) > 1 else "write that"
@@ -259,7 +313,7 @@ def _remedy(node: Mapping[str, Any], kind: str, value: Any) -> str:
         return remedy + (f"; here: {guess}" if (guess := _guess(str(value), node["pattern"])) else "")
     wanted = node.get("type")
     if wanted in ("integer", "number", "boolean") and isinstance(value, str):
-        return "write it without quotes, as a number" if wanted != "boolean" else "write true or false without quotes"
+        return _unquoted(str(wanted), value, field)
     if wanted == "string" and not isinstance(value, str):
         return "put it into quotes" if isinstance(value, int | float) else "write a text"
     if wanted == "array" and not isinstance(value, list):
@@ -274,17 +328,46 @@ def _remedy(node: Mapping[str, Any], kind: str, value: Any) -> str:
     return "choose such a value" + (f", or leave it out for the default {text(default)}" if default is not None else "")
 
 
+def _unquoted(wanted: str, value: str, field: str) -> str:
+    """What to write in place of a text, where a number or true or false is wanted.
+
+    Quotes are spoken of only where the text is right but for them: otherwise there may have been none.
+    """
+    if wanted == "boolean":
+        return "write it without quotes" if value in ("true", "false") else "write true or false, without quotes"
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number) and (wanted == "number" or number.is_integer()):
+        return "write it without quotes, as a number"
+    if field.rpartition(".")[2].endswith(_SECONDS):
+        here = f"; here: {math.ceil(seconds(value))}" if re.fullmatch(DURATION, value) else ""
+        return "write a whole number of seconds" + here
+    return "write a whole number" if wanted == "integer" else "write a number"
+
+
+_SECONDS = "SecondsAfterFinished"
+
+
 def _guess(value: str, pattern: str) -> str:
     """What was probably meant by a URI without a known scheme."""
+    for wrong, right in (("gcs://", "gs://"), ("s3a://", "s3://"), ("abfs://", "az://"), ("azure://", "az://")):
+        if value.startswith(wrong):
+            return right + value.removeprefix(wrong)
+    path = value.removeprefix("file://")
+    if path.startswith("/") and path != "/":
+        return f"file://{path}"
+    if path.startswith("~/"):
+        return f"file:///home/NAME/{path.removeprefix('~/')} (~ is not resolved)"
+    rows = pattern == schema.DATA_URI and value.endswith((".jsonl", ".json", ".parquet")) and "://" not in value
+    if (value.startswith(("file://", "./", "../")) and path.strip("/")) or rows:
+        relative = path if path.startswith(("./", "../")) else f"./{path}"
+        return f"file://{relative} (from the folder of the YAML file, with finetune only)"
     hub = re.sub(r"^https?://(www\.)?(huggingface\.co|hf\.co)/", "", value)
     if pattern in (schema.MODEL_URI, schema.DATA_URI) and re.fullmatch(r"(datasets/)?[\w.-]+/[\w.-]+", hub):
         prefix = "" if pattern == schema.MODEL_URI or hub.startswith("datasets/") else "datasets/"
         return f"hf://{prefix}{hub}"
-    if value.startswith("/"):
-        return f"file://{value}"
-    for wrong, right in (("gcs://", "gs://"), ("s3a://", "s3://"), ("abfs://", "az://"), ("azure://", "az://")):
-        if value.startswith(wrong):
-            return right + value.removeprefix(wrong)
     return ""
 
 

@@ -20,6 +20,7 @@ from finetune_api.schema import METHOD_PARAMETERS, spec_schema
 
 NAME_LENGTH = 63 - len("-a99999") - len("-9999")
 """Pods are called ``<name>-a<attempt>-<index>``, and that is their hostname: 63 characters at most."""
+NAME_ACCEPTED = f"at most {NAME_LENGTH} lower-case letters, digits and -, beginning with a letter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +237,7 @@ RULES: tuple[Rule, ...] = (
         field="metadata.name",
         holds=lambda self: re.search(_LABEL, self.metadata.name) is not None and len(self.metadata.name) <= NAME_LENGTH,
         cel=f"self.metadata.name.matches(r'{_LABEL}') && size(self.metadata.name) <= {NAME_LENGTH}",
-        accepted=f"at most {NAME_LENGTH} lower-case letters, digits and -, beginning with a letter",
+        accepted=NAME_ACCEPTED,
         remedy="choose another name: the host names of the pods are made of it",
     ),
     Rule(

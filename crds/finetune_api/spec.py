@@ -177,7 +177,8 @@ class Checkpoint(HyperModel):
     save_total_limit: int = Field(3, ge=1, le=10000)
     """How many checkpoints are kept, the newest ones."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest valid checkpoint of this configuration found in the folder.
+    """auto: continue from the newest valid checkpoint in the folder; where that one is of another configuration
+    or of other data, the job fails (CheckpointMismatch).
     never: start anew, and refuse to start where the folder already holds checkpoints of another run."""
 
 

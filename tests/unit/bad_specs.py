@@ -154,6 +154,18 @@ BAD: tuple[Bad, ...] = (
         "must be of type number",
     ),
     Bad("a word for a number", {"spec.data.max_length": "long"}, "spec.data.max_length", "a whole number", SCHEMA),
+    Bad(
+        "a word for a count", {"spec.workers.replicas": "two"}, "spec.workers.replicas", "write a whole number", SCHEMA
+    ),
+    Bad(
+        "a length of time for seconds",
+        {"spec.ttlSecondsAfterFinished": "1h"},
+        "spec.ttlSecondsAfterFinished",
+        "write a whole number of seconds; here: 3600",
+        SCHEMA,
+        "must be of type integer",
+    ),
+    Bad("true in quotes", {"spec.suspend": "true"}, "spec.suspend", "remedy: write it without quotes", SCHEMA),
     Bad("a fraction of a worker", {"spec.workers.replicas": 1.5}, "spec.workers.replicas", "a whole number", SCHEMA),
     Bad("yes for true", {"spec.data.packing": "yes"}, "spec.data.packing", "true or false", SCHEMA),
     Bad("a number for a branch", {"spec.model.revision": 3}, "spec.model.revision", "put it into quotes", SCHEMA),
@@ -238,6 +250,12 @@ BAD: tuple[Bad, ...] = (
     ),
     Bad("a path for a uri", {"spec.output.uri": "/mnt/out"}, "spec.output.uri", "pvc://CLAIM/PATH or file:///PATH"),
     Bad("a relative file", {"spec.output.uri": "file://out"}, "spec.output.uri", "file:///PATH"),
+    Bad(
+        "a relative path of rows",
+        {"spec.data.train[0].uri": "./rows.jsonl"},
+        "spec.data.train[0].uri",
+        "a file has an absolute path",
+    ),
     Bad(
         "output to the hub", {"spec.output.uri": "hf://me/model"}, "spec.output.uri", "a storage that can be written to"
     ),
@@ -741,6 +759,55 @@ BAD: tuple[Bad, ...] = (
         {"spec.workers.template.spec.toleration": []},
         "spec.workers.template.spec.toleration",
         "write tolerations",
+        CONDITION,
+    ),
+    Bad(
+        "a node selector that is no object",
+        {"spec.workers.template.spec.nodeSelector": ["a"]},
+        "spec.workers.template.spec.nodeSelector",
+        "write its fields below it",
+        CONDITION,
+    ),
+    Bad(
+        "true as a label of nodes",
+        {"spec.workers.template.spec.nodeSelector": {"gpu": True}},
+        "spec.workers.template.spec.nodeSelector[gpu]",
+        "put it into quotes",
+        CONDITION,
+    ),
+    Bad(
+        "one toleration, no list",
+        {"spec.workers.template.spec.tolerations": {"operator": "Exists"}},
+        "spec.workers.template.spec.tolerations",
+        "begins with -",
+        CONDITION,
+    ),
+    Bad(
+        "names of pull secrets alone",
+        {"spec.workers.template.spec.imagePullSecrets": ["registry"]},
+        "spec.workers.template.spec.imagePullSecrets",
+        "as name: value",
+        CONDITION,
+    ),
+    Bad(
+        "yes for true in the pod",
+        {"spec.workers.template.spec.hostNetwork": "yes"},
+        "spec.workers.template.spec.hostNetwork",
+        "true or false",
+        CONDITION,
+    ),
+    Bad(
+        "a length of time for the pod's grace",
+        {"spec.workers.template.spec.terminationGracePeriodSeconds": "5m"},
+        "spec.workers.template.spec.terminationGracePeriodSeconds",
+        "a whole number",
+        CONDITION,
+    ),
+    Bad(
+        "a number as a service account",
+        {"spec.workers.template.spec.serviceAccountName": 7},
+        "spec.workers.template.spec.serviceAccountName",
+        "put it into quotes",
         CONDITION,
     ),
     Bad(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune_api import base
 from finetune_api.checks import CHECKS, SCHEDULER_KWARGS
@@ -124,6 +125,35 @@ def test_the_object_around_the_spec_is_judged_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"apiVersion": bad_specs.Delete}, "apiVersion: it is missing; accepted: finetune.dev/v1alpha1"),
+        ({"kind": bad_specs.Delete}, "kind: it is missing; accepted: FineTuneJob"),
+        ({"metadata": bad_specs.Delete}, "metadata.name: it is missing"),
+        ({"metadata": "nope"}, 'metadata: "nope" is not accepted; accepted: an object with name'),
+        ({"metadata.name": 123}, "remedy: begin it with a letter"),
+        ({"metadata.name": ["a"]}, "remedy: write a text"),
+        ({"metadata.namespace": "Team_A"}, 'metadata.namespace: "Team_A" is not accepted'),
+        ({"metadata.namespace": "team.a"}, "at most 63 lower-case letters, digits and -"),
+        ({"metadata.labels": ["a"]}, "metadata.labels: "),
+        ({"metadata.labels": {"team": 7}}, "metadata.labels[team]: 7 is not accepted; accepted: a text"),
+        ({"metadata.labels": {"team": "a b"}}, "or make it an annotation"),
+        ({"metadata.annotations": {"a": True}}, "metadata.annotations[a]: true is not accepted"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_around_the_spec_is_told(change: dict[str, Any], said: str) -> None:
+    [mistake] = mistakes_of(change)
+    assert said in mistake.text()
+
+
+def test_what_is_right_around_the_spec_is_let_through() -> None:
+    labels = {"a.b/c": "x_1.y", "empty": "", "null": None}
+    change = {"metadata": {"name": "a", "namespace": "team-1", "labels": labels, "annotations": {"a": "any thing"}}}
+    assert not mistakes_of(change)
+
+
+@pytest.mark.parametrize(
     ("uri", "meant"),
     [
         ("meta-llama/Llama-3.1-8B", "here: hf://meta-llama/Llama-3.1-8B"),
@@ -136,6 +166,29 @@ def test_the_object_around_the_spec_is_judged_too() -> None:
 def test_what_was_probably_meant_by_a_uri_is_told(uri: str, meant: str) -> None:
     [mistake] = mistakes_of({"spec.model.uri": uri})
     assert meant in mistake.text()
+
+
+@pytest.mark.parametrize(
+    ("uri", "meant"),
+    [
+        ("./x.jsonl", "; here: file://./x.jsonl (from the folder of the YAML file, with finetune only)"),
+        ("../x", "; here: file://../x ("),
+        ("data/x.jsonl", "; here: file://./data/x.jsonl ("),
+        ("file://output/x", "; here: file://./output/x ("),
+        ("file://~/x", "; here: file:///home/NAME/x (~ is not resolved)"),
+        ("~/x", "; here: file:///home/NAME/x"),
+        ("tatsu-lab/alpaca", "; here: hf://datasets/tatsu-lab/alpaca"),
+    ],
+)
+def test_what_was_probably_meant_by_a_path_is_told(uri: str, meant: str) -> None:
+    [mistake] = mistakes_of({"spec.data.train[0].uri": uri})
+    assert meant in mistake.text()
+
+
+@pytest.mark.parametrize("uri", ["", "file://", "file:///", "ftp://a/b"])
+def test_nothing_is_guessed_where_nothing_is_known(uri: str) -> None:
+    [mistake] = mistakes_of({"spec.data.train[0].uri": uri})
+    assert "; here: " not in mistake.text()
 
 
 def test_long_values_are_cut_and_lines_joined() -> None:
@@ -221,6 +274,17 @@ def test_numbers_are_read_as_kubectl_reads_them() -> None:
     assert load("a: 1e-3\nb: 1E5\nc: .5e1\nd: 1.5\ne: '1e-3'\nf: 12e\ng: 3\n---\n") == [
         {"a": 1e-3, "b": 1e5, "c": 5.0, "d": 1.5, "e": "1e-3", "f": "12e", "g": 3}
     ]
+
+
+@pytest.mark.parametrize("source", ["a: 1\na: 2\n", "a: {b: 1, c: 2, b: 3}", "- {x: 1, 'x': 2}"])
+def test_a_key_that_stands_twice_is_refused(source: str) -> None:
+    with pytest.raises(yaml.YAMLError, match="stands twice in one map"):
+        load(source)
+
+
+def test_merge_keys_may_be_laid_over() -> None:
+    source = "base: &b {x: 1, y: 2}\nmore: {in: &c {<<: *b, x: 3}}\nlast: {<<: *c, y: 4}"
+    assert load(source)[0]["last"] == {"x": 3, "y": 4}
 
 
 # ---- tables and limits ----
