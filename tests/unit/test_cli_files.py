@@ -52,12 +52,17 @@ def test_fields_are_changed_by_set(bench: Bench, monkeypatch: pytest.MonkeyPatch
         "method={type: full}",
         "evaluation.prompts=[a, 'b: c']",
         "tiny:training.learning_rate=1e-3",
-        "another:training.learning_rate=5",
     )
     assert spec["training"] == {"max_steps": 20, "learning_rate": 1e-3}
     assert spec["data"]["train"][0]["uri"] == f"file://{bench.home.parent}/mine.jsonl"
     assert spec["method"] == {"type": "full"}
     assert spec["evaluation"]["prompts"] == ["a", "b: c"]
+
+
+def test_a_change_of_one_job_leaves_the_others(bench: Bench) -> None:
+    bench.write(job(bench.home), job(bench.home, "another"))
+    documents, _ = files.load([str(bench.file)], ["another:training.max_steps=5"])
+    assert [d.spec.training.max_steps for d in documents] == [-1, 5]
 
 
 def test_cpu_takes_the_gpus_out(bench: Bench) -> None:
@@ -72,6 +77,10 @@ def test_cpu_takes_the_gpus_out(bench: Bench) -> None:
         ("data.train[3].uri=x", "--set data.train[3].uri=x: there is no 3 in data.train[3].uri of job tiny."),
         ("training={a", "--set training={a: the value is not YAML"),
         ("trainin.max_steps=3", "spec.trainin"),
+        (
+            "another:training.max_steps=5",
+            "--set another:training.max_steps=5: there is no job another; accepted: tiny.",
+        ),
     ],
 )
 def test_a_change_that_cannot_be_made_is_told(bench: Bench, change: str, said: str) -> None:
@@ -113,7 +122,60 @@ def test_a_file_without_a_job_is_a_mistake(bench: Bench) -> None:
     bench.file.write_text("kind: ConfigMap\n")
     result = finetune("validate", bench.file)
     assert result.exit_code == 2
-    assert "no FineTuneJob in it; accepted: kind: FineTuneJob of finetune.dev/v1alpha1." in result.stderr
+    assert (
+        "no FineTuneJob in it, only ConfigMap; accepted: kind: FineTuneJob of finetune.dev/v1alpha1." in result.stderr
+    )
+    bench.file.write_text("")
+    assert "no FineTuneJob in it; accepted" in finetune("validate", bench.file).stderr
+
+
+def test_what_is_passed_over_is_told(bench: Bench) -> None:
+    result = finetune("validate", bench.write(job(bench.home), {"apiVersion": "v1", "kind": "ConfigMap"}))
+    assert result.exit_code == 0
+    assert result.stderr == f"# {bench.file}: ConfigMap passed over; only FineTuneJob is read.\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": "FinetuneJob"}, 'second: kind: "FinetuneJob" is not accepted; accepted: FineTuneJob'),
+        ({"kind": "TrainingJob"}, 'second: kind: "TrainingJob" is not accepted'),
+        ({"kind": None}, "second: kind: it is missing"),
+        ({"apiVersion": None}, "second: apiVersion: it is missing"),
+        ({"apiVersion": "finetune.dev/v1"}, 'second: apiVersion: "finetune.dev/v1" is not accepted'),
+        ({"metadata": "nope"}, '(no name): metadata: "nope" is not accepted'),
+    ],
+    ids=str,
+)
+def test_a_misspelt_job_is_not_passed_over(bench: Bench, change: dict[str, Any], said: str) -> None:
+    result = finetune("validate", bench.write(job(bench.home), {**job(bench.home, "second"), **change}))
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_key_that_stands_twice_is_told_with_its_place(bench: Bench) -> None:
+    bench.file.write_text(yaml.safe_dump(job(bench.home)) + "kind: FineTuneJob\n")
+    result = finetune("validate", bench.file)
+    assert result.exit_code == 2
+    assert "column 1 is not YAML: the key kind stands twice in one map." in result.stderr
+
+
+def test_validate_knows_the_profiles_it_is_given(bench: Bench) -> None:
+    bench.write(job(bench.home, profile="nvida"))
+    result = finetune("validate", bench.file)
+    assert result.exit_code == 0
+    assert result.stderr == "# Profile nvida is not checked; --profile-file gives the cluster's profiles.\n"
+    profiles = bench.home / "profiles.yaml"
+    profiles.write_text("profiles: {nvidia: {}}")
+    result = finetune("validate", bench.file, "--profile-file", profiles)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f'{bench.file}: tiny: spec.profile: "nvida" is not accepted; accepted: one of default, nvidia; '
+        "remedy: did you mean nvidia?\n"
+    )
+    bench.write(job(bench.home, profile="nvidia"))
+    assert finetune("validate", bench.file, "--profile-file", profiles).stderr == ""
 
 
 def test_standard_input_and_lists_are_read(bench: Bench) -> None:

@@ -7,7 +7,7 @@ takes the GPUs out. Reads files, starts nothing.
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from finetune_api.mistakes import read
+from finetune_api.checks import close
+from finetune_api.mistakes import Mistake, read
+from finetune_api.mistakes import load as load_yaml
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.cluster import Object
-from finetune_operator.manifests import API_VERSION, KIND
+from finetune_operator.manifests import API_VERSION, GROUP, KIND
 from finetune_operator.settings import Profile, Settings
 
 
@@ -45,15 +47,6 @@ class Document:
         return self.job["metadata"]["namespace"], self.job["metadata"]["name"]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as kubectl reads it: ``1e-3`` is a number there, a text in YAML 1.1 and for PyYAML."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def load(paths: Sequence[str], changes: Sequence[str] = (), *, cpu: bool = False) -> tuple[list[Document], list[str]]:
     """All FineTuneJobs of the files (``-``: standard input), and what was passed over.
 
@@ -62,6 +55,7 @@ def load(paths: Sequence[str], changes: Sequence[str] = (), *, cpu: bool = False
     found: list[Document] = []
     notes: list[str] = []
     mistakes: list[str] = []
+    given: set[str] = set()
     for path in paths:
         try:
             objects = _objects(path)
@@ -69,16 +63,26 @@ def load(paths: Sequence[str], changes: Sequence[str] = (), *, cpu: bool = False
             mistakes += refused.mistakes
             continue
         jobs = [o for o in objects if o.get("kind") == KIND]
-        others = sorted({str(o.get("kind")) for o in objects if o.get("kind") != KIND})
-        if others:
-            notes.append(f"{path}: {', '.join(others)} passed over; only {KIND} is read.")
-        if not jobs:
-            mistakes.append(f"{path}: no {KIND} in it; accepted: kind: {KIND} of {API_VERSION}.")
+        others = [o for o in objects if o.get("kind") != KIND]
+        kinds = ", ".join(sorted({str(o.get("kind")) for o in others}))
+        misspelt = [mistake for o in others for mistake in _misspelt(path, o)]
+        mistakes += misspelt
+        if not jobs and not misspelt:
+            found_there = f", only {kinds}" if kinds else ""
+            mistakes.append(f"{path}: no {KIND} in it{found_there}; accepted: kind: {KIND} of {API_VERSION}.")
+        elif others and not misspelt:
+            notes.append(f"{path}: {kinds} passed over; only {KIND} is read.")
+        given |= {str(_metadata(job).get("name")) for job in jobs}
         for job in jobs:
             try:
                 found.append(_document(path, job, changes, cpu))
             except RefusedError as refused:
                 mistakes += refused.mistakes
+    for change in changes:
+        target = _CHANGE.match(change)
+        if target is not None and target["job"] and target["job"] not in given:
+            known = ", ".join(sorted(given)) or "none"
+            mistakes.append(f"--set {change}: there is no job {target['job']}; accepted: {known}.")
     names = [document.key for document in found]
     for name in sorted({n for n in names if names.count(n) > 1}):
         mistakes.append(f"{name[1]}: given {names.count(name)} times; accepted: each name once in a namespace.")
@@ -90,7 +94,7 @@ def load(paths: Sequence[str], changes: Sequence[str] = (), *, cpu: bool = False
 def _objects(path: str) -> list[Object]:
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text()
-        objects = [o for o in yaml.load_all(text, _Loader) if o is not None]
+        objects = load_yaml(text)
     except OSError as error:
         raise RefusedError([f"{path}: cannot be read: {error.strerror or error}."]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -99,19 +103,37 @@ def _objects(path: str) -> list[Object]:
         raise RefusedError([f"{path}:{at} is not YAML: {getattr(error, 'problem', None) or error}."]) from error
     flat: list[Object] = []
     for one in objects:
+        listed = isinstance(one, dict) and one.get("kind") == "List" and isinstance(one.get("items"), list)
+        flat += one["items"] if listed else [one]
+    for one in flat:
         if not isinstance(one, dict):
             raise RefusedError([f"{path}: holds {type(one).__name__}; accepted: Kubernetes objects."])
-        flat += one["items"] if one.get("kind") == "List" and isinstance(one.get("items"), list) else [one]
     return flat
 
 
-def _document(path: str, job: Object, changes: Sequence[str], cpu: bool) -> Document:
+def _misspelt(path: str, other: Object) -> Iterator[str]:
+    """What was meant as a FineTuneJob and would be passed over."""
+    kind, version = other.get("kind"), str(other.get("apiVersion"))
+    label = f"{path}: {_metadata(other).get('name') or '(no name)'}"
+    if kind is None:
+        yield f"{label}: kind: it is missing; accepted: {KIND}; remedy: write kind: {KIND}"
+    elif version.startswith(f"{GROUP}/") or close(str(kind), [KIND], 0.8):
+        yield f'{label}: kind: "{kind}" is not accepted; accepted: {KIND}; remedy: write kind: {KIND}'
+
+
+def _metadata(job: Object) -> Object:
     given = job.get("metadata")
-    metadata: Object = given if isinstance(given, dict) else {}
-    name = metadata.get("name")
+    return given if isinstance(given, dict) else {}
+
+
+def _document(path: str, job: Object, changes: Sequence[str], cpu: bool) -> Document:
+    metadata = job.get("metadata")
+    name = _metadata(job).get("name")
     label = f"{path}: {name or '(no name)'}"
     base = Path.cwd() if path == "-" else Path(path).absolute().parent
-    job = {**job, "metadata": {"namespace": "default", **metadata}, "spec": _absolute(job.get("spec"), base)}
+    if metadata is None or isinstance(metadata, dict):
+        metadata = {**(metadata or {}), "namespace": _metadata(job).get("namespace") or "default"}
+    job = {**job, "metadata": metadata, "spec": _absolute(job.get("spec"), base)}
     for change in changes:
         _change(job, change, str(name))
     if cpu and isinstance(job["spec"], dict):
@@ -149,7 +171,7 @@ def _change(job: Object, change: str, name: str) -> None:
     if found["job"] and found["job"] != name:
         return
     try:
-        value = _absolute(yaml.load(found["value"], _Loader), Path.cwd())
+        value = _absolute(_value(found["value"]), Path.cwd())
     except yaml.YAMLError as error:
         raise RefusedError([f"--set {change}: the value is not YAML: {error}."]) from error
     steps: list[str | int] = [int(s) if s.isdigit() else s for s in re.findall(r"[^.\[\]]+", found["path"])]
@@ -167,6 +189,11 @@ def _change(job: Object, change: str, name: str) -> None:
             at = at[step]
         else:
             at = at[step]
+
+
+def _value(text: str) -> Any:
+    """A YAML value; an empty one is null."""
+    return next(iter(load_yaml(text)), None)
 
 
 def settings(path: Path | None, documents: Sequence[Document] = ()) -> tuple[Settings, list[str]]:
@@ -189,3 +216,22 @@ def settings(path: Path | None, documents: Sequence[Document] = ()) -> tuple[Set
         notes.append(f"Profile {name} is not known here; the default is used (--profile-file gives profiles).")
         profiles[name] = profiles["default"]
     return found.model_copy(update={"profiles": profiles, "progress_interval": "1s"}), notes
+
+
+def check_profiles(path: Path | None, documents: Sequence[Document]) -> list[str]:
+    """What to tell of the profiles the jobs name. Raises RefusedError for those that the file does not know."""
+    if path is None:
+        names = sorted({d.spec.profile for d in documents} - {"default"})
+        return [f"Profile {name} is not checked; --profile-file gives the cluster's profiles." for name in names]
+    known = sorted(settings(path)[0].profiles)
+    mistakes = []
+    for document in documents:
+        name = document.spec.profile
+        if name not in known:
+            meant = close(name, known)
+            remedy = f"did you mean {meant}?" if meant else "use one of them"
+            mistake = Mistake("spec.profile", name, f"one of {', '.join(known)}", remedy)
+            mistakes.append(f"{document.source}: {document.key[1]}: {mistake.text()}")
+    if mistakes:
+        raise RefusedError(mistakes)
+    return []

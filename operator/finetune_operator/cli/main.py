@@ -188,9 +188,16 @@ def _why_not(status: FineTuneJobStatus) -> None:
 @_files
 @_set
 @_cpu
-def validate(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool) -> None:
-    """Check FILE as the operator would: every mistake at once, one per line. Exit code 2 where there is one."""
-    documents, _ = _load(files, changes, cpu)
+@_profiles
+def validate(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool, profile_file: Path | None) -> None:
+    """Check FILE as the operator would: every mistake at once, one per line. Exit code 2 where there is one.
+
+    Nothing is fetched and no cluster is asked: whether models, data, Secrets and claims are there shows when the job
+    runs. Unlike a cluster, finetune also takes file://./PATH.
+    """
+    documents, notes = _load(files, changes, cpu)
+    for note in [*notes, *_checked(profile_file, documents)]:
+        click.echo(f"# {note}", err=True)
     for document in documents:
         click.echo(f"{document.source}: {document.key[1]}: valid")
 
@@ -239,6 +246,10 @@ def _load(paths: Sequence[str], changes: Sequence[str], cpu: bool) -> tuple[list
 
 def _settings(path: Path | None, documents: Sequence[Document]) -> tuple[files.Settings, list[str]]:
     return files.settings(path, documents)
+
+
+def _checked(path: Path | None, documents: Sequence[Document]) -> list[str]:
+    return files.check_profiles(path, documents)
 
 
 # --- runs of this machine -------------------------------------------------------------------------------------

@@ -50,7 +50,10 @@ def needs_trainer() -> None:
     missing = [name for name in ("finetune_trainer", "torch") if importlib.util.find_spec(name) is None]
     if missing:
         raise RefusedError(
-            [f"The trainer is not installed ({', '.join(missing)} missing). pip install 'finetune-operator[trainer]'"]
+            [
+                f"The trainer is not installed ({', '.join(missing)} missing). In a checkout: "
+                "pip install -e '.[operator,trainer]' -c constraints.txt"
+            ]
         )
 
 
