@@ -59,15 +59,17 @@ def make_model(folder: Path, shape: str) -> None:
     fast.save_pretrained(folder)
 
 
-def make_rows(path: Path, count: int, words: int) -> None:
-    """Rows of about ``words`` tokens of random text."""
+def make_rows(path: Path, count: int, words: int, spread: bool) -> None:
+    """Rows of about ``words`` tokens of random text; with ``spread`` of a quarter to seven quarters of it."""
     import random
 
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     with path.open("w") as file:
         for _ in range(count):
-            text = "".join(draw.choice(letters) for _ in range(words))
+            text = "".join(
+                draw.choice(letters) for _ in range(draw.randint(words // 4, words * 7 // 4) if spread else words)
+            )
             file.write(json.dumps({"instruction": "x", "input": "", "output": text}) + "\n")
 
 
@@ -100,14 +102,16 @@ def config_of(args: argparse.Namespace, model: Path, rows: Path, out: Path) -> A
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run; its figures."""
-    model, rows = folder / f"model-{args.shape}", folder / f"rows-{args.length}.jsonl"
+    model, rows = folder / f"model-{args.shape}", folder / f"rows-{args.length}-{args.document}.jsonl"
     if not model.exists():
         started = time.monotonic()
         make_model(model, args.shape)
         print(f"made a {args.shape} model in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     if not rows.exists():
         words = args.document or args.length - 16
-        make_rows(rows, max(8, args.steps * args.batch * args.accumulation * args.length // words), words)
+        make_rows(
+            rows, max(8, args.steps * args.batch * args.accumulation * args.length // words), words, bool(args.document)
+        )
     out = Path(tempfile.mkdtemp(dir=folder))
     config = out / "config.json"
     config.write_text(config_of(args, model, rows, out / "result").model_dump_json())
@@ -148,7 +152,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--method", default="lora")
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--document", type=int, default=0, help="tokens per row, for packing; 0: as long as a sequence")
+    parser.add_argument("--document", type=int, default=0, help="mean tokens per row; 0: as long as a sequence")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--steps", type=int, default=15)
