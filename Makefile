@@ -94,6 +94,19 @@ test-image: binaries ## Of these only the one that builds the trainer's real ima
 test-gpu: setup ## On a machine with a GPU
 	$(PYTEST) -q -m gpu
 
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+.PHONY: images
+images: ## Build both images with buildah, podman or docker; with REGISTRY=… also push them there
+	@tool=$$(command -v buildah || command -v podman || command -v docker) \
+	  || { echo "images are built by buildah, podman or docker: install one of them" >&2; exit 1; }; \
+	for part in operator trainer; do \
+	  folder=$$part; [ $$part = operator ] || folder=trainer_image; \
+	  name=$(if $(REGISTRY),$(REGISTRY:%/=%)/)finetune-$$part:$(VERSION); \
+	  $$tool build -f $$folder/Containerfile -t $$name .; \
+	  $(if $(REGISTRY),$$tool push $$name;) \
+	done
+
 .PHONY: cluster
 cluster: binaries ## Start a real Kubernetes on this machine to play with
 	$(BIN)/python -m tests.cluster --full
