@@ -629,7 +629,7 @@ def _machine_variables(count: int, on_gpu: bool) -> dict[str, str]:
         found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
     if not on_gpu:
         # Threads that wait would spin: beside any other load on this machine, a step then takes up to ten times as
-        # long (measured, docs/architecture.md).
+        # long (measured).
         found["OMP_WAIT_POLICY"] = "PASSIVE"
     return found
 
