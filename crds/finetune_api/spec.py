@@ -163,7 +163,8 @@ class Workers(KubeModel):
     """GPUs and training processes of one worker. 0: one process on the CPU."""
     template: Preserved = {}
     """Fields of a pod template (metadata.labels, metadata.annotations, spec), merged over what the operator
-    makes: lists of named things by name (the training container is named trainer), all else replaced."""
+    makes: lists of named things by name (the training container is named trainer), volumeMounts by mountPath, ports by
+    number; tolerations and envFrom are added; all else is replaced."""
 
 
 class Checkpoint(HyperModel):

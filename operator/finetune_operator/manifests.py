@@ -167,21 +167,25 @@ def pod_template(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...]) -> M
             "volumes": _volumes(plan),
         },
     }
-    if excluded_nodes:
-        base["spec"]["affinity"] = {
-            "nodeAffinity": {
-                "requiredDuringSchedulingIgnoredDuringExecution": {
-                    "nodeSelectorTerms": [
-                        {
-                            "matchExpressions": [
-                                {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(excluded_nodes)}
-                            ]
-                        }
-                    ]
-                }
-            }
-        }
-    return merge(merge(base, plan.profile.template), plan.template)
+    template: Manifest = merge(merge(base, plan.profile.template), plan.template)
+    return {**template, "spec": _kept_off(template["spec"], excluded_nodes)} if excluded_nodes else template
+
+
+def _kept_off(spec: Manifest, nodes: tuple[str, ...]) -> Manifest:
+    """The pod's spec with these nodes excluded, whatever else its node affinity asks for: its terms are alternatives,
+    so each of them gets the exclusion."""
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    affinity = spec.get("affinity") or {}
+    node_affinity = affinity.get("nodeAffinity") or {}
+    selector = node_affinity.get(required) or {"nodeSelectorTerms": [{"matchExpressions": []}]}
+    unlike = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(nodes)}
+    terms = [
+        # An empty term selects no node, and is to stay so.
+        {**term, "matchExpressions": [*(term.get("matchExpressions") or []), unlike]} if term else term
+        for term in selector.get("nodeSelectorTerms") or []
+    ]
+    node_affinity = {**node_affinity, required: {**selector, "nodeSelectorTerms": terms}}
+    return {**spec, "affinity": {**affinity, "nodeAffinity": node_affinity}}
 
 
 def _trainer_container(plan: Plan, attempt: int) -> Manifest:

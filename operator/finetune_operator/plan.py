@@ -175,7 +175,7 @@ def deepspeed_config(spec: FineTuneJobSpec, dtype: str) -> dict[str, Any]:
         "steps_per_print": 1_000_000_000,
     }
     # Adapters keep fp32 parameters of their own beside a bf16 model and need no master copy: DeepSpeed's bf16
-    # section would cost 10 % there (docs/architecture.md).
+    # section would only cost time there.
     if dtype == "bfloat16" and (spec.method.type == "full" or stage > 0):
         decided["bf16"] = {"enabled": True}
     user = spec.deepspeed.model_dump(mode="json", exclude_none=True)
@@ -209,21 +209,39 @@ def mounted(uri: str) -> str:
     return f"file://{CLAIM_ROOT}/{uri[len('pvc://') :]}"
 
 
-_LIST_KEYS = ("name", "mountPath", "key")
+_NAMED: Mapping[str, Any] = {"name": None}
+_IDENTITIES: Mapping[str, Mapping[str, Any]] = {
+    "envFrom": {"prefix": "", "configMapRef": None, "secretRef": None},
+    "ports": {"containerPort": None, "protocol": "TCP"},
+    "tolerations": {"key": "", "operator": "Equal", "value": "", "effect": ""},
+    "volumeMounts": {"mountPath": None},
+}
+"""What tells the items of a list apart, with Kubernetes' defaults; in every other list, the name."""
 
 
-def merge(base: Any, over: Any) -> Any:
-    """``over`` laid over ``base``: mappings by key, lists of named things by name, all else replaced."""
+def merge(base: Any, over: Any, field: str = "") -> Any:
+    """``over`` laid over ``base``, the values of ``field``: mappings by key, lists of objects by what tells their items
+    apart (:data:`_IDENTITIES`), all else replaced."""
     if isinstance(base, dict) and isinstance(over, dict):
         merged = dict(base)
         for key, value in over.items():
-            merged[key] = merge(base[key], value) if key in base else value
+            merged[key] = merge(base[key], value, key) if key in base else value
         return merged
-    if isinstance(base, list) and isinstance(over, list):
-        for key in _LIST_KEYS:
-            if over and all(isinstance(item, dict) and key in item for item in (*base, *over)):
-                named = {item[key]: item for item in base}
-                for item in over:
-                    named[item[key]] = merge(named.get(item[key], {}), item)
-                return list(named.values())
+    if over and isinstance(base, list) and isinstance(over, list):
+        identity = _IDENTITIES.get(field, _NAMED)
+        items = [*base, *over]
+        named = identity is not _NAMED or all(isinstance(item, dict) and "name" in item for item in items)
+        if named and all(isinstance(item, dict) for item in items):
+            found: dict[str, Any] = {}
+            for item in items:
+                key = json.dumps([item.get(part, default) for part, default in identity.items()])
+                found[key] = _merge_item(found[key], item, field) if key in found else item
+            return list(found.values())
     return over
+
+
+def _merge_item(base: dict[str, Any], over: dict[str, Any], field: str) -> Any:
+    # A variable has either a value or a source, a volume one kind of source: both together would be refused.
+    if field == "env" or (field == "volumes" and base.keys() != over.keys()):
+        return over
+    return merge(base, over)

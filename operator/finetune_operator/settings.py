@@ -46,7 +46,7 @@ class Profile(KubeModel):
     termination_grace_period: Duration = "60s"
     """Time for the checkpoint that is saved on SIGTERM."""
     price_per_gpu_hour: float | None = None
-    """For cost figures in status and dashboards."""
+    """For the cost figures in metrics and dashboards, in any currency."""
 
 
 class LeaderElection(KubeModel):

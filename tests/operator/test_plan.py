@@ -1,9 +1,11 @@
 """The plan: what is decided where the spec is silent, and what the manifests then hold."""
 
+import json
 from typing import Any
 
 import pytest
 
+from finetune_api import run
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator import manifests
 from finetune_operator.plan import Owner, Plan, changed_fields, make_plan, merge, result_part
@@ -122,6 +124,83 @@ def test_lists_of_named_things_merge_by_name_and_others_are_replaced() -> None:
         "env": [{"name": "A", "value": "1"}, {"name": "B", "value": "3"}, {"name": "C", "value": "4"}],
         "args": [9],
     }
+
+
+def pod_of(made: Plan, *excluded: str) -> Any:
+    return manifests.job(made, 1, excluded)["spec"]["template"]["spec"]
+
+
+def test_tolerations_add_up_and_the_same_one_is_changed() -> None:
+    gpu = {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}
+    lost = {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute"}
+    users = [{**gpu, "effect": "NoExecute"}, {**gpu, "effect": "NoSchedule"}, {**lost, "tolerationSeconds": 300}]
+    made = plan(
+        Profile(template={"spec": {"tolerations": [gpu]}}), workers={"template": {"spec": {"tolerations": users}}}
+    )
+    found = pod_of(made)["tolerations"]
+    assert [(t["key"], t["effect"], t.get("tolerationSeconds")) for t in found] == [
+        ("node.kubernetes.io/not-ready", "NoExecute", 10),
+        ("node.kubernetes.io/unreachable", "NoExecute", 300),
+        ("gpu", "NoSchedule", None),
+        ("gpu", "NoExecute", None),
+    ]
+
+
+def test_mounts_sources_and_ports_of_the_users_lie_beside_the_operators() -> None:
+    trainer = {
+        "name": "trainer",
+        "volumeMounts": [{"name": "cache", "mountPath": "/data2"}, {"name": "mine", "mountPath": "/dev/shm"}],
+        "envFrom": [{"configMapRef": {"name": "proxies"}}, {"secretRef": {"name": "storage"}}],
+        "ports": [{"containerPort": 6006}, {"containerPort": run.HTTP_PORT, "name": "mine"}],
+    }
+    made = plan(Profile(credentials_secret="storage"), workers={"template": {"spec": {"containers": [trainer]}}})
+    found = pod_of(made)["containers"][0]
+    mounts = [(m["mountPath"], m["name"]) for m in found["volumeMounts"]]
+    assert mounts[1:] == [("/cache", "cache"), ("/work", "work"), ("/dev/shm", "mine"), ("/data2", "cache")]
+    assert found["envFrom"] == [{"secretRef": {"name": "storage"}}, {"configMapRef": {"name": "proxies"}}]
+    assert [p["containerPort"] for p in found["ports"]] == [run.HTTP_PORT, 6006]
+
+
+def test_a_volume_or_variable_of_another_kind_takes_the_place_of_the_operators() -> None:
+    volumes = [
+        {"name": "work", "ephemeral": {"volumeClaimTemplate": {}}},
+        {"name": "shm", "emptyDir": {"sizeLimit": "64Gi"}},
+    ]
+    secret = {"name": "HF_HOME", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}
+    trainer = {"name": "trainer", "env": [secret]}
+    spec = pod_of(plan(workers={"template": {"spec": {"volumes": volumes, "containers": [trainer]}}}))
+    assert volumes[0] in spec["volumes"]
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}} in spec["volumes"]
+    assert [e for e in spec["containers"][0]["env"] if e["name"] == "HF_HOME"] == [secret]
+
+
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+
+
+def affine(*terms: dict[str, Any]) -> dict[str, Any]:
+    return {"spec": {"affinity": {"nodeAffinity": {REQUIRED: {"nodeSelectorTerms": list(terms)}}}}}
+
+
+@pytest.mark.parametrize("who", ["profile", "user"])
+def test_excluded_nodes_stay_excluded_whatever_affinity_is_asked_for(who: str) -> None:
+    zone = {"key": "zone", "operator": "In", "values": ["a"]}
+    name = {"key": "metadata.name", "operator": "NotIn", "values": ["x"]}
+    template = affine({"matchExpressions": [zone]}, {"matchFields": [name]}, {})
+    before = json.dumps(template)
+    made = plan(Profile(template=template)) if who == "profile" else plan(workers={"template": template})
+    off = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["bad", "worse"]}
+    terms = pod_of(made, "bad", "worse")["affinity"]["nodeAffinity"][REQUIRED]["nodeSelectorTerms"]
+    assert terms == [{"matchExpressions": [zone, off]}, {"matchFields": [name], "matchExpressions": [off]}, {}]
+    assert json.dumps(template) == before
+    assert pod_of(made)["affinity"] == template["spec"]["affinity"]
+
+
+def test_excluded_nodes_lie_beside_other_affinity() -> None:
+    spread = {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}, "nodeAffinity": None}
+    affinity = pod_of(plan(workers={"template": {"spec": {"affinity": spread}}}), "bad")["affinity"]
+    assert affinity["podAffinity"] == spread["podAffinity"]
+    (term,) = affinity["nodeAffinity"][REQUIRED]["nodeSelectorTerms"]
+    assert [e["values"] for e in term["matchExpressions"]] == [["bad"]]
 
 
 def test_a_change_is_named_with_both_values_and_defaults_are_no_change() -> None:
