@@ -22,30 +22,7 @@ def program(name: str) -> str:
     """Path of ``prometheus`` or ``promtool``."""
     if found := shutil.which(name):
         return found
-    folder = binaries.cache() / "prometheus"
-    path = folder / "usr" / "bin" / name
-    if path.exists():
-        return str(path)
-    if not shutil.which("apt-get"):
-        raise binaries.UnavailableError(f"{name} is not installed: install Prometheus")
-    with binaries.locked(folder):
-        if not path.exists():
-            binaries.say("unpacking Debian's package prometheus into the cache")
-            _download(folder)
-    return str(path)
-
-
-def _download(folder: Path) -> None:
-    command = ["apt-get", "download", "-q", "prometheus"]
-    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, check=False)
-    if done.returncode:  # no package lists yet
-        subprocess.run(["apt-get", "update", "-qq"], capture_output=True, check=False)
-        done = subprocess.run(command, cwd=folder, text=True, capture_output=True, check=False)
-    if done.returncode:
-        raise binaries.UnavailableError(f"apt-get download prometheus failed: {done.stderr[-500:]}")
-    package = next(folder.glob("prometheus_*.deb"))
-    subprocess.run(["dpkg", "-x", package, folder], check=True)
-    package.unlink()
+    return str(binaries.prometheus() / name)
 
 
 def promtool(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
