@@ -46,6 +46,7 @@ class Reason(StrEnum):
     PODS_PENDING = "PodsPending"
     UNSCHEDULABLE = "Unschedulable"
     IMAGE_NOT_PULLED = "ImageNotPulled"
+    CONTAINER_CONFIG_INVALID = "ContainerConfigInvalid"
     QUOTA_EXCEEDED = "QuotaExceeded"
     QUEUED = "Queued"
     NO_PODS = "NoPods"

@@ -82,7 +82,7 @@ CAUSES = {
     "GPUError": "A GPU failed (CUDA or Xid error); its node is left out of the next attempt.",
     "Unknown": "None of the others could be found.",
     "Evicted": "A pod was evicted: a drain, or a node short of memory or disk.",
-    "Preempted": "A pod made room for one of higher priority.",
+    "Preempted": "A pod made room for one of higher priority, or a queue took its room back.",
     "NodeLost": "A node is gone or not ready; it is left out of the next attempt.",
     "NoOtherNode": "The pods fit on no node but those left out, which are allowed again.",
     "Terminated": "A pod was deleted or told to stop.",
@@ -247,6 +247,8 @@ def _conditions() -> Iterator[str]:
         own = [
             Reason[name] for group, names in reasons.items() if condition.value in group.split(", ") for name in names
         ]
+        if condition is Condition.STALLED:  # what the others say, where only a person can change it
+            own += [Reason.INVALID_SPEC, Reason.UNKNOWN_PROFILE, Reason.INPUT_JOB_FAILED]
         rows.append((_code(condition.value), meanings.get(condition.name, ""), ", ".join(map(_code, own))))
     yield _table(("Type", "True says", "Reasons"), rows)
 

@@ -459,8 +459,9 @@ def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Fin
             return Finding(Condition.PODS_READY, False, Reason.UNSCHEDULABLE, message)
     for pod in pods:
         if pod.waiting in WAITING_FOR_EVER:
-            message = f"{count} {pod.name}: {WAITING_FOR_EVER[pod.waiting]} {pod.waiting_message}".strip()
-            return Finding(Condition.PODS_READY, False, Reason.IMAGE_NOT_PULLED, message)
+            reason, what = WAITING_FOR_EVER[pod.waiting]
+            message = f"{count} {pod.name}: {what} {pod.waiting_message}".strip()
+            return Finding(Condition.PODS_READY, False, reason, message)
     if not pods:
         return Finding(Condition.PODS_READY, False, Reason.NO_PODS, "The pods are not made yet.")
     return Finding(Condition.PODS_READY, False, Reason.PODS_PENDING, count)
@@ -613,6 +614,15 @@ def _accepted(facts: Facts) -> Finding:
     return Finding(Condition.ACCEPTED, True, Reason.VALID)
 
 
+def _stalled_condition(facts: Facts, state: State, accepted: Finding) -> Finding:
+    """Whether a job that has not ended waits for a person."""
+    if state is State.INVALID:
+        return Finding(Condition.STALLED, True, accepted.reason, accepted.message)
+    if state is State.WAITING and facts.inputs.failed:
+        return Finding(Condition.STALLED, True, Reason.INPUT_JOB_FAILED, facts.inputs.waiting)
+    return Finding(Condition.STALLED, False, Reason.NOT_FAILED)
+
+
 def _written(facts: Facts, status: FineTuneJobStatus, state: State, *findings: Finding) -> FineTuneJobStatus:
     """The status with state and conditions; what every pass finds comes first, so that ``findings`` win."""
     finished = state in (State.SUCCEEDED, State.FAILED)
@@ -626,9 +636,7 @@ def _written(facts: Facts, status: FineTuneJobStatus, state: State, *findings: F
     if not finished:
         common.append(Finding(Condition.SUSPENDED, False, Reason.NOT_SUSPENDED))
         common.append(Finding(Condition.READY, False, Reason.NOT_FINISHED, f"State: {state}."))
-        stalled = state is State.INVALID
-        message = common[0].message if stalled else ""
-        common.append(Finding(Condition.STALLED, stalled, common[0].reason if stalled else Reason.NOT_FAILED, message))
+        common.append(_stalled_condition(facts, state, common[0]))
     return status.model_copy(
         update={
             "observed_generation": facts.generation,

@@ -6,10 +6,11 @@ infrastructure says of a pod (evicted, preempted, node lost) explains its exit c
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from finetune_api.causes import RETRY, Cause, Retry
+from finetune_api.conditions import Reason
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER
 from finetune_operator.observe import Exit, GangJob, Pod
 
@@ -55,6 +56,8 @@ def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str]
     stories = [(_when(pod), failure) for pod in pods if (failure := _judge_pod(pod, dead_nodes))]
     if stories:
         when, failure = min(stories, key=lambda story: (_SECONDARY.get(story[1].cause, 0), story[0]))
+        if job is not None and job.suspended and failure.cause in _SECONDARY:
+            return replace(failure, cause=Cause.PREEMPTED, message=_taken_back(job))
         echo = failure.cause is Cause.COMMUNICATION_ERROR and any(pod.running for pod in pods)
         return None if echo and now - when < ECHO_PATIENCE else failure
     if job is None:
@@ -65,6 +68,11 @@ def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str]
     if job.deleting:
         return Failure(Cause.JOB_DELETED, f"The batch Job {job.name} is being deleted by someone else.")
     return None
+
+
+def _taken_back(job: GangJob) -> str:
+    who = f"Queue {job.queue}" if job.queue else "A queue"
+    return f"{who} took its room back: Job {job.name} was suspended, and its pods were told to stop."
 
 
 def _when(pod: Pod) -> datetime:
@@ -189,16 +197,19 @@ def _known_text(text: str) -> tuple[Cause, str] | None:
     return None
 
 
-WAITING_FOR_EVER: Mapping[str, str] = {
-    "InvalidImageName": "The image name is not valid.",
-    "ImageInspectError": "The image cannot be read.",
-    "CreateContainerConfigError": "A Secret, ConfigMap or user the container needs is missing or not accepted.",
-    "RunContainerError": "The container cannot be started.",
-    "CreateContainerError": "The container cannot be made.",
-    "ErrImageNeverPull": "The image is not on the node, and imagePullPolicy is Never.",
-    "ErrImagePull": "The image cannot be pulled.",
-    "ImagePullBackOff": "The image cannot be pulled.",
+WAITING_FOR_EVER: Mapping[str, tuple[Reason, str]] = {
+    "InvalidImageName": (Reason.IMAGE_NOT_PULLED, "The image name is not valid."),
+    "ImageInspectError": (Reason.IMAGE_NOT_PULLED, "The image cannot be read."),
+    "ErrImageNeverPull": (Reason.IMAGE_NOT_PULLED, "The image is not on the node, and imagePullPolicy is Never."),
+    "ErrImagePull": (Reason.IMAGE_NOT_PULLED, "The image cannot be pulled."),
+    "ImagePullBackOff": (Reason.IMAGE_NOT_PULLED, "The image cannot be pulled."),
+    "CreateContainerConfigError": (
+        Reason.CONTAINER_CONFIG_INVALID,
+        "A Secret, ConfigMap or user the container needs is missing or not accepted.",
+    ),
+    "CreateContainerError": (Reason.CONTAINER_CONFIG_INVALID, "The container cannot be made."),
+    "RunContainerError": (Reason.CONTAINER_CONFIG_INVALID, "The container cannot be started."),
 }
-"""Why a container may wait without end, by the kubelet's word for it."""
+"""Why a container may wait without end, by the kubelet's word for it; reason of PodsReady, and words."""
 
 __all__ = ["ECHO_PATIENCE", "FETCH_CONTAINER", "WAITING_FOR_EVER", "Failure", "explain_exit", "judge"]

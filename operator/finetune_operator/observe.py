@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, Termination, TrainerConfig
-from finetune_operator.manifests import INDEX_LABEL, KIND, LABEL_ATTEMPT, config_name
+from finetune_operator.manifests import INDEX_LABEL, KIND, LABEL_ATTEMPT, QUEUE_LABELS, config_name
 
 Object = Mapping[str, Any]
 
@@ -92,6 +92,8 @@ class GangJob:
     created: datetime | None
     suspended: bool
     """By a queue (Kueue), not by us."""
+    queue: str
+    """The name of that queue; empty where the job names none."""
     succeeded: bool
     failed: bool
     failure_reason: str
@@ -171,6 +173,7 @@ def _job(child: Object, events: list[dict[str, Any]]) -> GangJob:
         attempt=_attempt(child),
         created=parse_time(child["metadata"].get("creationTimestamp")),
         suspended=bool(child.get("spec", {}).get("suspend")),
+        queue=(child["metadata"].get("labels") or {}).get(QUEUE_LABELS[0], ""),
         succeeded=bool(succeeded),
         failed=bool(failed),
         failure_reason=failed.get("reason", ""),

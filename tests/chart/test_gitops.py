@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import yaml
 from lupa import lua51  # the version of Argo CD's interpreter
 
+from finetune_api.causes import Cause
+from finetune_api.run import Termination
 from tests.chart.charts import ROOT
 from tests.cluster import binaries
+from tests.operator.simulation import GOOD_SPEC, Simulation
 
 CUSTOMIZATION = ROOT / "gitops" / "argocd" / "resource_customizations" / "finetune.dev" / "FineTuneJob"
 HEALTH_TESTS = yaml.safe_load((CUSTOMIZATION / "health_test.yaml").read_text())["tests"]
@@ -49,6 +53,52 @@ def sample(path: str) -> Any:
 def test_health_is(case: Any) -> None:
     health = lua((CUSTOMIZATION / "health.lua").read_text(), sample(case["inputPath"]))
     assert health == {key: value for key, value in case["healthStatus"].items() if value}
+
+
+def _failed(sim: Simulation, name: str = "chat") -> None:
+    sim.run(name, until="Running")
+    said = Termination(cause=Cause.ACCESS_DENIED, message="no", exit_code=64)
+    sim.exit(f"{name}-a1-0-abcde", 64, said)
+    sim.run(name)
+
+
+def _suspended(sim: Simulation) -> None:
+    sim.edit("chat", suspend=True)
+    sim.run("chat", until="Suspended")
+
+
+def _input_failed(sim: Simulation) -> None:
+    sim.submit("base")
+    _failed(sim, "base")
+    sim.submit("chat", {**GOOD_SPEC, "model": {"uri": "job://base"}})
+    sim.reconcile("chat")
+
+
+def _invalid(sim: Simulation) -> None:
+    sim.edit("chat", profile="h200")
+    sim.reconcile("chat")
+
+
+STORIES: list[tuple[Callable[[Simulation], object], str, str]] = [
+    (lambda sim: sim.reconcile("chat"), "Progressing", "The pods are being made."),
+    (lambda sim: sim.run("chat"), "Healthy", "The run has finished after 10 steps"),
+    (_failed, "Degraded", "AccessDenied: no"),
+    (_suspended, "Suspended", "Suspended; set spec.suspend"),
+    (_invalid, "Degraded", 'spec.profile: "h200"'),
+    (_input_failed, "Degraded", "FineTuneJob base has failed; this job waits for its output."),
+]
+
+
+@pytest.mark.parametrize(("story", "status", "message"), STORIES)
+def test_health_of_what_the_operator_itself_writes_is(
+    story: Callable[[Simulation], object], status: str, message: str
+) -> None:
+    sim = Simulation()
+    sim.submit("chat")
+    story(sim)
+    health = lua((CUSTOMIZATION / "health.lua").read_text(), sim.jobs["chat"])
+    assert health["status"] == status
+    assert health["message"].startswith(message)
 
 
 def test_all_four_states_of_health_are_tested_and_every_sample_is_used() -> None:

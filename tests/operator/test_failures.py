@@ -147,5 +147,29 @@ def test_a_job_that_is_gone_was_deleted_by_someone() -> None:
     assert judged(job=None).cause is Cause.JOB_DELETED
 
 
+SUSPENDED = {
+    **JOB,
+    "metadata": {"name": "tune-a1", "labels": {"finetune.dev/attempt": "1", "kueue.x-k8s.io/queue-name": "team"}},
+    "spec": {"suspend": True},
+}
+
+
+@pytest.mark.parametrize(
+    "status", [{"deleting": True}, ended(75), ended(137), ended(1, message=word(Cause.COMMUNICATION_ERROR))]
+)
+def test_pods_of_a_job_that_its_queue_suspends_were_preempted(status: dict[str, Any]) -> None:
+    found = judged(pod(**status), pod(1), job=SUSPENDED, at=0)
+    assert (found.cause, found.retry, found.node_suspect) == (Cause.PREEMPTED, Retry.FREE, False)
+    assert found.message == "Queue team took its room back: Job tune-a1 was suspended, and its pods were told to stop."
+    unnamed = {**SUSPENDED, "metadata": JOB["metadata"]}
+    assert judged(pod(**status), job=unnamed).message.startswith("A queue took its room back")
+
+
+def test_what_failed_by_itself_was_not_preempted_by_the_queue() -> None:
+    failed = pod(**ended(1, message=word(Cause.OUT_OF_GPU_MEMORY)))
+    assert judged(failed, pod(1, deleting=True), job=SUSPENDED).cause is Cause.OUT_OF_GPU_MEMORY
+    assert judged(pod(), job=SUSPENDED) is None
+
+
 def test_nothing_is_wrong_with_a_running_gang() -> None:
     assert judged(pod(), pod(1)) is None

@@ -205,6 +205,39 @@ def test_a_chain_waits_for_its_input_and_says_for_what() -> None:
     assert '"s3://team/first"' in sim.children_of["ConfigMap", "second-config"]["data"]["config.json"]
 
 
+def test_a_chain_whose_input_failed_is_stalled_until_that_one_is_made_anew() -> None:
+    sim = Simulation()
+    sim.submit("first")
+    sim.run("first", until="Running")
+    sim.exit("first-a1-0-abcde", 64, Termination(cause=Cause.ACCESS_DENIED, message="no", exit_code=64))
+    assert sim.run("first")["state"] == "Failed"
+    sim.submit("second", {**GOOD_SPEC, "model": {"uri": "job://first"}})
+    sim.reconcile("second")
+    assert sim.status("second")["state"] == "Waiting"
+    assert sim.reason("second", "Stalled") == ("True", "InputJobFailed")
+    assert sim.message("second", "Stalled") == "FineTuneJob first has failed; this job waits for its output."
+    sim.delete("FineTuneJob", "team", "first")
+    sim.workers.clear()
+    sim.submit("first")
+    sim.reconcile("second")
+    assert sim.reason("second", "Stalled") == ("False", "NotFailed")
+
+
+@pytest.mark.parametrize(
+    ("waiting", "reason"),
+    [("CreateContainerConfigError", "ContainerConfigInvalid"), ("ImagePullBackOff", "ImageNotPulled")],
+)
+def test_what_a_container_waits_for_is_told(sim: Simulation, waiting: str, reason: str) -> None:
+    while not sim.pods():
+        sim.reconcile("tune")
+        sim.tick()
+    state = {"waiting": {"reason": waiting, "message": 'secret "storage" not found'}}
+    sim.workers["tune-a1-0-abcde"].raw["status"]["containerStatuses"] = [{"name": "trainer", "state": state}]
+    sim.reconcile("tune")
+    assert sim.reason("tune", "PodsReady") == ("False", reason)
+    assert sim.message("tune", "PodsReady").endswith('secret "storage" not found')
+
+
 def test_mistakes_are_told_all_at_once_and_nothing_is_made() -> None:
     sim = Simulation()
     sim.submit("tune", {**GOOD_SPEC, "training": {"learning_rate": -1, "num_train_epochs": 0}, "stage": "nope"})

@@ -64,6 +64,8 @@ def test_a_chain_tells_that_its_first_job_has_failed(cluster: Cluster, namespace
     assert (failed["status"], failed["message"]) == (
         "False", "FineTuneJob first has failed; this job waits for its output.",
     )  # fmt: skip
+    stalled = wait_for_reason(cluster, namespace, "second", "Stalled", "InputJobFailed")
+    assert (stalled["status"], stalled["message"]) == ("True", failed["message"])
     assert not cluster.objects(BATCH_JOBS, namespace=namespace, selector="finetune.dev/job=second")
 
 
@@ -146,6 +148,12 @@ def test_a_queue_holds_a_job_back_and_lets_it_go(cluster: Cluster, namespace: st
 
         # It takes the room back for something more urgent: that is no failure of the run.
         cluster.kubectl("patch", "job", "tune-a1", "-n", namespace, "-p", '{"spec": {"suspend": true}}')
+        ended = cluster.wait_for(
+            JOBS, lambda jobs: [a for a in jobs[0]["status"]["attempts"] if a.get("endTime")], name="tune",
+            namespace=namespace,
+        )  # fmt: skip
+        assert (ended[0]["cause"], ended[0]["counted"]) == ("Preempted", False)
+        assert ended[0]["message"].startswith("Queue team took its room back: Job tune-a1 was suspended")
         wait_for_reason(cluster, namespace, "tune", "PodsReady", "Queued")
         status = cluster.get(JOBS, "tune", namespace=namespace)["status"]
         assert status["countedRestarts"] == 0
