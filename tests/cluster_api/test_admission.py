@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from tests.unit.good_specs import Good
 pytestmark = pytest.mark.cluster
 
 JOBS = "finetune.dev/v1alpha1/finetunejobs"
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,15 @@ def test_kubectl_apply_tells_several_mistakes_at_once(api: Access, space: str) -
     assert done.returncode
     for field in ("model.uri", "training.max_steps", "training.eval_steps", "method.r", "recovery.hangTimeout"):
         assert f"spec.{field}: " in done.stderr
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_a_cluster_takes_the_examples_that_say_so_and_no_others(api: Access, space: str, path: Path) -> None:
+    done = api.try_kubectl("create", "--dry-run=server", "--validate=strict", "-n", space, "-f", str(path))
+    if "#   kubectl apply -f examples/" in path.read_text():
+        assert done.returncode == 0, done.stderr
+    else:
+        assert "finetune run also takes file://./PATH" in done.stderr
 
 
 # ---- agreement of the two on anything ----

@@ -45,6 +45,22 @@ def test_the_rows_are_whole(name: str) -> None:
         assert sum("\u4e00" <= char <= "\u9fff" for char in "".join(r["output"] for r in rows)) > 100
 
 
+def test_the_rows_in_the_cluster_s_example_are_those_of_the_file() -> None:
+    path = next(path for path in EXAMPLES if path.name.startswith("07"))
+    config_map = next(o for o in yaml.safe_load_all(path.read_text()) if o["kind"] == "ConfigMap")
+    rows = config_map["data"]["rows.jsonl"].splitlines()
+    known = (ROOT / "examples" / "data" / "self_cognition.jsonl").read_text().splitlines()
+    assert len(rows) == 9 and set(rows) <= set(known)
+
+
+def test_the_job_of_the_readme_is_valid(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    job = next(block for block in blocks if "kind: FineTuneJob" in block)
+    (tmp_path / "job.yaml").write_text(job)
+    result = CliRunner().invoke(main, ["validate", str(tmp_path / "job.yaml")])
+    assert result.exit_code == 0, result.output
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
