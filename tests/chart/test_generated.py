@@ -12,8 +12,12 @@ import jsonschema
 import pytest
 import yaml
 
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator import manifests
+from finetune_operator.plan import Owner, make_plan
 from finetune_operator.settings import LeaderElection, Profile, Settings
 from tests.chart.charts import CHART, ROOT, VALUES
+from tests.operator.simulation import GOOD_SPEC
 
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
 DEFAULTS: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -68,6 +72,25 @@ def test_the_schema_refuses_what_is_wrong(wrong: Any) -> None:
 
 def test_the_schema_is_one() -> None:
     jsonschema.Draft7Validator.check_schema(SCHEMA)
+
+
+def test_the_profile_for_rdma_that_is_commented_out_is_one() -> None:
+    text = (CHART / "values.yaml").read_text()
+    lines = [line.split("#:", 1)[1] for line in text.splitlines() if line.lstrip().startswith("#:")]
+    (profile,) = yaml.safe_load("\n".join(lines)).items()
+    values = merged(copy.deepcopy(DEFAULTS), {"profiles": dict([profile])})
+    jsonschema.Draft7Validator(SCHEMA).validate(values)
+    owner = Owner("team", "tune", "uid", {})
+    plan = make_plan(owner, FineTuneJobSpec.model_validate(GOOD_SPEC), Profile.model_validate(profile[1]), {})
+    made = manifests.job(plan, 1)["spec"]["template"]
+    assert made["spec"]["containers"][0]["resources"]["limits"] == {
+        "nvidia.com/gpu": "8",
+        "rdma/hca_shared_devices_a": 1,
+    }
+    (together,) = made["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    labels = made["metadata"]["labels"]
+    assert together["labelSelector"]["matchLabels"].items() <= labels.items()
+    assert set(together["matchLabelKeys"]) <= labels.keys()
 
 
 def test_every_value_is_documented() -> None:

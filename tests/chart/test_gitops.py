@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from lupa import lua51  # the version of Argo CD's interpreter
 
 from finetune_api.causes import Cause
 from finetune_api.run import Termination
-from tests.chart.charts import ROOT
+from tests.chart.charts import ROOT, kinds, only, template
 from tests.cluster import binaries
 from tests.operator.simulation import GOOD_SPEC, Simulation
 
@@ -170,6 +171,20 @@ def test_the_base_is_what_the_chart_makes() -> None:
     command = [sys.executable, ROOT / "charts" / "generate.py", "--check", "--kustomize", helm]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.cluster
+def test_what_argocd_and_flux_install_needs_no_kind_that_a_cluster_may_lack(tmp_path: Path) -> None:
+    application = yaml.safe_load((ROOT / "gitops" / "argocd" / "application.yaml").read_text())
+    flux = list(yaml.safe_load_all((ROOT / "gitops" / "flux" / "helmrelease.yaml").read_text()))
+    release = next(found for found in flux if found["kind"] == "HelmRelease")
+    for values in (application["spec"]["source"]["helm"]["valuesObject"], release["spec"]["values"]):
+        path = tmp_path / "values.yaml"
+        path.write_text(yaml.safe_dump(values))
+        objects = template("--values", path)
+        assert not kinds(objects) & {"ServiceMonitor", "PodMonitor", "PrometheusRule"}
+        image = only(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]["image"]
+        assert image.startswith("registry.example.com/team/finetune-operator:")
 
 
 @pytest.mark.cluster

@@ -63,6 +63,17 @@ def test_profiles_without_an_image_use_the_trainers() -> None:
     assert found["h100"].image_pull_policy == "Always"
 
 
+def test_pull_secrets_of_the_workers_are_in_every_profile() -> None:
+    found = settings(template_set("everything"), "tuner").profiles
+    shared = {"name": "pull-trainer"}
+    assert found["h100"].template["spec"]["imagePullSecrets"] == [shared, {"name": "pull"}]
+    assert found["h100"].template["spec"]["nodeSelector"] == {"gpu": "h100"}
+    for name in ("default", "cpu", "nvidia"):
+        assert found[name].template["spec"]["imagePullSecrets"] == [shared]
+    for profile in settings(template()).profiles.values():
+        assert "imagePullSecrets" not in profile.template.get("spec", {})
+
+
 def test_profiles_set_to_null_are_gone() -> None:
     assert set(settings(template_set("minimal")).profiles) == {"default"}
 

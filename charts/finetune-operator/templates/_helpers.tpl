@@ -67,7 +67,15 @@ app.kubernetes.io/part-of: finetune-operator
 {{- $profiles := dict -}}
 {{- range $name, $profile := .Values.profiles -}}
 {{- $defaults := dict "image" $image "imagePullPolicy" $.Values.trainer.image.pullPolicy -}}
-{{- $_ := set $profiles $name (mergeOverwrite $defaults (deepCopy (default dict $profile))) -}}
+{{- $made := mergeOverwrite $defaults (deepCopy (default dict $profile)) -}}
+{{- with $.Values.trainer.imagePullSecrets -}}
+{{- $template := default dict (get $made "template") -}}
+{{- $spec := default dict (get $template "spec") -}}
+{{- $_ := set $spec "imagePullSecrets" (concat . (default list (get $spec "imagePullSecrets")) | uniq) -}}
+{{- $_ := set $template "spec" $spec -}}
+{{- $_ := set $made "template" $template -}}
+{{- end -}}
+{{- $_ := set $profiles $name $made -}}
 {{- end -}}
 {{- $_ := set $settings "profiles" $profiles -}}
 {{- toYaml $settings -}}
