@@ -7,6 +7,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from finetune_operator import __version__
 from finetune_operator.cli import files
 from finetune_operator.cli.main import main
 from tests.unit.local_runs import Bench, job
@@ -212,6 +213,46 @@ def test_profiles_come_from_a_file_and_unknown_ones_are_told(bench: Bench) -> No
     result = finetune("plan", bench.file, "--profile-file", profiles)
     assert result.exit_code == 2
     assert "profiles.h100.imag" in result.stderr
+
+
+CHART_VALUES = Path(__file__).parents[2] / "charts" / "finetune-operator" / "values.yaml"
+
+
+def trainer_pod(bench: Bench, values: Path) -> Any:
+    result = finetune("plan", bench.file, "--profile-file", values)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return list(yaml.safe_load_all(result.stdout))[3]["spec"]["template"]["spec"]
+
+
+def test_profiles_come_from_helm_values_as_the_chart_makes_them(bench: Bench) -> None:
+    bench.write(job(bench.home, profile="nvidia"))
+    spec = trainer_pod(bench, CHART_VALUES)
+    assert spec["containers"][0]["image"] == f"finetune-trainer:{__version__}"
+    assert "nvidia.com/gpu" in [toleration["key"] for toleration in spec["tolerations"]]
+    values = bench.home / "values.yaml"
+    image = {"registry": "mirror/", "tag": "one", "digest": "sha256:1", "pullPolicy": "Always"}
+    trainer = {"image": image, "imagePullSecrets": [{"name": "pull"}]}
+    own = {"template": {"spec": {"imagePullSecrets": [{"name": "own"}]}}}
+    values.write_text(yaml.safe_dump({"trainer": trainer, "profiles": {"cpu": None, "nvidia": own}, "replicas": 3}))
+    spec = trainer_pod(bench, values)
+    assert spec["containers"][0]["image"] == "mirror/finetune-trainer@sha256:1"
+    assert spec["containers"][0]["imagePullPolicy"] == "Always"
+    assert spec["imagePullSecrets"] == [{"name": "pull"}, {"name": "own"}]
+    bench.write(job(bench.home))
+    values.write_text("trainer: {image: {tag: two}}")
+    assert trainer_pod(bench, values)["containers"][0]["image"] == "finetune-trainer:two"
+
+
+@pytest.mark.parametrize("text", ["profile: {h100: {}}", "[]", "replicas: 3"])
+def test_a_file_without_profiles_is_refused_with_the_remedy(bench: Bench, text: str) -> None:
+    bench.write(job(bench.home))
+    values = bench.home / "values.yaml"
+    values.write_text(text)
+    result = finetune("plan", bench.file, "--profile-file", values)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        f"{values}: there are no profiles in it; accepted: the operator's settings, or Helm"
+    )
 
 
 def test_there_is_nothing_to_show_of_what_was_not_run(bench: Bench) -> None:

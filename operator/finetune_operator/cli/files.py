@@ -19,8 +19,10 @@ from finetune_api.checks import close
 from finetune_api.mistakes import Mistake, read
 from finetune_api.mistakes import load as load_yaml
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator import __version__
 from finetune_operator.cluster import Object
 from finetune_operator.manifests import API_VERSION, GROUP, KIND
+from finetune_operator.plan import merge
 from finetune_operator.settings import Profile, Settings
 
 
@@ -197,13 +199,14 @@ def _value(text: str) -> Any:
 
 
 def settings(path: Path | None, documents: Sequence[Document] = ()) -> tuple[Settings, list[str]]:
-    """Settings for this machine, from a file in the form of ``finetune operator --config``; and what to tell of it.
+    """Settings for this machine, from a file as for ``finetune operator --config`` or from the chart's values; and what
+    to tell of it.
 
     Profiles are the platform's. One that is not known here is replaced by the default, and that is said.
     """
     try:
         read_in = yaml.safe_load(path.read_text()) if path else None
-        found = Settings.model_validate(read_in or {})
+        found = Settings.model_validate(_settings_of(path, read_in) if path else {})
     except (OSError, yaml.YAMLError) as error:
         raise RefusedError([f"{path}: cannot be read: {error}."]) from error
     except ValidationError as error:
@@ -216,6 +219,42 @@ def settings(path: Path | None, documents: Sequence[Document] = ()) -> tuple[Set
         notes.append(f"Profile {name} is not known here; the default is used (--profile-file gives profiles).")
         profiles[name] = profiles["default"]
     return found.model_copy(update={"profiles": profiles, "progress_interval": "1s"}), notes
+
+
+_REPOSITORY = "finetune-trainer"
+"""The chart's default of trainer.image.repository."""
+
+
+def _settings_of(path: Path, given: Any) -> Object:
+    """The operator's settings as they are; of Helm values the profiles, as the chart would write them."""
+    given = {} if given is None else given
+    fields = {field.alias or name for name, field in Settings.model_fields.items()}
+    if not isinstance(given, dict) or (given.keys() - fields and not given.keys() & {"profiles", "trainer"}):
+        raise RefusedError(
+            [
+                f"{path}: there are no profiles in it; accepted: the operator's settings, or Helm values; remedy: "
+                "write profiles: and the profiles by name below it."
+            ]
+        )
+    if given.keys() <= fields:
+        return given
+    profiles = {name: found for name, found in _map(given.get("profiles")).items() if found is not None}
+    trainer = _map(given.get("trainer"))
+    image = _map(trainer.get("image"))
+    name = "/".join(
+        filter(None, [str(image.get("registry") or "").rstrip("/"), image.get("repository") or _REPOSITORY])
+    )
+    version = f"@{image['digest']}" if image.get("digest") else f":{image.get('tag') or __version__}"
+    defaults: Object = {"image": name + version}
+    if image.get("pullPolicy"):
+        defaults["imagePullPolicy"] = image["pullPolicy"]
+    if trainer.get("imagePullSecrets"):
+        defaults["template"] = {"spec": {"imagePullSecrets": trainer["imagePullSecrets"]}}
+    return {"profiles": {name: merge(defaults, found) for name, found in {"default": {}, **profiles}.items()}}
+
+
+def _map(value: Any) -> Object:
+    return value if isinstance(value, dict) else {}
 
 
 def check_profiles(path: Path | None, documents: Sequence[Document]) -> list[str]:

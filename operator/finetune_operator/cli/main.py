@@ -75,7 +75,7 @@ _state_dir = click.option(
 _namespace = click.option("-n", "--namespace", default="default", show_default=True, help="Namespace of the job.")
 _profiles = click.option(
     "--profile-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
-    help="Profiles that spec.profile may name: a file as for finetune operator --config.",
+    help="Profiles that spec.profile may name: a file as for finetune operator --config, or the chart's values.",
 )  # fmt: skip
 
 
