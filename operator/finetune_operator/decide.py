@@ -19,7 +19,7 @@ from finetune_api.mistakes import Mistake
 from finetune_api.run import Progress, Termination
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptStatus, FineTuneJobStatus
-from finetune_operator.failures import ECHO_PATIENCE, WAITING_FOR_EVER, Failure, judge
+from finetune_operator.failures import ECHO_PATIENCE, WAITING_FOR_EVER, Failure, judge, taken_back
 from finetune_operator.manifests import job_name
 from finetune_operator.observe import GangJob, Observed, Pod, format_time, parse_time
 from finetune_operator.plan import Plan, changed_fields
@@ -119,6 +119,9 @@ def decide(facts: Facts) -> Decision:
     if _succeeded(job, pods):
         return _succeed(facts, status, current, pods)
     failure = judge(job, pods, facts.dead_nodes, facts.now)
+    # Its pods may be gone already: that they all ran in this attempt is known from the condition.
+    if failure is None and job is not None and job.suspended and is_true(status, Condition.PODS_READY):
+        failure = taken_back(job)
     if failure is None and facts.spec is not None and facts.spec.suspend:
         failure = Failure(Cause.SUSPENDED, "Suspended on request; a checkpoint is saved before the pods go.")
     failure = failure or _stalled(facts, status, pods) or _no_other_node(facts, current, pods)

@@ -57,7 +57,7 @@ def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str]
     if stories:
         when, failure = min(stories, key=lambda story: (_SECONDARY.get(story[1].cause, 0), story[0]))
         if job is not None and job.suspended and failure.cause in _SECONDARY:
-            return replace(failure, cause=Cause.PREEMPTED, message=_taken_back(job))
+            return replace(taken_back(job), exit_code=failure.exit_code, pod=failure.pod, node=failure.node)
         echo = failure.cause is Cause.COMMUNICATION_ERROR and any(pod.running for pod in pods)
         return None if echo and now - when < ECHO_PATIENCE else failure
     if job is None:
@@ -70,9 +70,11 @@ def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str]
     return None
 
 
-def _taken_back(job: GangJob) -> str:
+def taken_back(job: GangJob) -> Failure:
+    """What ends an attempt whose Job a queue suspends while it runs."""
     who = f"Queue {job.queue}" if job.queue else "A queue"
-    return f"{who} took its room back: Job {job.name} was suspended, and its pods were told to stop."
+    message = f"{who} took its room back: Job {job.name} was suspended, and its pods were told to stop."
+    return Failure(Cause.PREEMPTED, message)
 
 
 def _when(pod: Pod) -> datetime:
@@ -212,4 +214,4 @@ WAITING_FOR_EVER: Mapping[str, tuple[Reason, str]] = {
 }
 """Why a container may wait without end, by the kubelet's word for it; reason of PodsReady, and words."""
 
-__all__ = ["ECHO_PATIENCE", "FETCH_CONTAINER", "WAITING_FOR_EVER", "Failure", "explain_exit", "judge"]
+__all__ = ["ECHO_PATIENCE", "FETCH_CONTAINER", "WAITING_FOR_EVER", "Failure", "explain_exit", "judge", "taken_back"]

@@ -205,6 +205,34 @@ def test_a_chain_waits_for_its_input_and_says_for_what() -> None:
     assert '"s3://team/first"' in sim.children_of["ConfigMap", "second-config"]["data"]["config.json"]
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_gang_whose_queue_takes_the_room_back_was_preempted(sim: Simulation, seen: bool) -> None:
+    while sim.step.get("tune-a1", 0) < 5:
+        sim.reconcile("tune")
+        sim.tick()
+    sim.children_of["Job", "tune-a1"]["spec"]["suspend"] = True
+    for pod in sim.pods():
+        sim._delete_pod(sim.workers[pod].raw)
+    if not seen:
+        sim.workers.clear()
+    status = sim.run("tune")
+    assert status["state"] == "Succeeded"
+    assert [a["cause"] for a in status["attempts"]] == ["Preempted", "Succeeded"]
+    assert status["attempts"][0]["message"].startswith("A queue took its room back: Job tune-a1")
+    assert (status["restarts"], status["countedRestarts"]) == (1, 0)
+
+
+def test_a_job_that_its_queue_holds_back_waits_in_its_first_attempt(sim: Simulation) -> None:
+    sim.reconcile("tune")
+    sim.children_of["Job", "tune-a1"]["spec"]["suspend"] = True
+    for _ in range(30):
+        sim.reconcile("tune")
+        sim.tick()
+    assert sim.reason("tune", "PodsReady") == ("False", "Queued")
+    sim.children_of["Job", "tune-a1"]["spec"]["suspend"] = False
+    assert [a["cause"] for a in sim.run("tune")["attempts"]] == ["Succeeded"]
+
+
 def test_a_chain_whose_input_failed_is_stalled_until_that_one_is_made_anew() -> None:
     sim = Simulation()
     sim.submit("first")
