@@ -113,7 +113,7 @@ class Observed:
     frozen_config: TrainerConfig | None
     frozen_spec: Mapping[str, Any] | None
     earlier: bool = False
-    """Something is left of a FineTuneJob of the same name that was deleted; it is none of the above."""
+    """Something is left of a FineTuneJob of the same name, or of a Job, that was deleted; it is none of the above."""
 
     def job(self, attempt: int) -> GangJob | None:
         """The Job of one attempt."""
@@ -128,21 +128,23 @@ def observe(name: str, children: Iterable[dict[str, Any]], uid: str = "") -> Obs
     """Facts of the children of the FineTuneJob ``name``; with ``uid``, of the one that has it."""
     everything = list(children)
     earlier = {c["metadata"]["uid"] for c in everything if uid and _owners(c, KIND) - {uid}}
-    earlier |= {c["metadata"]["uid"] for c in everything if _owners(c, "Job") & earlier}
+    # Also pods whose Job is gone already: it was deleted, and they are slow to end.
+    jobs = {c["metadata"].get("uid") for c in everything if c["kind"] == "Job"} - earlier
+    earlier |= {c["metadata"]["uid"] for c in everything if (owners := _owners(c, "Job")) and not owners & jobs}
     children = [c for c in everything if c["metadata"].get("uid") not in earlier]
-    jobs, pods = [], []
+    gangs, pods = [], []
     config, spec = None, None
     for child in children:
         kind = child["kind"]
         if kind == "Job":
-            jobs.append(_job(child, [c for c in children if c["kind"] == "Event"]))
+            gangs.append(_job(child, [c for c in children if c["kind"] == "Event"]))
         elif kind == "Pod":
             pods.append(_pod(child))
         elif kind == "ConfigMap" and child["metadata"]["name"] == config_name(name):
             data = child.get("data") or {}
             config = TrainerConfig.model_validate_json(data["config.json"])
             spec = json.loads(data["spec.json"])
-    return Observed(tuple(jobs), tuple(pods), config, spec, bool(earlier))
+    return Observed(tuple(gangs), tuple(pods), config, spec, bool(earlier))
 
 
 def _owners(child: Object, kind: str) -> set[str]:

@@ -138,6 +138,18 @@ def test_who_lost_his_peers_waits_a_moment_for_their_story() -> None:
     assert judged(victim, pod(1, **ended(137, at=6)), at=7).cause is Cause.KILLED
 
 
+def test_pods_of_a_job_that_is_gone_are_nobodys() -> None:
+    def owned(kind: str, by: str, child: dict[str, Any], uid: str) -> dict[str, Any]:
+        metadata = child["metadata"] | {"uid": uid, "ownerReferences": [{"kind": kind, "uid": by}]}
+        return child | {"metadata": metadata}
+
+    ours, gone = owned("FineTuneJob", "new", JOB, "job"), pod(deleting=True)
+    seen = observe("tune", [ours, owned("Job", "job", pod(1), "b"), owned("Job", "lost", gone, "a")], "new")
+    assert [p.index for p in seen.pods] == [1]
+    assert seen.earlier
+    assert judge(seen.job(1), seen.pods_of(1), NO_NODES, datetime.now(UTC)) is None
+
+
 def test_the_workers_own_exit_code_is_told_not_the_launchers() -> None:
     said = word(Cause.KILLED, exit_code=-9)
     assert judged(pod(**ended(1, message=said))).exit_code == -9
