@@ -158,11 +158,14 @@ def adalora(spec: FineTuneJobSpec) -> Iterator[Finding]:
             f"tinit + tfinal less than spec.training.max_steps, {spec.training.max_steps}",
             "lower tinit or tfinal: the ranks are given in the steps between them",
         )
-    if _get(spec.deepspeed.model_extra, "bf16.enabled") is True:
+
+
+def bf16_section(spec: FineTuneJobSpec) -> Iterator[Finding]:
+    if COMPATIBILITY[spec.method.type].zero_stages == (0,) and _get(spec.deepspeed.model_extra, "bf16.enabled") is True:
         yield (
             "deepspeed.bf16.enabled",
             True,
-            "no bf16 section with spec.method.type: adalora",
+            f"no bf16 section with spec.method.type: {spec.method.type}",
             "remove it: the adapter stays float32 beside a bfloat16 model",
         )
 
@@ -519,6 +522,7 @@ CHECKS: tuple[tuple[str, Callable[[Any], Iterator[Finding]]], ...] = (
     ("spec.method", target_modules),
     ("spec.method", patterns),
     ("spec", adalora),
+    ("spec", bf16_section),
     ("spec", deepspeed),
     *(("spec", _repeats(*row)) for row in _REPEATED),
     ("spec", precision),

@@ -40,9 +40,12 @@ COMPATIBILITY: dict[str, Row] = {
     # These compute with the weights outside the layers they belong to, where ZeRO-3 has not gathered them.
     **dict.fromkeys(
         (
-            *("ia3", "vera", "loha", "lokr", "oft", "boft", "fourierft", "waveft", "hra", "randlora", "vblora"),
-            *("shira", "c3a", "miss", "road", "delora", "gralora", "hira", "ln_tuning", "trainable_tokens"),
+            *("ia3", "loha", "lokr", "oft", "boft", "fourierft", "waveft", "hra", "randlora", "vblora", "shira"),
+            *("c3a", "miss", "road", "gralora", "hira", "ln_tuning", "trainable_tokens"),
         ),
         Row(stages=SFT, zero_stages=(0, 1, 2)),
     ),
+    # They hold float32 constants beside their weights, and DeepSpeed's bf16 section turns only one of the two round.
+    "vera": Row(stages=SFT, zero_stages=(0,)),
+    "delora": Row(stages=SFT, zero_stages=(0,)),
 }

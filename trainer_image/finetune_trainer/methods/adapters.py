@@ -4,6 +4,7 @@ A method's parameters carry PEFT's names, so its class in ``finetune_api/methods
 ``lora.py`` and ``adalora.py`` use the same functions and add what is theirs.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,10 @@ def base_name(config: TrainerConfig) -> str:
     return str(local_path(uri)) if uri.startswith("file://") else uri
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers, e.g. q_proj, for messages."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+def linear_names(model: nn.Module, *, in_layers: bool = False) -> list[str]:
+    """The last parts of the names of all linear layers, e.g. q_proj; ``in_layers``: of those in the decoder layers."""
+    names = (name for name, module in model.named_modules() if _is_linear(module))
+    return sorted({name.rpartition(".")[2] for name in names if not in_layers or re.search(r"\.\d+\.", name)})
 
 
 def norm_names(model: nn.Module) -> list[str]:

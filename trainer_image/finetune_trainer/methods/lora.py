@@ -9,12 +9,14 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune_api.causes import Cause
 from finetune_api.methods import Lora
 from finetune_api.run import TrainerConfig
 from finetune_trainer.hooks import NOTHING, Hooks
 from finetune_trainer.methods import adapters
 from finetune_trainer.methods.adapters import attach, linear_names
 from finetune_trainer.methods.adapters import merge as merge
+from finetune_trainer.outcome import RunError
 
 KEPT = ("default", "gaussian", "orthogonal")
 """The values of ``init_lora_weights`` with which the adapted model begins as the base, its weights untouched."""
@@ -29,8 +31,14 @@ def prepare(model: PreTrainedModel, method: Lora, config: TrainerConfig) -> nn.M
         chosen["init_lora_weights"] = True
     chosen["layers_to_transform"] = method.layers_to_transform or None
     if method.layers_to_transform and method.target_modules == "all-linear":
-        # PEFT takes numbers of layers only with a list; the output layer is in none of them.
-        chosen["target_modules"] = linear_names(model)
+        # PEFT takes numbers of layers only with a list of names, and lets a name outside all layers through.
+        chosen["target_modules"] = linear_names(model, in_layers=True)
+    if method.init_lora_weights == "olora" and any(type(m).__name__ == "Conv1D" for m in model.modules()):
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"method.init_lora_weights 'olora' does not go with {type(model).__name__}, whose weights are turned round "
+            "(Conv1D). Choose pissa or default.",
+        )
     adapted = attach(model, LoraConfig, chosen, config)
     if method.init_lora_weights not in KEPT:
         # These took their first values out of the model's weights: what was learned is the difference to them.
@@ -66,6 +74,7 @@ def save(
         return
     from safetensors.torch import save_file
 
+    directory.mkdir(parents=True, exist_ok=True)
     last = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
     save_file(plain_weights(first, last), directory / "adapter_model.safetensors", metadata={"format": "pt"})
     trained: Any = model.peft_config["default"]
