@@ -90,7 +90,7 @@ CASES: dict[str, Case] = {
             "alpha_pattern": {".*mlp.*": 8},
         },
         lambda layers: sum(
-            (2 if layers is LLAMA and n > 3 or layers is GPT2 and n > 1 else 4) * (i + o)
+            (2 if (layers is LLAMA and n > 3) or (layers is GPT2 and n > 1) else 4) * (i + o)
             for n, (i, o) in enumerate(layers[: len(layers) // LAYERS])
         ),
     ),

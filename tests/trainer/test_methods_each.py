@@ -1,6 +1,5 @@
-"""Every method on a tiny Llama and a tiny GPT-2: what it trains, that it learns, and that its result is read by others."""
+"""Every method on a tiny Llama and GPT-2: what it trains, that it learns, and that its result is read by others."""
 
-import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finetune_api.causes import Cause
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_trainer.methods import METHODS, hooks
 from finetune_trainer.model import load_model, load_tokenizer, parameter_counts
