@@ -99,6 +99,10 @@ def attach(model: PreTrainedModel, kind: type[PeftConfig], chosen: dict[str, Any
         adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **chosen), autocast_adapter_dtype=True)
     except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
         raise _misfit(model, targets, config, error) from error
+    for p in adapted.parameters():
+        # PEFT does not think of copies of the model's own modules (norms, modules_to_save).
+        if p.requires_grad and p.is_floating_point() and not hasattr(p, "ds_id"):
+            p.data = p.data.float()
     written = adapted.peft_config["default"]
     written.base_model_name_or_path = base_name(config)
     if config.model.uri.startswith("hf://"):
