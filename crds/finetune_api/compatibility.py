@@ -37,8 +37,8 @@ COMPATIBILITY: dict[str, Row] = {
     "p_tuning_v2": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
     "prompt_tuning": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, merge=False),
     "p_tuning": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, merge=False),
-    # ZeRO-3 breaks some of these (LoHa, LN tuning, trainable tokens), and would write others without the random matrices
-    # they keep as buffers; LoRA is there for models that need it.
+    # ZeRO-3 breaks some of these (LoHa, LN tuning, trainable tokens), and would write others without the random
+    # matrices they keep as buffers; LoRA is there for models that need it.
     **dict.fromkeys(
         (
             *("ia3", "loha", "lokr", "oft", "boft", "fourierft", "waveft", "hra", "randlora", "vblora", "shira"),

@@ -39,15 +39,20 @@ TYPES = {method["type"]: name for name, method in reversed(METHODS.items())}
 """One case of each type."""
 
 
-def config_of(root: Path, method: str, folder: str, stage: int = 0) -> dict[str, Any]:
+def config_of(root: Path, method: str, folder: str, stage: int = 0, dtype: str = "float32") -> dict[str, Any]:
     model = "gpt2" if method == "bitfit" else "llama"
     threshold = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    # As the operator's plan has it.
+    section = dtype == "bfloat16" and (stage > 0 or COMPATIBILITY[METHODS[method]["type"]].whole_model)
     config = tiny.make_config(
         root,
-        model={"uri": f"file://{root}/{model}"},
+        model={"uri": f"file://{root}/{model}", "dtype": dtype},
         method=METHODS[method],
         training={"max_steps": STEPS},
-        deepspeed={"zero_optimization": {"stage": stage, **threshold}},
+        deepspeed={
+            "zero_optimization": {"stage": stage, **threshold},
+            **({"bf16": {"enabled": True}} if section else {}),
+        },
         save_steps=SAVED,
         checkpoint_uri=f"file://{root}/{method}/checkpoints",
         output_uri=f"file://{root}/{folder}/output",
@@ -84,12 +89,15 @@ def alone(root: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def gang(root: Path) -> dict[str, list[float]]:
-    """The first losses of every type in two processes, under all stages of the table: by "type/stage"."""
-    plan = {
-        f"{kind}/{stage}": config_of(root, name, "none", stage)
-        for kind, name in TYPES.items()
-        for stage in COMPATIBILITY[kind].zero_stages
-    }
+    """The first losses of every type in two processes: by "type/stage" under all stages of the table, and by
+    "type/stage/bfloat16" without ZeRO and under the highest stage; LoRA+ too, whose rates differ."""
+    plan = {}
+    for kind, name in TYPES.items():
+        stages = COMPATIBILITY[kind].zero_stages
+        plan |= {f"{kind}/{stage}": config_of(root, name, "none", stage) for stage in stages}
+        for stage in {stages[0], stages[-1]}:
+            plan[f"{kind}/{stage}/bfloat16"] = config_of(root, name, "none", stage, "bfloat16")
+    plan |= {f"lora+/{stage}": config_of(root, "lora+", "none", stage) for stage in (2, 3)}
     path = root / "gang.json"
     path.write_text(json.dumps(plan))
     environ = tiny.environment(root, tiny.make_config(root))
@@ -139,6 +147,22 @@ def test_two_processes_learn_the_same_under_every_stage(kind: str, alone: dict[s
     for stage in COMPATIBILITY[kind].zero_stages:
         told = gang[f"{kind}/{stage}"]
         assert told == pytest.approx(reference[: len(told)], rel=2e-5), f"ZeRO-{stage}"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_bfloat16_learns_nearly_the_same(kind: str, alone: dict[str, Any], gang: dict[str, Any]) -> None:
+    reference = list(alone[f"{TYPES[kind]}/whole"]["losses"].values())
+    stages = COMPATIBILITY[kind].zero_stages
+    for stage in {stages[0], stages[-1]}:
+        told = gang[f"{kind}/{stage}/bfloat16"]
+        assert told == pytest.approx(reference[: len(told)], abs=0.02), f"ZeRO-{stage}"
+
+
+def test_lora_plus_learns_the_same_over_zero(alone: dict[str, Any], gang: dict[str, Any]) -> None:
+    reference = list(alone["lora+/whole"]["losses"].values())
+    for stage in (2, 3):
+        told = gang[f"lora+/{stage}"]
+        assert told == pytest.approx(reference[: len(told)], rel=2e-5)
 
 
 def test_two_processes_continue_adalora_exactly(root: Path) -> None:
