@@ -85,12 +85,14 @@ class Engine:
         """No ZeRO and no precision section: the optimizer is ours, so are the gradient's norm and clipping."""
         self.passes = passes(config, world)
         """Forward passes per process and step; ragged batches are filled with stand-ins."""
-        self._autocast = self._autocast_dtype(model) if self.plain else None
+        mixed = self._autocast_dtype(model)
+        self._autocast = mixed if self.plain else None
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
             raise RunError(Cause.INVALID_CONFIGURATION, "The method leaves no parameter to train.")
         # ZeRO-3 gathers a layer's weights where the layer is called: it stays where the model calls it.
-        self.head = find_head(model) if self.zero_stage < 3 else None
+        with torch.autocast(world.device.type, dtype=mixed, enabled=mixed is not None):
+            self.head = find_head(model) if self.zero_stage < 3 else None
         import deepspeed
 
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
