@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 3
+"""The first one has a learning rate of 0, where a run warms up."""
 
 
 def main(path: str) -> None:
@@ -30,11 +31,14 @@ def main(path: str) -> None:
 
     world = join("cpu")
     results: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for name, document in json.loads(Path(path).read_text()).items():
         config = TrainerConfig.model_validate(document)
-        fetched = fetch.fetch(config, Path(path).with_name("cache"))
-        tokenizer = model.load_tokenizer(fetched.model, config)
-        prepared = data.prepare(config, fetched, tokenizer)
+        if config.model.uri not in inputs:
+            fetched = fetch.fetch(config, Path(path).with_name("cache"))
+            tokenizer = model.load_tokenizer(fetched.model, config)
+            inputs[config.model.uri] = fetched, tokenizer, data.prepare(config, fetched, tokenizer)
+        fetched, tokenizer, prepared = inputs[config.model.uri]
         torch.manual_seed(draw_seed(config.training.seed))
         partitioning = before_loading(config, world)
         try:
@@ -69,7 +73,8 @@ def main(path: str) -> None:
             traceback.print_exc()
             os._exit(1)
         del partitioning, base, trained, engine
-        gc.collect()
+        if len(results) % 8 == 0:
+            gc.collect()
     if world.first:
         Path(path + ".out").write_text(json.dumps(results))
     sys.stdout.flush()
