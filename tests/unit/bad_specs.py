@@ -7,8 +7,13 @@ there is, and that the rest is let through to the condition.
 
 import copy
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from finetune_api.compatibility import COMPATIBILITY
+from finetune_api.methods import METHODS
+from finetune_api.schema import spec_schema
 
 GOOD: dict[str, Any] = {
     "apiVersion": "finetune.dev/v1alpha1",
@@ -210,7 +215,7 @@ BAD: tuple[Bad, ...] = (
     ),
     # ---- choices
     Bad("an unknown stage", {"spec.stage": "sftt"}, "spec.stage", "did you mean sft?", SCHEMA, "Unsupported value"),
-    Bad("an unknown method", {"spec.method.type": "lorra"}, "spec.method.type", "one of full, lora, qlora", SCHEMA),
+    Bad("an unknown method", {"spec.method.type": "lorra"}, "spec.method.type", "did you mean lora?", SCHEMA),
     Bad(
         "an unknown format", {"spec.data.train[0].format": "sharegpt"}, "spec.data.train[0].format", "messages", SCHEMA
     ),
@@ -357,7 +362,7 @@ BAD: tuple[Bad, ...] = (
         "a rank without an adapter",
         {"spec.method": {"type": "full", "r": 8}},
         "spec.method.r",
-        "8 is not accepted; accepted: r with spec.method.type lora or qlora; remedy: remove it, or set",
+        "8 is not accepted; accepted: r with spec.method.type lora, qlora, ",
     ),
     Bad(
         "alpha without an adapter",
@@ -453,6 +458,67 @@ BAD: tuple[Bad, ...] = (
         {"spec.method": {"type": "qlora"}, f"{_ZERO}.stage": 3},
         f"{_ZERO}.stage",
         "3 is not accepted; accepted: one of 0, 1, 2 with spec.method.type: qlora",
+    ),
+    Bad(
+        "ranks that cannot fall",
+        {"spec.method": {"type": "adalora", "target_r": 12}},
+        "spec.method.target_r",
+        "lower target_r, or raise init_r",
+    ),
+    Bad(
+        "a text to begin with that is not used",
+        {"spec.method": {"type": "prompt_tuning", "prompt_tuning_init_text": "Classify:"}},
+        "spec.method.prompt_tuning_init_text",
+        "write both, or neither",
+    ),
+    Bad(
+        "no text to begin with",
+        {"spec.method": {"type": "prompt_tuning", "prompt_tuning_init": "TEXT"}},
+        "spec.method.prompt_tuning_init_text",
+        "write both, or neither",
+    ),
+    Bad(
+        "no token", {"spec.method": {"type": "trainable_tokens"}}, "spec.method.token_indices", "convert_tokens_to_ids"
+    ),
+    Bad(
+        "PiSSA in 4 bits",
+        {"spec.method": {"type": "qlora", "init_lora_weights": "pissa"}},
+        "spec.method.init_lora_weights",
+        "set spec.method.type: lora",
+    ),
+    Bad(
+        "PiSSA over ZeRO-3",
+        {"spec.method.init_lora_weights": "pissa", f"{_ZERO}.stage": 3},
+        "spec.method.init_lora_weights",
+        "choose a lower stage",
+    ),
+    Bad(
+        "a schedule longer than the run",
+        {"spec.method": {"type": "adalora", "tinit": 60, "tfinal": 40}, "spec.training.max_steps": 100},
+        "spec.method.tinit",
+        "lower tinit or tfinal",
+        CONDITION,
+    ),
+    Bad(
+        "a bf16 section with AdaLoRA",
+        {"spec.method": {"type": "adalora"}, "spec.deepspeed.bf16": {"enabled": True}},
+        "spec.deepspeed.bf16.enabled",
+        "the adapter stays float32",
+        CONDITION,
+    ),
+    Bad(
+        "layers by number and by pattern",
+        {"spec.method": {"target_modules": r".*q_proj", "layers_to_transform": [1]}},
+        "spec.method.target_modules",
+        "remove layers_to_transform",
+        CONDITION,
+    ),
+    Bad(
+        "a broken pattern of weights",
+        {"spec.method": {"type": "freeze", "freeze_trainable_modules": "(mlp"}},
+        "spec.method.freeze_trainable_modules",
+        "valid regular expression",
+        CONDITION,
     ),
     # ---- the optimisation
     Bad("no step", {"spec.training.max_steps": 0}, "spec.training.max_steps", "to train num_train_epochs epochs"),
@@ -868,3 +934,35 @@ BAD: tuple[Bad, ...] = (
         CONDITION,
     ),
 )
+
+
+def _of_other_methods() -> Iterator[Bad]:
+    """Every parameter, given to a method that does not have it."""
+    shown = spec_schema()["properties"]["method"]["properties"]
+    fields = {name: field for method in METHODS for name, field in method.model_fields.items() if name != "type"}
+    for name, field in fields.items():
+        if "type" in shown[name]:
+            yield Bad(
+                f"{name} for full",
+                {"spec.method": {"type": "full", name: field.default}},
+                f"spec.method.{name}",
+                f"accepted: {name} with spec.method.type",
+            )
+
+
+def _of_the_table() -> Iterator[Bad]:
+    """Everything that a row of the compatibility table excludes."""
+    fields = {"packing": "spec.data", "gradient_checkpointing": "spec.training", "merge": "spec.output"}
+    enough: dict[str, dict[str, Any]] = {"trainable_tokens": {"token_indices": [1]}}
+    for name, row in COMPATIBILITY.items():
+        method = {"type": name, **enough.get(name, {})}
+        for field, section in fields.items():
+            if not getattr(row, field):
+                at = f"{section}.{field}"
+                yield Bad(f"{field} with {name}", {"spec.method": method, at: True}, at, f"spec.method.type: {name}")
+        for stage in sorted({0, 1, 2, 3} - set(row.zero_stages)):
+            at = f"{_ZERO}.stage"
+            yield Bad(f"ZeRO-{stage} with {name}", {"spec.method": method, at: stage}, at, f"spec.method.type: {name}")
+
+
+BAD += (*_of_other_methods(), *_of_the_table())
