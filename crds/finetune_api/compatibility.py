@@ -24,4 +24,9 @@ COMPATIBILITY: dict[str, Row] = {
     "lora": Row(stages=("sft",), zero_stages=(0, 1, 2, 3)),
     # DeepSpeed cannot partition packed 4-bit weights.
     "qlora": Row(stages=("sft",), zero_stages=(0, 1, 2), quantized=True),
+    # Not linear in their input, so there is nothing to fold into weights.
+    "adapter": Row(stages=("sft",), zero_stages=(0, 1, 2, 3), merge=False),
+    "mam": Row(stages=("sft",), zero_stages=(0, 1, 2, 3), merge=False),
+    "unipelt": Row(stages=("sft",), zero_stages=(0, 1, 2, 3), merge=False),
+    "moelora": Row(stages=("sft",), zero_stages=(0, 1, 2, 3)),
 }

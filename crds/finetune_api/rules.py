@@ -133,9 +133,11 @@ def compatibility_rules(table: Mapping[str, Row], stages: tuple[str, ...]) -> li
                     lambda self, section=section, key=key: not getattr(getattr(self, section), key),  # type: ignore[misc]
                     f"!self.{field}",
                     "false",
-                    "leave it out: the output is a whole model already"
-                    if key == "merge"
-                    else "leave it out, or choose another spec.method.type",
+                    "leave it out, or choose another spec.method.type"
+                    if key != "merge"
+                    else "leave it out: the output is a whole model already"
+                    if method == "full"
+                    else "leave it out: what this method adds cannot be folded into weights; lora's can",
                 )
     return rules
 
@@ -299,6 +301,26 @@ RULES: tuple[Rule, ...] = (
     ),
     # ---- the method
     *_parameters_of_methods(),
+    Rule(
+        at="spec.method",
+        field="tasks",
+        holds=lambda self: self.type != "moelora" or len(set(self.tasks)) == len(self.tasks) > 0,
+        cel="self.type != 'moelora' || has(self.tasks) && size(self.tasks) > 0 && "
+        "self.tasks.all(a, self.tasks.exists_one(b, b == a))",
+        problem="the tasks are not named, or one is named twice",
+        accepted="every task of the rows once with spec.method.type: moelora",
+        remedy="list the names that the rows have in their field task",
+    ),
+    Rule(
+        at="spec.method",
+        field="num_experts",
+        holds=lambda self: self.type != "moelora" or self.r % self.num_experts == 0,
+        cel="self.type != 'moelora' || "
+        "(has(self.r) ? self.r : 16) % (has(self.num_experts) ? self.num_experts : 8) == 0",
+        problem="num_experts (8 where it is not set) does not divide r (16 where it is not set)",
+        accepted="a divisor of r",
+        remedy="choose both so that every expert has a whole rank, r / num_experts",
+    ),
     *compatibility_rules(COMPATIBILITY, tuple(spec_schema()["properties"]["stage"]["enum"])),
     # ---- the data
     *_source_rules("spec.data.train[]"),

@@ -7,8 +7,13 @@ there is, and that the rest is let through to the condition.
 
 import copy
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from finetune_api.compatibility import COMPATIBILITY
+from finetune_api.methods import METHODS
+from finetune_api.schema import spec_schema
 
 GOOD: dict[str, Any] = {
     "apiVersion": "finetune.dev/v1alpha1",
@@ -198,7 +203,7 @@ BAD: tuple[Bad, ...] = (
     ),
     # ---- choices
     Bad("an unknown stage", {"spec.stage": "sftt"}, "spec.stage", "did you mean sft?", SCHEMA, "Unsupported value"),
-    Bad("an unknown method", {"spec.method.type": "lorra"}, "spec.method.type", "one of full, lora, qlora", SCHEMA),
+    Bad("an unknown method", {"spec.method.type": "lorra"}, "spec.method.type", "did you mean lora?", SCHEMA),
     Bad(
         "an unknown format", {"spec.data.train[0].format": "sharegpt"}, "spec.data.train[0].format", "messages", SCHEMA
     ),
@@ -339,7 +344,7 @@ BAD: tuple[Bad, ...] = (
         "a rank without an adapter",
         {"spec.method": {"type": "full", "r": 8}},
         "spec.method.r",
-        "8 is not accepted; accepted: r with spec.method.type lora or qlora; remedy: remove it, or set",
+        "8 is not accepted; accepted: r with spec.method.type lora",
     ),
     Bad(
         "alpha without an adapter",
@@ -435,6 +440,39 @@ BAD: tuple[Bad, ...] = (
         {"spec.method": {"type": "qlora"}, f"{_ZERO}.stage": 3},
         f"{_ZERO}.stage",
         "3 is not accepted; accepted: one of 0, 1, 2 with spec.method.type: qlora",
+    ),
+    Bad("no tasks", {"spec.method": {"type": "moelora"}}, "spec.method.tasks", "list the names that the rows have"),
+    Bad(
+        "a task twice",
+        {"spec.method": {"type": "moelora", "tasks": ["a", "b", "a"]}},
+        "spec.method.tasks",
+        "every task of the rows once",
+    ),
+    Bad(
+        "a task that is no folder's name",
+        {"spec.method": {"type": "moelora", "tasks": ["Named Entities"]}},
+        "spec.method.tasks[0]",
+        "a name of lower-case letters, digits, - and .",
+        SCHEMA,
+    ),
+    Bad(
+        "experts of no whole rank",
+        {"spec.method": {"type": "moelora", "tasks": ["a"], "num_experts": 3}},
+        "spec.method.num_experts",
+        "so that every expert has a whole rank",
+    ),
+    Bad(
+        "a variant of no paper",
+        {"spec.method": {"type": "adapter", "variant": "serial"}},
+        "spec.method.variant",
+        "one of houlsby, pfeiffer, parallel",
+        SCHEMA,
+    ),
+    Bad(
+        "a merged adapter",
+        {"spec.method": {"type": "adapter"}, "spec.output.merge": True},
+        "spec.output.merge",
+        "cannot be folded into weights",
     ),
     # ---- the optimisation
     Bad("no step", {"spec.training.max_steps": 0}, "spec.training.max_steps", "to train num_train_epochs epochs"),
@@ -801,3 +839,35 @@ BAD: tuple[Bad, ...] = (
         CONDITION,
     ),
 )
+
+
+def _of_other_methods() -> Iterator[Bad]:
+    """Every parameter, given to a method that does not have it."""
+    shown = spec_schema()["properties"]["method"]["properties"]
+    fields = {name: field for method in METHODS for name, field in method.model_fields.items() if name != "type"}
+    for name, field in fields.items():
+        if "type" in shown[name]:
+            yield Bad(
+                f"{name} for full",
+                {"spec.method": {"type": "full", name: field.default}},
+                f"spec.method.{name}",
+                f"accepted: {name} with spec.method.type",
+            )
+
+
+def _of_the_table() -> Iterator[Bad]:
+    """Everything that a row of the compatibility table excludes."""
+    fields = {"packing": "spec.data", "gradient_checkpointing": "spec.training", "merge": "spec.output"}
+    enough: dict[str, dict[str, Any]] = {"moelora": {"tasks": ["a"]}}
+    for name, row in COMPATIBILITY.items():
+        method = {"type": name, **enough.get(name, {})}
+        for field, section in fields.items():
+            if not getattr(row, field):
+                at = f"{section}.{field}"
+                yield Bad(f"{field} with {name}", {"spec.method": method, at: True}, at, f"spec.method.type: {name}")
+        for stage in sorted({0, 1, 2, 3} - set(row.zero_stages)):
+            at = f"{_ZERO}.stage"
+            yield Bad(f"ZeRO-{stage} with {name}", {"spec.method": method, at: stage}, at, f"spec.method.type: {name}")
+
+
+BAD += (*_of_other_methods(), *_of_the_table())

@@ -357,12 +357,19 @@ class Job:
         )
         if not (evaluate or last or self.step % training.logging_steps == 0):
             return
-        line = self.log.line(step)
+        line = self.log.line(step) | self._figures()
         if evaluate:
             line |= self._evaluate()
         if self.world.first:
             self.history.add(line)
             self._print(for_people(line, self.max_steps))
+
+    def _figures(self) -> dict[str, float]:
+        """What the method tells of itself. Collective."""
+        from finetune_trainer.methods import METHODS
+
+        tell = getattr(METHODS[self.config.method.type], "figures", None)
+        return dict(tell(self.engine.module)) if tell else {}
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
