@@ -118,8 +118,9 @@ class MoeLora(HyperModel):
     per task (arXiv:2310.18339)."""
 
     type: Literal["moelora"]
-    tasks: list[Annotated[str, Field(max_length=63, pattern=TASK)]] = Field(default=[], max_length=256)
-    """Names of the tasks. Every row names its own in its field task; the result has a folder of each name."""
+    tasks: list[Annotated[str, Field(max_length=63, pattern=TASK)]] = Field(default=[], max_length=64)
+    """Names of the tasks. Every row names its own in its field task; the result has a folder of each name. The
+    questions of evaluation.prompts are put to the first."""
     num_experts: int = Field(8, ge=1, le=256)
     """Number of experts; each has rank r / num_experts."""
     task_embedding_dim: int = Field(64, ge=1, le=4096)
@@ -127,7 +128,7 @@ class MoeLora(HyperModel):
     r: int = Field(16, ge=1, le=4096)
     """Rank of the update."""
     lora_alpha: float = Field(32, gt=0, le=65536)
-    """Scaling: the update is multiplied by lora_alpha / r."""
+    """Scaling: the update is multiplied by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of A, a probability."""
     target_modules: str | list[str] = "all-linear"

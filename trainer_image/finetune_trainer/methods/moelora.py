@@ -36,6 +36,19 @@ class TaskGate(nn.Module):
         weights = torch.softmax(self.project(self.embedding(tasks)).float(), -1)
         return weights.repeat_interleave(self.ranks, -1)
 
+    def choose(self, model: Any, inputs: Any, options: dict[str, Any]) -> Any:
+        """Before the model's forward pass: the weights of its tokens."""
+        tasks = options.pop("tasks", None)
+        if tasks is None:
+            tasks = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        self.scale = self(tasks)
+        return inputs, options
+
+    def weigh(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """After a layer's A."""
+        assert self.scale is not None
+        return output * self.scale.to(output.dtype)
+
 
 def prepare(model: PreTrainedModel, method: MoeLora, config: TrainerConfig) -> nn.Module:
     """The model with experts and gate, which alone are trainable.
@@ -53,23 +66,11 @@ def prepare(model: PreTrainedModel, method: MoeLora, config: TrainerConfig) -> n
     adapted: Any = lora.prepare(model, plain, config)
     gate = TaskGate(method).to(model.device)
     adapted.add_module("task_gate", gate)
-
-    def choose(module: nn.Module, inputs: Any, options: dict[str, Any]) -> Any:
-        tasks = options.pop("tasks", None)
-        if tasks is None:
-            tasks = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        gate.scale = gate(tasks)
-        return inputs, options
-
-    def weigh(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        assert gate.scale is not None
-        return output * gate.scale.to(output.dtype)
-
     # The inner model: peft's own forward does not pass everything on, and generating goes round it.
-    adapted.get_base_model().register_forward_pre_hook(choose, with_kwargs=True)
+    adapted.get_base_model().register_forward_pre_hook(gate.choose, with_kwargs=True)
     for name, module in adapted.named_modules():
         if name.endswith(".lora_A.default"):
-            module.register_forward_hook(weigh)
+            module.register_forward_hook(gate.weigh)
     result: nn.Module = adapted
     return result
 

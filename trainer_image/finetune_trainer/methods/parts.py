@@ -72,31 +72,31 @@ class Adapter(nn.Module):
             update = update * self.gate(inner)
         return update.to(hidden.dtype)
 
+    # Hooks: methods, because copying a model copies their object with it, and functions not.
+
+    def after(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + self(output)
+
+    def take(self, module: nn.Module, inputs: Any) -> None:
+        self.taken = inputs[0]
+
+    def beside(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        taken, self.taken = self.taken, None
+        assert taken is not None
+        return output + self(taken)
+
 
 def attach_sequential(place: nn.Module, adapter: Adapter) -> None:
     """h ← h + adapter(h) on what ``place`` puts out."""
-
-    def add(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + adapter(output)
-
     place.add_module("adapter", adapter)
-    place.register_forward_hook(add)
+    place.register_forward_hook(adapter.after)
 
 
 def attach_parallel(first: nn.Module, last: nn.Module, adapter: Adapter) -> None:
     """h ← h + adapter(x), x the input of ``first`` and h what ``last`` puts out (both may be one module)."""
-
-    def take(module: nn.Module, inputs: Any) -> None:
-        adapter.taken = inputs[0]
-
-    def add(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        taken, adapter.taken = adapter.taken, None
-        assert taken is not None
-        return output + adapter(taken)
-
     last.add_module("adapter", adapter)
-    first.register_forward_pre_hook(take)
-    last.register_forward_hook(add)
+    first.register_forward_pre_hook(adapter.take)
+    last.register_forward_hook(adapter.beside)
 
 
 class Gate(nn.Module):
@@ -135,6 +135,8 @@ class LowRank(nn.Module):
         self.lora_B = nn.Linear(rank, outputs, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.gate = (gate,)  # a tuple: it is the attention's submodule, not this one's
+        self.columns = (0, outputs)
+        """Of the output that the update is added to, [first, last)."""
         with torch.no_grad():
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
             self.lora_B.weight.zero_()
@@ -143,17 +145,11 @@ class LowRank(nn.Module):
         inner = hidden.to(self.lora_A.weight.dtype)
         return (self.gate[0](inner) * self.lora_B(self.lora_A(self.dropout(inner)))).to(hidden.dtype)
 
-
-def attach_low_rank(place: nn.Module, name: str, low_rank: LowRank, first: int, last: int) -> None:
-    """Add ``low_rank`` of the input of ``place`` to columns [first, last) of its output."""
-
-    def add(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        update = low_rank(inputs[0])
+    def beside(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        update = self(inputs[0])
+        first, last = self.columns
         whole = update.shape[-1] == output.shape[-1]
         return output + (update if whole else pad(update, (first, output.shape[-1] - last)))
-
-    place.add_module(name, low_rank)
-    place.register_forward_hook(add)
 
 
 def attach_query_value(layer: nn.Module, where: Attention, make: Callable[[int, int], LowRank]) -> None:
@@ -163,7 +159,10 @@ def attach_query_value(layer: nn.Module, where: Attention, make: Callable[[int, 
         inputs, outputs = _sizes(place)
         width = outputs // 3 if where.thirds else outputs
         first = width * third if where.thirds else 0
-        attach_low_rank(place, name, make(inputs, width), first, first + width)
+        update = make(inputs, width)
+        update.columns = (first, first + width)
+        place.add_module(name, update)
+        place.register_forward_hook(update.beside)
 
 
 def _sizes(linear: Any) -> tuple[int, int]:
@@ -213,17 +212,16 @@ class Prefix(nn.Module):
         key, value = both.reshape(self.shape).permute(1, 2, 0, 3)
         return key, value
 
+    def take(self, module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
+        if self.gate is not None:
+            self.gates = self.gate(inputs[0] if inputs else options["hidden_states"])
+
 
 def attach_prefix(layer: nn.Module, where: Attention, prefix: Prefix) -> None:
     """Put ``prefix`` before the keys and values of an attention, gated per token where it has a gate."""
     place = layer.get_submodule(where.module)
     place.add_module("prefix", prefix)
-
-    def take(module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
-        if prefix.gate is not None:
-            prefix.gates = prefix.gate(inputs[0] if inputs else options["hidden_states"])
-
-    place.register_forward_pre_hook(take, with_kwargs=True)
+    place.register_forward_pre_hook(prefix.take, with_kwargs=True)
 
 
 def attend(
