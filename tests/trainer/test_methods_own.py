@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from finetune_api.causes import Cause
 from finetune_api.methods import BottleneckAdapter, Mam, Unipelt
+from finetune_trainer import data
 from finetune_trainer.data import collate
-from finetune_trainer.data.formats import BadRowError
 from finetune_trainer.data.stream import Sequence
+from finetune_trainer.fetch import fetch
 from finetune_trainer.methods import METHODS, load_adapter, parts
 from finetune_trainer.methods.places import FAMILIES
 from finetune_trainer.methods.unipelt import figures
@@ -584,13 +585,28 @@ def sum_of(rows: list[Sequence], name: str) -> Any:
     return torch.cat([torch.as_tensor(getattr(row, name)) for row in rows]).numpy()
 
 
-def test_a_row_of_an_unknown_task_is_refused() -> None:
-    from finetune_trainer.data import _task
+def test_rows_know_their_tasks_also_out_of_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(root / "cache"))
+    for method, tasks in ((MOELORA, [0, 1, 2] * 13 + [0]), (MOELORA, [0, 1, 2] * 13 + [0]), ({"type": "lora"}, None)):
+        config = tiny.make_config(root, method=method)
+        fetched = fetch(config, root / "cache")
+        rows = data.prepare(config, fetched, load_tokenizer(root / "model", config)).train.rows[0]
+        assert (rows.tasks is None) if tasks is None else (rows.tasks is not None and rows.tasks.tolist() == tasks)
+    assert len(list((root / "cache" / "tokens").glob("*/ids.npy"))) == 2
 
-    assert _task({"task": "third"}, list(TASKS)) == 2
-    for row in ({"task": "fourth"}, {}):
-        with pytest.raises(BadRowError, match=r"task is ('fourth'|None); accepted: one of method\.tasks: first, "):
-            _task(row, list(TASKS))
+
+@pytest.mark.parametrize(("row", "told"), [({"task": "fourth"}, "'fourth'"), ({}, "None")])
+def test_a_row_of_an_unknown_task_is_refused_with_its_line(tmp_path: Path, row: dict[str, str], told: str) -> None:
+    tiny.make_model(tmp_path / "model")
+    tiny.make_rows(tmp_path / "train.jsonl", 3, tasks=TASKS)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"instruction": "say", "output": "red"} | row) + "\n")
+    config = tiny.make_config(tmp_path, method=MOELORA)
+    with pytest.raises(
+        RunError, match=rf"train\.jsonl:4: task is {told}; accepted: one of method\.tasks: first, second, third"
+    ) as error:
+        data.prepare(config, fetch(config, tmp_path / "cache"), load_tokenizer(tmp_path / "model", config))
+    assert error.value.cause is Cause.INVALID_DATA
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
