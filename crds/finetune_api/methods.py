@@ -53,7 +53,7 @@ class BottleneckAdapter(HyperModel):
     """Bottleneck adapters: two small layers with a non-linearity between, in a frozen model (arXiv:1902.00751)."""
 
     type: Literal["adapter"]
-    variant: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    adapter_variant: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
     """Where: houlsby (arXiv:1902.00751), behind attention and behind feed-forward, before the residual addition, and
     the layer norms are trained too; pfeiffer (arXiv:2005.00247), behind feed-forward only; parallel
     (arXiv:2110.04366), beside feed-forward."""

@@ -41,8 +41,8 @@ WANTED = IDS % 2 + 5
 TASKS = ("first", "second", "third")
 
 HOULSBY = {"type": "adapter", "bottleneck_size": 6, "non_linearity": "gelu"}
-PFEIFFER = HOULSBY | {"variant": "pfeiffer"}
-PARALLEL = HOULSBY | {"variant": "parallel", "scaling": 4.0}
+PFEIFFER = HOULSBY | {"adapter_variant": "pfeiffer"}
+PARALLEL = HOULSBY | {"adapter_variant": "parallel", "scaling": 4.0}
 MAM = {"type": "mam", "num_virtual_tokens": 3, "encoder_hidden_size": 5, "bottleneck_size": 6, "non_linearity": "gelu"}
 UNIPELT = MAM | {"type": "unipelt", "r": 2}
 MOELORA = {"type": "moelora", "tasks": list(TASKS), "num_experts": 2, "r": 4, "task_embedding_dim": 8}

@@ -463,8 +463,8 @@ BAD: tuple[Bad, ...] = (
     ),
     Bad(
         "a variant of no paper",
-        {"spec.method": {"type": "adapter", "variant": "serial"}},
-        "spec.method.variant",
+        {"spec.method": {"type": "adapter", "adapter_variant": "serial"}},
+        "spec.method.adapter_variant",
         "one of houlsby, pfeiffer, parallel",
         SCHEMA,
     ),

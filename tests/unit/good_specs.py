@@ -48,7 +48,7 @@ GOOD: tuple[Good, ...] = (
             "spec.deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "aio": {}},
         },
     ),
-    Good("parallel adapters", {"spec.method": {"type": "adapter", "variant": "parallel", "scaling": 4}}),
+    Good("parallel adapters", {"spec.method": {"type": "adapter", "adapter_variant": "parallel", "scaling": 4}}),
     Good("MAM", {"spec.method": {"type": "mam", "prefix_projection": False}, "spec.data.packing": True}),
     Good("UniPELT", {"spec.method": {"type": "unipelt", "r": 4}, "spec.training.gradient_checkpointing": True}),
     Good("tasks", {"spec.method": {"type": "moelora", "tasks": ["ner", "qa"], "num_experts": 4, "r": 8}}),

@@ -45,11 +45,11 @@ def inject(model: PreTrainedModel, method: BottleneckAdapter) -> None:
 
     for layer, stack in places:
         last = layer.get_submodule(stack.feed_forward_output)
-        if method.variant == "parallel":
+        if method.adapter_variant == "parallel":
             parts.attach_parallel(layer.get_submodule(stack.feed_forward_input), last, adapter())
             continue
         parts.attach_sequential(last, adapter())
-        if method.variant == "houlsby":
+        if method.adapter_variant == "houlsby":
             for attention in stack.attentions:
                 parts.attach_sequential(layer.get_submodule(attention.output), adapter())
             parts.train_norms(layer, stack)
