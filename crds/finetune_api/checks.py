@@ -111,7 +111,14 @@ def target_modules(method: Any) -> Iterator[Finding]:
                 f"modules that are not in modules_to_save, as {', '.join(both)} is",
                 "train a module whole (modules_to_save) or by the adapter (target_modules), not both",
             )
-    elif given != "all-linear":
+    elif given not in ("all-linear", "auto"):
+        if getattr(method, "layers_to_transform", None):
+            yield (
+                "target_modules",
+                given,
+                "all-linear or a list of module names, with layers_to_transform",
+                "put the numbers of the layers into the regular expression, and remove layers_to_transform",
+            )
         try:
             re.compile(given)
         except re.error as error:
@@ -126,6 +133,41 @@ def target_modules(method: Any) -> Iterator[Finding]:
                 f"write a list: [{', '.join(names)}]; one text is a regular expression, and this one "
                 "matches no full name such as model.layers.0.self_attn.q_proj",
             )
+
+
+# ---- spec.method: regular expressions, and AdaLoRA's schedule ----
+
+
+def patterns(method: Any) -> Iterator[Finding]:
+    for name in ("freeze_trainable_modules", "freeze_extra_modules"):
+        given = getattr(method, name, None) or ""
+        try:
+            re.compile(given)
+        except re.error as error:
+            yield name, given, "a valid regular expression", f"correct it: {error}"
+
+
+def adalora(spec: FineTuneJobSpec) -> Iterator[Finding]:
+    method: Any = spec.method
+    if method.type != "adalora":
+        return
+    if 0 < spec.training.max_steps <= method.tinit + method.tfinal:
+        yield (
+            "method.tinit",
+            method.tinit,
+            f"tinit + tfinal less than spec.training.max_steps, {spec.training.max_steps}",
+            "lower tinit or tfinal: the ranks are given in the steps between them",
+        )
+
+
+def bf16_section(spec: FineTuneJobSpec) -> Iterator[Finding]:
+    if COMPATIBILITY[spec.method.type].zero_stages == (0,) and _get(spec.deepspeed.model_extra, "bf16.enabled") is True:
+        yield (
+            "deepspeed.bf16.enabled",
+            True,
+            f"no bf16 section with spec.method.type: {spec.method.type}",
+            "remove it: the adapter stays float32 beside a bfloat16 model",
+        )
 
 
 # ---- spec.deepspeed ----
@@ -478,6 +520,9 @@ def _volume(at: str, volume: Mapping[str, Any]) -> Iterator[Finding]:
 CHECKS: tuple[tuple[str, Callable[[Any], Iterator[Finding]]], ...] = (
     ("spec.training", scheduler),
     ("spec.method", target_modules),
+    ("spec.method", patterns),
+    ("spec", adalora),
+    ("spec", bf16_section),
     ("spec", deepspeed),
     *(("spec", _repeats(*row)) for row in _REPEATED),
     ("spec", precision),

@@ -17,16 +17,40 @@ class Row:
     """The base model is held in 4 bits."""
     default_zero_stage: int = 0
     """The stage the plan chooses where the user names none."""
+    whole_model: bool = False
+    """The model's own weights are trained: the result is a model, not an adapter."""
 
+
+SFT = ("sft",)
 
 COMPATIBILITY: dict[str, Row] = {
-    "full": Row(stages=("sft",), zero_stages=(0, 1, 2, 3), merge=False, default_zero_stage=2),
-    "lora": Row(stages=("sft",), zero_stages=(0, 1, 2, 3)),
+    "full": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False, default_zero_stage=2, whole_model=True),
+    "freeze": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False, whole_model=True),
+    "bitfit": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False, whole_model=True),
+    "lora": Row(stages=SFT, zero_stages=(0, 1, 2, 3)),
     # DeepSpeed cannot partition packed 4-bit weights.
-    "qlora": Row(stages=("sft",), zero_stages=(0, 1, 2), quantized=True),
+    "qlora": Row(stages=SFT, zero_stages=(0, 1, 2), quantized=True),
+    # Its allocation reads whole gradients beside whole weights, right after the optimizer's step.
+    "adalora": Row(stages=SFT, zero_stages=(0,)),
+    # Prefixes are a cache, which gradient checkpointing drops; virtual tokens belong to a row of their own.
+    "prefix_tuning": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
+    "p_tuning_v2": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
+    "prompt_tuning": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, merge=False),
+    "p_tuning": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, merge=False),
+    # These compute with the weights outside the layers they belong to, where ZeRO-3 has not gathered them.
+    **dict.fromkeys(
+        (
+            *("ia3", "loha", "lokr", "oft", "boft", "fourierft", "waveft", "hra", "randlora", "vblora", "shira"),
+            *("c3a", "miss", "road", "gralora", "hira", "ln_tuning", "trainable_tokens"),
+        ),
+        Row(stages=SFT, zero_stages=(0, 1, 2)),
+    ),
+    # They hold float32 constants beside their weights, and DeepSpeed's bf16 section turns only one of the two round.
+    "vera": Row(stages=SFT, zero_stages=(0,)),
+    "delora": Row(stages=SFT, zero_stages=(0,)),
     # Not linear in their input, so there is nothing to fold into weights.
-    "adapter": Row(stages=("sft",), zero_stages=(0, 1, 2, 3), merge=False),
-    "mam": Row(stages=("sft",), zero_stages=(0, 1, 2, 3), merge=False),
-    "unipelt": Row(stages=("sft",), zero_stages=(0, 1, 2, 3), merge=False),
-    "moelora": Row(stages=("sft",), zero_stages=(0, 1, 2, 3)),
+    "adapter": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False),
+    "mam": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False),
+    "unipelt": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False),
+    "moelora": Row(stages=SFT, zero_stages=(0, 1, 2, 3)),
 }

@@ -54,9 +54,10 @@ INVISIBLE = frozenset(
 def foreign_parameter(name: str) -> tuple[str, str]:
     """Accepted and remedy, for a parameter that another method has."""
     owners = [method for method, names in METHOD_PARAMETERS.items() if name in names]
+    listed = " or ".join(filter(None, (", ".join(owners[:-1]), owners[-1])))
     return (
-        f"{name} with spec.method.type {' or '.join(owners)}",
-        f"remove it, or set spec.method.type: {' or '.join(owners)}",
+        f"{name} with spec.method.type {listed}",
+        f"remove it, or set spec.method.type: {listed if len(owners) < 4 else 'one of these'}",
     )
 
 
@@ -133,14 +134,17 @@ def compatibility_rules(table: Mapping[str, Row], stages: tuple[str, ...]) -> li
                     lambda self, section=section, key=key: not getattr(getattr(self, section), key),  # type: ignore[misc]
                     f"!self.{field}",
                     "false",
-                    "leave it out, or choose another spec.method.type"
-                    if key != "merge"
-                    else "leave it out: the output is a whole model already"
-                    if method == "full"
-                    else "leave it out: what this method adds cannot be folded into weights; lora's can",
+                    _WITHOUT_MERGE[row.whole_model]
+                    if key == "merge"
+                    else "leave it out, or choose another spec.method.type",
                 )
     return rules
 
+
+_WITHOUT_MERGE = {
+    True: "leave it out: the output is a whole model already",
+    False: "leave it out: what this method adds is no part of any weight; it is loaded beside the model",
+}
 
 _CLAIM = r"^pvc://[a-z0-9]([-a-z0-9]{0,55}[a-z0-9])?(/.*)?$"
 
@@ -227,6 +231,8 @@ def _at_least(field: str, attribute: str, low: str) -> Rule:
     )
 
 
+_UNCHANGED_BASE = ("default", "gaussian", "orthogonal")
+"""The values of init_lora_weights that leave the model's weights alone."""
 _HF_MODEL = r"^hf://[A-Za-z0-9][-A-Za-z0-9_.]*(/[A-Za-z0-9][-A-Za-z0-9_.]*)?$"
 _GGUF_FILE = r"^[^/]*\.gguf$"
 _LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
@@ -301,6 +307,60 @@ RULES: tuple[Rule, ...] = (
     ),
     # ---- the method
     *_parameters_of_methods(),
+    Rule(
+        at="spec.method",
+        field="target_r",
+        holds=lambda self: self.type != "adalora" or self.target_r < self.init_r,
+        cel="self.type != 'adalora' || (has(self.target_r) ? self.target_r : 8) < "
+        "(has(self.init_r) ? self.init_r : 12)",
+        problem="target_r (8 where it is not set) is not less than init_r (12 where it is not set)",
+        accepted="target_r less than init_r",
+        remedy="lower target_r, or raise init_r: AdaLoRA takes ranks away; lora keeps them",
+    ),
+    Rule(
+        at="spec.method",
+        field="prompt_tuning_init_text",
+        holds=lambda self: (
+            self.type != "prompt_tuning" or (self.prompt_tuning_init == "TEXT") == (self.prompt_tuning_init_text != "")
+        ),
+        cel="self.type != 'prompt_tuning' || (has(self.prompt_tuning_init) && self.prompt_tuning_init == 'TEXT') == "
+        "(has(self.prompt_tuning_init_text) && self.prompt_tuning_init_text != '')",
+        problem="prompt_tuning_init and prompt_tuning_init_text do not fit",
+        accepted="a text with prompt_tuning_init: TEXT, and none without",
+        remedy="write both, or neither",
+    ),
+    Rule(
+        at="spec.method",
+        field="token_indices",
+        holds=lambda self: self.type != "trainable_tokens" or len(self.token_indices) > 0,
+        cel="self.type != 'trainable_tokens' || (has(self.token_indices) && size(self.token_indices) > 0)",
+        problem="no token is named",
+        accepted="the numbers of the tokens to train",
+        remedy="add them, e.g. [128002, 128003]; tokenizer.convert_tokens_to_ids tells them",
+    ),
+    Rule(
+        at="spec.method",
+        field="init_lora_weights",
+        holds=lambda self: self.type != "qlora" or self.init_lora_weights in _UNCHANGED_BASE,
+        cel="self.type != 'qlora' || !has(self.init_lora_weights) || "
+        f"self.init_lora_weights in {list(_UNCHANGED_BASE)}",
+        accepted=", ".join(_UNCHANGED_BASE) + " with spec.method.type: qlora",
+        remedy="leave it out, or set spec.method.type: lora: the others change weights, and those in 4 bits are fixed",
+    ),
+    Rule(
+        at="spec",
+        field="method.init_lora_weights",
+        holds=lambda self: (
+            self.method.type != "lora"
+            or self.method.init_lora_weights in _UNCHANGED_BASE
+            or self.deepspeed.zero_optimization.stage != 3
+        ),
+        cel="self.method.type != 'lora' || !has(self.method.init_lora_weights) || "
+        f"self.method.init_lora_weights in {list(_UNCHANGED_BASE)} || "
+        "!has(self.deepspeed.zero_optimization.stage) || self.deepspeed.zero_optimization.stage != 3",
+        accepted=", ".join(_UNCHANGED_BASE) + " with spec.deepspeed.zero_optimization.stage: 3",
+        remedy="leave it out, or choose a lower stage: the others decompose whole weights, which ZeRO-3 has cut up",
+    ),
     Rule(
         at="spec.method",
         field="tasks",

@@ -176,7 +176,7 @@ def deepspeed_config(spec: FineTuneJobSpec, dtype: str) -> dict[str, Any]:
     }
     # Adapters keep fp32 parameters of their own beside a bf16 model and need no master copy: DeepSpeed's bf16
     # section would cost 10 % there (docs/architecture.md).
-    if dtype == "bfloat16" and (spec.method.type == "full" or stage > 0):
+    if dtype == "bfloat16" and (COMPATIBILITY[spec.method.type].whole_model or stage > 0):
         decided["bf16"] = {"enabled": True}
     user = spec.deepspeed.model_dump(mode="json", exclude_none=True)
     return merge(decided, {key: value for key, value in _without_auto(user).items() if key not in _OURS})

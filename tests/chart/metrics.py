@@ -55,6 +55,7 @@ TRAINER: dict[str, tuple[str, ...]] = {
     "finetune_train_checkpoint_last_timestamp_seconds": _RUN,
     "finetune_train_checkpoint_failures_total": _RUN,
     "finetune_train_checkpoint_bytes": _RUN,
+    "finetune_train_method": (*_RUN, "figure"),
     "finetune_eval_loss": (*_RUN, "source"),
     "finetune_eval_perplexity": (*_RUN, "source"),
     "finetune_train_heartbeat_age_seconds": (*_RUN, "rank"),

@@ -8,6 +8,7 @@ is in the storage is left, as after kill -9. Results go to ``PLAN.json.out`` (ra
 import gc
 import json
 import os
+import shutil
 import sys
 import threading
 import traceback
@@ -30,7 +31,8 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     """One run.
 
     Keys of a plan: name, config, attempt, work, and optionally crash_after, stop_after, poison_after (its weights
-    become NaN) and storage_until (no upload ends before it), all steps; trace (a folder); weights (tell which moved).
+    become NaN), storage_until (no upload ends before it) and lose (its checkpoint is gone before the run begins), all
+    steps; trace (a folder); weights (tell which moved).
     """
     os.environ[ENV_ATTEMPT] = str(plan["attempt"])
     os.environ[ENV_WORK] = plan["work"]
@@ -39,6 +41,8 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
         Path(plan["trace"]).mkdir(parents=True, exist_ok=True)
         os.environ[ENV_TRACE] = plan["trace"]
     config = TrainerConfig.model_validate(plan["config"])
+    if "lose" in plan and rank() == 0:
+        shutil.rmtree(Path(config.checkpoint_uri.removeprefix("file://")) / f"step-{plan['lose']}")
     stop = Stop()
     job = Job(config, Telemetry(config, serve=False), stop)
     said = job._stepped

@@ -344,7 +344,7 @@ BAD: tuple[Bad, ...] = (
         "a rank without an adapter",
         {"spec.method": {"type": "full", "r": 8}},
         "spec.method.r",
-        "8 is not accepted; accepted: r with spec.method.type lora",
+        "8 is not accepted; accepted: r with spec.method.type lora, qlora, ",
     ),
     Bad(
         "alpha without an adapter",
@@ -472,7 +472,68 @@ BAD: tuple[Bad, ...] = (
         "a merged adapter",
         {"spec.method": {"type": "adapter"}, "spec.output.merge": True},
         "spec.output.merge",
-        "cannot be folded into weights",
+        "no part of any weight",
+    ),
+    Bad(
+        "ranks that cannot fall",
+        {"spec.method": {"type": "adalora", "target_r": 12}},
+        "spec.method.target_r",
+        "lower target_r, or raise init_r",
+    ),
+    Bad(
+        "a text to begin with that is not used",
+        {"spec.method": {"type": "prompt_tuning", "prompt_tuning_init_text": "Classify:"}},
+        "spec.method.prompt_tuning_init_text",
+        "write both, or neither",
+    ),
+    Bad(
+        "no text to begin with",
+        {"spec.method": {"type": "prompt_tuning", "prompt_tuning_init": "TEXT"}},
+        "spec.method.prompt_tuning_init_text",
+        "write both, or neither",
+    ),
+    Bad(
+        "no token", {"spec.method": {"type": "trainable_tokens"}}, "spec.method.token_indices", "convert_tokens_to_ids"
+    ),
+    Bad(
+        "PiSSA in 4 bits",
+        {"spec.method": {"type": "qlora", "init_lora_weights": "pissa"}},
+        "spec.method.init_lora_weights",
+        "set spec.method.type: lora",
+    ),
+    Bad(
+        "PiSSA over ZeRO-3",
+        {"spec.method.init_lora_weights": "pissa", f"{_ZERO}.stage": 3},
+        "spec.method.init_lora_weights",
+        "choose a lower stage",
+    ),
+    Bad(
+        "a schedule longer than the run",
+        {"spec.method": {"type": "adalora", "tinit": 60, "tfinal": 40}, "spec.training.max_steps": 100},
+        "spec.method.tinit",
+        "lower tinit or tfinal",
+        CONDITION,
+    ),
+    Bad(
+        "a bf16 section with AdaLoRA",
+        {"spec.method": {"type": "adalora"}, "spec.deepspeed.bf16": {"enabled": True}},
+        "spec.deepspeed.bf16.enabled",
+        "the adapter stays float32",
+        CONDITION,
+    ),
+    Bad(
+        "layers by number and by pattern",
+        {"spec.method": {"target_modules": r".*q_proj", "layers_to_transform": [1]}},
+        "spec.method.target_modules",
+        "remove layers_to_transform",
+        CONDITION,
+    ),
+    Bad(
+        "a broken pattern of weights",
+        {"spec.method": {"type": "freeze", "freeze_trainable_modules": "(mlp"}},
+        "spec.method.freeze_trainable_modules",
+        "valid regular expression",
+        CONDITION,
     ),
     # ---- the optimisation
     Bad("no step", {"spec.training.max_steps": 0}, "spec.training.max_steps", "to train num_train_epochs epochs"),
@@ -858,7 +919,7 @@ def _of_other_methods() -> Iterator[Bad]:
 def _of_the_table() -> Iterator[Bad]:
     """Everything that a row of the compatibility table excludes."""
     fields = {"packing": "spec.data", "gradient_checkpointing": "spec.training", "merge": "spec.output"}
-    enough: dict[str, dict[str, Any]] = {"moelora": {"tasks": ["a"]}}
+    enough: dict[str, dict[str, Any]] = {"trainable_tokens": {"token_indices": [1]}, "moelora": {"tasks": ["a"]}}
     for name, row in COMPATIBILITY.items():
         method = {"type": name, **enough.get(name, {})}
         for field, section in fields.items():

@@ -48,6 +48,33 @@ GOOD: tuple[Good, ...] = (
             "spec.deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "aio": {}},
         },
     ),
+    Good(
+        "lora, the newer words",
+        {
+            "spec.method": {
+                "type": "lora",
+                "init_lora_weights": "pissa_niter_4",
+                "loraplus_lr_ratio": 16,
+                "rank_pattern": {"q_proj": 8},
+                "alpha_pattern": {"q_proj": 4.5},
+                "layers_to_transform": [0, 1],
+            }
+        },
+    ),
+    Good("the last layers and the head", {"spec.method": {"type": "freeze", "freeze_extra_modules": "lm_head|norm"}}),
+    Good("some biases", {"spec.method": {"type": "bitfit", "bias_terms": ["query", "layer_norm"]}}),
+    Good("AdaLoRA", {"spec.method": {"type": "adalora", "target_r": 4, "deltaT": 10}, "spec.training.max_steps": 100}),
+    Good(
+        "a prompt",
+        {
+            "spec.method": {
+                "type": "prompt_tuning",
+                "prompt_tuning_init": "TEXT",
+                "prompt_tuning_init_text": "x",
+            }
+        },
+    ),
+    Good("tokens", {"spec.method": {"type": "trainable_tokens", "token_indices": [5, 6]}}),
     Good("parallel adapters", {"spec.method": {"type": "adapter", "adapter_variant": "parallel", "scaling": 4}}),
     Good("MAM", {"spec.method": {"type": "mam", "prefix_projection": False}, "spec.data.packing": True}),
     Good("UniPELT", {"spec.method": {"type": "unipelt", "r": 4}, "spec.training.gradient_checkpointing": True}),

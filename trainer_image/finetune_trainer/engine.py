@@ -22,6 +22,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_trainer.data import Sequence, Stream
 from finetune_trainer.feed import Slot, StepBatch, draw_seed
+from finetune_trainer.hooks import NOTHING, Hooks
 from finetune_trainer.objectives import Objective
 from finetune_trainer.objectives.head import find_head
 from finetune_trainer.objectives.sft import IGNORED
@@ -66,12 +67,19 @@ class Engine:
     """A DeepSpeed engine and the step we make with it."""
 
     def __init__(
-        self, model: torch.nn.Module, config: TrainerConfig, world: World, objective: Objective, stop: Stop
+        self,
+        model: torch.nn.Module,
+        config: TrainerConfig,
+        world: World,
+        objective: Objective,
+        stop: Stop,
+        hooks: Hooks = NOTHING,
     ) -> None:
         self.config = config
         self.world = world
         self.objective = objective
         self.stop = stop
+        self.hooks = hooks
         self.zero_stage = zero_stage(config)
         self.plain = is_plain(config)
         """No ZeRO and no precision section: the optimizer is ours, so are the gradient's norm and clipping."""
@@ -95,17 +103,25 @@ class Engine:
         _forget_dry_run(self.optimizer)
         if self.plain and world.size == 1:
             self.engine.enable_backward_allreduce = False  # it would flatten and copy every gradient
+        self._number = 0
+        if hooks.after_update is not None:
+            after = hooks.after_update
+            # Called by the optimizer itself: DeepSpeed clears the gradients right after it.
+            self.optimizer.register_step_post_hook(lambda *_: after(self._number))
         self._noise = Noise(self.module, config, world) if config.training.neftune_noise_alpha else None
         self.compiled = compile_layers(self.module, config, world.device, self.zero_stage)
 
     def _adamw(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         training = self.config.training
-        decayed = [p for p in self.trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
-        others = [p for p in self.trainable if len(getattr(p, "ds_shape", p.shape)) < 2]  # biases and norms
+        ratio_of = self.hooks.learning_rate_ratio or (lambda name: 1.0)
+        members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                matrix = len(getattr(p, "ds_shape", p.shape)) >= 2  # not a bias, not a norm
+                members.setdefault((ratio_of(name), training.weight_decay if matrix else 0.0), []).append(p)
         groups = [
-            {"params": parameters, "weight_decay": decay}
-            for parameters, decay in ((decayed, training.weight_decay), (others, 0.0))
-            if parameters
+            {"params": parameters, "weight_decay": decay, "lr_ratio": ratio}
+            for (ratio, decay), parameters in sorted(members.items(), key=lambda item: (item[0][0], -item[0][1]))
         ]
         return torch.optim.AdamW(
             groups,
@@ -129,7 +145,8 @@ class Engine:
         ``weight``: label tokens of the whole global batch, over all processes.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_ratio"]
+        self._number = batch.step
         self.module.train()
         # DeepSpeed averages gradients over the processes; the loss is a sum over all of them.
         scale = self.world.size / max(weight, 1)
@@ -139,7 +156,10 @@ class Engine:
             inputs = self.to_device(slot)
             self._seed(batch.step, slot, inputs)
             loss = self._loss_sum(inputs)
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            whole = loss * scale
+            if self.hooks.extra_loss is not None:  # a share in each pass, and the same on all processes
+                whole = whole + self.hooks.extra_loss() / len(batch.slots)
+            self.engine.backward(whole, scale_wrt_gas=False)
             total += loss.detach().double()
             self.stop.beat()
         norm: torch.Tensor | float

@@ -168,6 +168,12 @@ class Logbook:
         self.telemetry.update(evaluation=figures)
         return {f"eval_{name}": value for name, value in figures.items()}
 
+    def method(self, figures: dict[str, float]) -> dict[str, float]:
+        """What the method tells about itself; as it stands in metrics.jsonl."""
+        for name, value in figures.items():
+            self.telemetry.metrics.method(name, value)
+        return figures
+
     def _memory(self) -> dict[str, int]:
         sizes = {"rss": host_memory()}
         if self.device.type == "cuda":

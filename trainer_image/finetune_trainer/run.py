@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.causes import Cause
+from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.run import (
     ENV_CACHE,
     ENV_CONFIG,
@@ -166,7 +167,7 @@ class Job:
         from finetune_trainer.engine import Engine, before_loading
         from finetune_trainer.feed import draw_seed
         from finetune_trainer.flops import model_cost
-        from finetune_trainer.methods import METHODS
+        from finetune_trainer.methods import METHODS, hooks
         from finetune_trainer.objectives import OBJECTIVES
         from finetune_trainer.saving import Saver
         from finetune_trainer.schedule import learning_rate, sequences_wanted, steps_for
@@ -187,8 +188,9 @@ class Job:
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
         self.objective = OBJECTIVES[config.stage]
-        self.engine = Engine(trained, config, world, self.objective, self.stop)
-        self.state = TrainableState(self.engine.engine, world.rank, world.size)
+        added = hooks(trained, config, self.max_steps)
+        self.engine = Engine(trained, config, world, self.objective, self.stop, added)
+        self.state = TrainableState(self.engine.engine, world.rank, world.size, added.statistics)
         self._say_layout()
 
         self.inputs = self._inputs()
@@ -357,19 +359,14 @@ class Job:
         )
         if not (evaluate or last or self.step % training.logging_steps == 0):
             return
-        line = self.log.line(step) | self._figures()
+        line = self.log.line(step)
+        if self.engine.hooks.figures is not None:
+            line |= self.log.method(self.engine.hooks.figures())
         if evaluate:
             line |= self._evaluate()
         if self.world.first:
             self.history.add(line)
             self._print(for_people(line, self.max_steps))
-
-    def _figures(self) -> dict[str, float]:
-        """What the method tells of itself. Collective."""
-        from finetune_trainer.methods import METHODS
-
-        tell = getattr(METHODS[self.config.method.type], "figures", None)
-        return dict(tell(self.engine.module)) if tell else {}
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
@@ -454,7 +451,7 @@ class Job:
         """The answers after, the result and the report, and the last word."""
         self._phase("exporting", "writing the result")
         answers = self._answers()
-        weights = self.engine.weights(only_trainable=self.config.method.type != "full")
+        weights = self.engine.weights(only_trainable=not self._whole_model)
         if self.world.first:
             self._export(weights, answers)
         self._phase("done", f"done after {self.step} steps")
@@ -479,7 +476,7 @@ class Job:
 
         config = self.config
         folder = self.work / "output"
-        kind = "model" if config.method.type == "full" else "adapter"
+        kind = "model" if self._whole_model else "adapter"
         export.write_weights(self.engine.module, self.tokenizer, weights, config, folder)
         facts = {
             "namespace": config.namespace,
@@ -522,6 +519,11 @@ class Job:
         except Exception as error:  # a result without its report is still the result
             traceback.print_exception(error)
         self.outputs.insert(0, export.upload(folder, config.output_uri, kind, facts))
+
+    @property
+    def _whole_model(self) -> bool:
+        """The result is a model, not an adapter."""
+        return COMPATIBILITY[self.config.method.type].whole_model
 
     def _attempts(self) -> list[dict[str, Any]]:
         """Every start of this run and what became of it, as far as it was written down."""

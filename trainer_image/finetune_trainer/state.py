@@ -32,7 +32,8 @@ class Fragment:
     stop: int
     """The range [start, stop) of the flattened parameter."""
     tensors: dict[str, torch.Tensor]
-    """``weight``, ``exp_avg``, ``exp_avg_sq``: flat views of live memory, each of stop - start elements."""
+    """``weight``, ``exp_avg``, ``exp_avg_sq``, and what the method remembers: flat views of live memory, each of
+    stop - start elements."""
     owned: bool = True
     """This process writes it to checkpoints (False: another one holds the same)."""
 
@@ -40,8 +41,16 @@ class Fragment:
 class TrainableState:
     """Reads and writes the trainable state of a DeepSpeed engine. Nothing here is collective but ``sync``."""
 
-    def __init__(self, engine: Any, rank: int, size: int) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        rank: int,
+        size: int,
+        statistics: Callable[[], dict[str, dict[str, torch.Tensor]]] | None = None,
+    ) -> None:
+        """``statistics``: what the method remembers of each parameter, see ``hooks.py``."""
         self.engine = engine
+        self.statistics = statistics
         self.rank = rank
         self.size = size
         self.names = {parameter: name for name, parameter in engine.module.named_parameters()}
@@ -127,17 +136,23 @@ class TrainableState:
 
     def _replicated(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Fragment]:
         load = [0] * self.size
+        statistics = self.statistics() if self.statistics is not None else {}
         for parameter, master in pairs:
             # All hold the same; the writing is shared out, the next one to whoever has the least.
             owner = load.index(min(load))
             load[owner] += parameter.numel()
             state = self._state(master)
+            remembered = statistics.get(self.names[parameter], {})
             yield Fragment(
                 self.names[parameter],
                 tuple(parameter.shape),
                 0,
                 parameter.numel(),
-                {WEIGHT: master.data.view(-1), **{key: state[key].view(-1) for key in MOMENTS}},
+                {
+                    WEIGHT: master.data.view(-1),
+                    **{key: state[key].view(-1) for key in MOMENTS},
+                    **{key: value.view(-1) for key, value in remembered.items()},
+                },
                 owned=owner == self.rank,
             )
 

@@ -73,6 +73,7 @@ class Metrics:
         )
         self.checkpoint_failures = self._counter("finetune_train_checkpoint_failures", "Saves that failed")
         self.checkpoint_bytes = self._gauge("finetune_train_checkpoint_bytes", "Size of the last checkpoint")
+        self._method = self._gauges("finetune_train_method", "What the method tells about itself", "figure")
         self._eval_loss = self._gauges("finetune_eval_loss", "Loss on held-out rows", "source")
         self._eval_perplexity = self._gauges("finetune_eval_perplexity", "Perplexity on held-out rows", "source")
         self._heartbeat = self._gauges(
@@ -88,6 +89,10 @@ class Metrics:
     def memory(self, kind: str, size: float) -> None:
         """``kind``: allocated, peak, reserved (GPU) or rss (host); bytes."""
         self._memory.labels(self._job, kind).set(size)
+
+    def method(self, figure: str, value: float) -> None:
+        """A number of the method's own, e.g. AdaLoRA's rank_mean."""
+        self._method.labels(self._job, figure).set(value)
 
     def evaluation(self, figures: dict[str, float]) -> None:
         """Figures as ``Engine.evaluate`` gives them; the whole is the source ``all``."""

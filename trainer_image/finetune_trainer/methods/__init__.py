@@ -1,4 +1,4 @@
-"""The fine-tuning methods: one module each, with three functions.
+"""The fine-tuning methods: one module per family, with three functions.
 
 ``prepare(model, method, config) -> nn.Module``
     Sets what is trained, adds what the method adds, and makes gradient checkpointing work with it.
@@ -8,11 +8,12 @@
 ``merge(model_path, adapter_dir, out_dir, config) -> None``
     Adds a saved adapter to a fresh copy of the model and writes that.
 
-Two functions more, where they apply: ``inject(model, method)`` attaches what :func:`load_adapter` then fills (methods
-that plain peft does not read), and ``figures(model) -> dict[str, float]`` gives what a line of metrics.jsonl tells of
-the method (collective).
+A module whose method changes the step, or tells figures of its own, has ``hooks(model, method, max_steps) ->
+Hooks``. One
+that plain peft does not read has ``inject(model, method)``: it attaches what :func:`load_adapter` then fills.
 
-To add a method: a file here, a row in :data:`METHODS`, and what ``finetune_api/methods.py`` says.
+To add a method: a file here, a row in :data:`METHODS`, and what ``finetune_api/methods.py`` says. A method of PEFT that
+needs nothing but its configuration is a row in ``adapters.py``.
 """
 
 import json
@@ -23,17 +24,43 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from finetune_api.methods import Method
-from finetune_trainer.methods import bottleneck, full, lora, mam, moelora, parts, unipelt
+from finetune_api.run import TrainerConfig
+from finetune_trainer.hooks import NOTHING, Hooks
+from finetune_trainer.methods import (
+    adalora,
+    adapters,
+    bottleneck,
+    full,
+    lora,
+    mam,
+    moelora,
+    parts,
+    prompts,
+    selection,
+    unipelt,
+)
 
 METHODS: dict[str, ModuleType] = {
     "full": full,
+    "freeze": selection,
+    "bitfit": selection,
     "lora": lora,
     "qlora": lora,  # the same adapter; model.py loads the base in 4 bits
     "adapter": bottleneck,
     "mam": mam,
     "unipelt": unipelt,
     "moelora": moelora,
+    "adalora": adalora,
+    **dict.fromkeys(prompts.CONFIGS, prompts),
+    **dict.fromkeys(adapters.CONFIGS, adapters),
 }
+
+
+def hooks(model: Any, config: TrainerConfig, max_steps: int) -> Hooks:
+    """What the method adds to the step."""
+    make = getattr(METHODS[config.method.type], "hooks", None)
+    found: Hooks = make(model, config.method, max_steps) if make else NOTHING
+    return found
 
 
 def load_adapter(model: Any, directory: str | Path) -> Any:

@@ -1,53 +1,63 @@
 """LoRA, and QLoRA, which differs only in how ``model.py`` loads the base. The result is a PEFT adapter."""
 
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.causes import Cause
 from finetune_api.methods import Lora
 from finetune_api.run import TrainerConfig
-from finetune_trainer.model import enable_gradient_checkpointing, load_for_merge, save_model
+from finetune_trainer.hooks import NOTHING, Hooks
+from finetune_trainer.methods import adapters
+from finetune_trainer.methods.adapters import attach, linear_names
+from finetune_trainer.methods.adapters import merge as merge
 from finetune_trainer.outcome import RunError
-from finetune_trainer.storage import local_path
+
+KEPT = ("default", "gaussian", "orthogonal")
+"""The values of ``init_lora_weights`` with which the adapted model begins as the base, its weights untouched."""
 
 
 def prepare(model: PreTrainedModel, method: Lora, config: TrainerConfig) -> nn.Module:
-    """The model with adapters, which alone are trainable (with ``modules_to_save``).
-
-    Adapter weights are float32 also beside a bfloat16 model: AdamW's steps of 1e-4 of a weight would be lost in
-    the 8 bits of a bfloat16 mantissa, and they are less than a hundredth of the memory.
-    RunError(INVALID_CONFIGURATION) where ``target_modules`` finds nothing.
-    """
-    if config.training.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    targets = method.target_modules
-    adapter = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.r,
-        lora_alpha=method.lora_alpha,  # type: ignore[arg-type]  # PEFT computes with it as with any number
-        lora_dropout=method.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=list(method.modules_to_save) or None,
-        use_rslora=method.use_rslora,
-        use_dora=method.use_dora,
+    """The model with adapters, which alone are trainable (with ``modules_to_save``)."""
+    chosen = method.model_dump(
+        exclude={"type", "loraplus_lr_ratio", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
     )
-    try:
-        adapted = get_peft_model(model, adapter, autocast_adapter_dtype=True)
-    except ValueError as error:
+    if method.init_lora_weights == "default":
+        chosen["init_lora_weights"] = True
+    chosen["layers_to_transform"] = method.layers_to_transform or None
+    if method.layers_to_transform and method.target_modules == "all-linear":
+        # PEFT takes numbers of layers only with a list of names, and lets a name outside all layers through.
+        chosen["target_modules"] = linear_names(model, in_layers=True)
+    if method.init_lora_weights == "olora" and any(type(m).__name__ == "Conv1D" for m in model.modules()):
         raise RunError(
             Cause.INVALID_CONFIGURATION,
-            f"method.target_modules {targets!r} does not fit {type(model).__name__}: {str(error).splitlines()[0]} "
-            f"Its linear layers are named {', '.join(linear_names(model))}; all-linear takes all but the output.",
-        ) from error
-    written = adapted.peft_config["default"]
-    written.base_model_name_or_path = base_name(config)
-    if config.model.uri.startswith("hf://"):
-        written.revision = config.model.revision
+            f"method.init_lora_weights 'olora' does not go with {type(model).__name__}, whose weights are turned round "
+            "(Conv1D). Choose pissa or default.",
+        )
+    adapted = attach(model, LoraConfig, chosen, config)
+    if method.init_lora_weights not in KEPT:
+        # These took their first values out of the model's weights: what was learned is the difference to them.
+        adapted._first_lora = {  # type: ignore[assignment]
+            name: value.detach().cpu().clone()
+            for name, value in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+        }
     return adapted
+
+
+def hooks(model: nn.Module, method: Lora, max_steps: int) -> Hooks:
+    """LoRA+: B learns faster than A."""
+    del model, max_steps
+    ratio = method.loraplus_lr_ratio
+    if ratio == 1:
+        return NOTHING
+    # As PEFT's create_loraplus_optimizer: with B goes what has one dimension (DoRA's magnitudes).
+    fast = (".lora_B.", ".lora_embedding_B.", ".lora_magnitude_vector.")
+    return Hooks(learning_rate_ratio=lambda name: ratio if any(part in name for part in fast) else 1.0)
 
 
 def save(
@@ -58,32 +68,44 @@ def save(
     config: TrainerConfig,
 ) -> None:
     """Write adapter and tokenizer into ``directory``, for ``PeftModel.from_pretrained``."""
-    del config
-    # "auto" would ask the hub whether the embedding was resized; it never is.
-    model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
+    first: dict[str, torch.Tensor] | None = getattr(model, "_first_lora", None)
+    if first is None:
+        adapters.save(model, tokenizer, directory, state_dict, config)
+        return
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    last = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    save_file(plain_weights(first, last), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    trained: Any = model.peft_config["default"]
+    plain_config(trained).save_pretrained(str(directory))
     tokenizer.save_pretrained(directory)
 
 
-def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerConfig) -> None:
-    """Write the base model with the adapter of ``adapter_dir`` merged into it, with its tokenizer, to ``out_dir``.
+def plain_weights(first: dict[str, torch.Tensor], last: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA over the original model from one over a model that gave B0·A0 away: [B, B0]·[A, -A0], of twice the rank.
 
-    The base is loaded afresh and unquantised: merging into 4-bit weights would round the adapter away.
+    The model was W - s·B0·A0 and became W - s·B0·A0 + s·B·A.
     """
-    from transformers import AutoTokenizer
-
-    model = load_for_merge(model_path, config)
-    merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload(safe_merge=True)
-    save_model(merged, AutoTokenizer.from_pretrained(adapter_dir), out_dir, config.max_shard_size)
-
-
-def base_name(config: TrainerConfig) -> str:
-    """How the adapter names its base: what ``from_pretrained`` understands, where there is such a name."""
-    uri = config.model.uri
-    if uri.startswith("hf://"):
-        return uri.removeprefix("hf://").removeprefix("models/").strip("/")
-    return str(local_path(uri)) if uri.startswith("file://") else uri
+    found = {}
+    for name, value in last.items():
+        value = value.detach().cpu()
+        if ".lora_A." in name:
+            value = torch.cat([value, -first[name].to(value)], dim=0)
+        elif ".lora_B." in name:
+            value = torch.cat([value, first[name].to(value)], dim=1)
+        found[name] = value.contiguous()
+    return found
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers, e.g. q_proj, for messages."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+def plain_config(trained: LoraConfig) -> LoraConfig:
+    """The configuration of :func:`plain_weights`: twice the rank, the scaling of before."""
+    written: LoraConfig = deepcopy(trained)
+    written.inference_mode = True
+    written.init_lora_weights = True
+    growth = 2**0.5 if trained.use_rslora else 2
+    written.r = 2 * trained.r
+    written.lora_alpha = growth * trained.lora_alpha  # type: ignore[assignment]
+    written.rank_pattern = {name: 2 * rank for name, rank in (trained.rank_pattern or {}).items()}
+    written.alpha_pattern = {name: growth * alpha for name, alpha in (trained.alpha_pattern or {}).items()}
+    return written

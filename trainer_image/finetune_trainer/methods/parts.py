@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
-from finetune_trainer.methods.lora import base_name
+from finetune_trainer.methods.adapters import base_name
 from finetune_trainer.methods.places import Attention, Stack
 from finetune_trainer.outcome import RunError
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from finetune_api.methods import Unipelt
 from finetune_api.run import TrainerConfig
+from finetune_trainer.hooks import Hooks
 from finetune_trainer.methods import bottleneck, parts
 from finetune_trainer.methods.mam import new_prefix, new_trunk
 from finetune_trainer.methods.places import layers
@@ -52,6 +53,12 @@ def inject(model: PreTrainedModel, method: Unipelt) -> None:
         update.gate = parts.Gate(width)
         parts.attach_sequential(layer.get_submodule(stack.feed_forward_output), update.to(device))
     parts.use_prefixes(model)
+
+
+def hooks(model: nn.Module, method: Unipelt, max_steps: int) -> Hooks:
+    """The gates, for metrics.jsonl and Prometheus."""
+    del method, max_steps
+    return Hooks(figures=lambda: figures(model))
 
 
 def figures(model: nn.Module) -> dict[str, float]:

@@ -115,7 +115,7 @@ def find_head(model: Any) -> Head | None:
     model.eval()
     module.forward = mark
     try:
-        words = int(base.get_input_embeddings().num_embeddings)
+        words = int(base.get_input_embeddings().weight.shape[0])
         ids = (torch.arange(16, device=next(model.parameters()).device) * 7919 % words)[None]
         logits = model(input_ids=ids, use_cache=False).logits
     finally:

@@ -1,0 +1,188 @@
+"""PEFT's adapters beside the layers of a model: a row of :data:`CONFIGS` each. The result is a PEFT adapter.
+
+A method's parameters carry PEFT's names, so its class in ``finetune_api/methods.py`` is handed over as it is.
+``lora.py`` and ``adalora.py`` use the same functions and add what is theirs.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    BOFTConfig,
+    C3AConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    GraloraConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    MissConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    RandLoraConfig,
+    RoadConfig,
+    ShiraConfig,
+    TrainableTokensConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    WaveFTConfig,
+    get_peft_model,
+)
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune_api.causes import Cause
+from finetune_api.run import TrainerConfig
+from finetune_trainer.model import enable_gradient_checkpointing, load_for_merge, save_model
+from finetune_trainer.outcome import RunError
+from finetune_trainer.storage import local_path
+
+CONFIGS: dict[str, type[PeftConfig]] = {
+    "ia3": IA3Config,
+    "vera": VeraConfig,
+    "loha": LoHaConfig,
+    "lokr": LoKrConfig,
+    "oft": OFTConfig,
+    "boft": BOFTConfig,
+    "fourierft": FourierFTConfig,
+    "waveft": WaveFTConfig,
+    "hra": HRAConfig,
+    "randlora": RandLoraConfig,
+    "vblora": VBLoRAConfig,
+    "shira": ShiraConfig,
+    "c3a": C3AConfig,
+    "miss": MissConfig,
+    "road": RoadConfig,
+    "delora": DeloraConfig,
+    "gralora": GraloraConfig,
+    "hira": HiraConfig,
+    "ln_tuning": LNTuningConfig,
+    "trainable_tokens": TrainableTokensConfig,
+}
+
+
+def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Module:
+    """The model with adapters, which alone are trainable (with ``modules_to_save``)."""
+    chosen = method.model_dump(exclude={"type"})
+    if method.type == "ia3":
+        chosen["feedforward_modules"] = chosen["feedforward_modules"] or _unless_auto(method, [])
+    elif method.type == "ln_tuning":
+        chosen["target_modules"] = norm_names(model)  # PEFT knows them for some model types only
+    elif method.type == "shira":
+        chosen["random_seed"] = config.training.seed  # which values are trained; the adapter file says it too
+    elif method.type == "trainable_tokens":
+        _check_tokens(model, method.token_indices)
+    return attach(model, CONFIGS[method.type], chosen, config)
+
+
+def attach(model: PreTrainedModel, kind: type[PeftConfig], chosen: dict[str, Any], config: TrainerConfig) -> PeftModel:
+    """The model with an adapter of PEFT. ``chosen``: the method's parameters, by PEFT's names.
+
+    Adapter weights are float32 also beside a bfloat16 model: AdamW's steps of 1e-4 of a weight would be lost in
+    the 8 bits of a bfloat16 mantissa, and they are less than a hundredth of the memory.
+    RunError(INVALID_CONFIGURATION) where ``target_modules`` finds nothing, or the adapter does not fit.
+    """
+    if config.training.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    targets = chosen.get("target_modules")
+    if targets == "auto":
+        chosen = chosen | {"target_modules": None}
+    if "modules_to_save" in chosen:
+        chosen = chosen | {"modules_to_save": chosen["modules_to_save"] or None}
+    try:
+        adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **chosen), autocast_adapter_dtype=True)
+    except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
+        raise _misfit(model, targets, config, error) from error
+    for p in adapted.parameters():
+        # PEFT does not think of copies of the model's own modules (norms, modules_to_save).
+        if p.requires_grad and p.is_floating_point() and not hasattr(p, "ds_id"):
+            p.data = p.data.float()
+    written = adapted.peft_config["default"]
+    written.base_model_name_or_path = base_name(config)
+    if config.model.uri.startswith("hf://"):
+        written.revision = config.model.revision
+    return adapted
+
+
+def save(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    state_dict: dict[str, torch.Tensor] | None,
+    config: TrainerConfig,
+) -> None:
+    """Write adapter and tokenizer into ``directory``, for ``PeftModel.from_pretrained``."""
+    del config
+    # "auto" would ask the hub whether the embedding was resized; it never is.
+    model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
+    tokenizer.save_pretrained(directory)
+
+
+def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerConfig) -> None:
+    """Write the base model with the adapter of ``adapter_dir`` merged into it, with its tokenizer, to ``out_dir``.
+
+    The base is loaded afresh and unquantised: merging into 4-bit weights would round the adapter away.
+    """
+    from transformers import AutoTokenizer
+
+    model = load_for_merge(model_path, config)
+    merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload(safe_merge=True)
+    save_model(merged, AutoTokenizer.from_pretrained(adapter_dir), out_dir, config.max_shard_size)
+
+
+def base_name(config: TrainerConfig) -> str:
+    """How the adapter names its base: what ``from_pretrained`` understands, where there is such a name."""
+    uri = config.model.uri
+    if uri.startswith("hf://"):
+        return uri.removeprefix("hf://").removeprefix("models/").strip("/")
+    return str(local_path(uri)) if uri.startswith("file://") else uri
+
+
+def linear_names(model: nn.Module, *, in_layers: bool = False) -> list[str]:
+    """The last parts of the names of all linear layers, e.g. q_proj; ``in_layers``: of those in the decoder layers."""
+    names = (name for name, module in model.named_modules() if _is_linear(module))
+    return sorted({name.rpartition(".")[2] for name in names if not in_layers or re.search(r"\.\d+\.", name)})
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of all normalisation layers, e.g. input_layernorm."""
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in model.named_modules()}
+    return sorted(name for name, kind in kinds.items() if "norm" in kind.lower())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, with its weight turned round
+
+
+def _unless_auto(method: Any, otherwise: list[str]) -> list[str] | None:
+    return None if method.target_modules == "auto" else otherwise
+
+
+def _check_tokens(model: PreTrainedModel, tokens: list[int]) -> None:
+    rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    if beyond := [token for token in tokens if token >= rows]:
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"method.token_indices names {beyond[:5]}, but {type(model).__name__} has embeddings for {rows} tokens "
+            f"only (0 to {rows - 1}). Name tokens that the model knows.",
+        )
+
+
+def _misfit(model: PreTrainedModel, targets: Any, config: TrainerConfig, error: Exception) -> RunError:
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    linear = f"Its linear layers are named {', '.join(linear_names(model))}; all-linear takes all but the output."
+    message = f"method.target_modules {targets!r} does not fit {type(model).__name__}: {said} {linear}"
+    if "Conv1D" in said:
+        message = (
+            f"method.type {config.method.type!r} knows no layers of the kind {type(model).__name__} is made of "
+            "(Conv1D). Choose another method, such as lora, ia3, vera or fourierft, or another model."
+        )
+    elif "target modules" not in said.lower() and "target_modules" not in said:
+        message = f"method.type {config.method.type!r} does not fit {type(model).__name__}: {said}"
+    return RunError(Cause.INVALID_CONFIGURATION, message)

@@ -1,0 +1,61 @@
+"""Virtual tokens: prompt tuning, P-tuning, prefix tuning and P-tuning v2. The result is a PEFT adapter.
+
+What is written is what the virtual tokens are in the end; the networks that made them (P-tuning, a projected prefix)
+are in the checkpoints only, so that a run can continue.
+"""
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune_api.causes import Cause
+from finetune_api.run import TrainerConfig
+from finetune_trainer.methods.adapters import attach, base_name
+from finetune_trainer.methods.adapters import save as save
+from finetune_trainer.outcome import RunError
+
+CONFIGS: dict[str, type[PeftConfig]] = {
+    "prompt_tuning": PromptTuningConfig,
+    "p_tuning": PromptEncoderConfig,
+    "prefix_tuning": PrefixTuningConfig,
+    "p_tuning_v2": PrefixTuningConfig,  # the same without the network
+}
+
+
+def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Module:
+    """The model with virtual tokens before every text, which alone are trainable."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and method.num_virtual_tokens + config.data.max_length > positions:
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"method.num_virtual_tokens {method.num_virtual_tokens} and data.max_length {config.data.max_length} are "
+            f"together more than the {positions} positions of {type(model).__name__}. Lower data.max_length to "
+            f"{positions - method.num_virtual_tokens} or less.",
+        )
+    chosen = method.model_dump(exclude={"type"})
+    if "encoder_hidden_size" in chosen:
+        chosen["encoder_hidden_size"] = chosen["encoder_hidden_size"] or model.config.get_text_config().hidden_size
+    if method.type == "p_tuning" and method.encoder_reparameterization_type == "MLP":
+        del chosen["encoder_num_layers"]  # the network has the layers it has
+    text = chosen.get("prompt_tuning_init") == "TEXT"
+    if text:
+        chosen["tokenizer_name_or_path"] = model.name_or_path
+        chosen["tokenizer_kwargs"] = {"local_files_only": True}
+    adapted = attach(model, CONFIGS[method.type], chosen, config)
+    if text:  # where the model lay in this pod is of no use to whoever loads the adapter
+        written: Any = adapted.peft_config["default"]
+        written.tokenizer_name_or_path, written.tokenizer_kwargs = base_name(config), None
+    return adapted
+
+
+def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerConfig) -> NoReturn:
+    """Virtual tokens are no part of any weight."""
+    del model_path, adapter_dir, out_dir
+    raise RunError(
+        Cause.INVALID_CONFIGURATION,
+        f"output.merge is for methods that change weights; the virtual tokens of method.type {config.method.type!r} "
+        "are loaded beside the model by PEFT. Set it to false.",
+    )
