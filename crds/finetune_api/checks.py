@@ -103,7 +103,7 @@ def target_modules(method: Any) -> Iterator[Finding]:
     elif isinstance(given, list):
         if not all(given) or len(set(given)) != len(given):
             yield "target_modules", given, "every module name once, none empty", "remove empty and repeated names"
-        both = [name for name in given if name in method.modules_to_save]
+        both = [name for name in given if name in getattr(method, "modules_to_save", ())]
         if both:
             yield (
                 "target_modules",

@@ -49,4 +49,9 @@ COMPATIBILITY: dict[str, Row] = {
     # They hold float32 constants beside their weights, and DeepSpeed's bf16 section turns only one of the two round.
     "vera": Row(stages=SFT, zero_stages=(0,)),
     "delora": Row(stages=SFT, zero_stages=(0,)),
+    # Not linear in their input, so there is nothing to fold into weights.
+    "adapter": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False),
+    "mam": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False),
+    "unipelt": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False),
+    "moelora": Row(stages=SFT, zero_stages=(0, 1, 2, 3)),
 }

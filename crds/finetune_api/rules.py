@@ -144,7 +144,7 @@ def compatibility_rules(table: Mapping[str, Row], stages: tuple[str, ...]) -> li
 
 _WITHOUT_MERGE = {
     True: "leave it out: the output is a whole model already",
-    False: "leave it out: virtual tokens are no part of any weight; PEFT loads them beside the model",
+    False: "leave it out: what this method adds is no part of any weight; it is loaded beside the model",
 }
 
 _CLAIM = r"^pvc://[a-z0-9]([-a-z0-9]{0,55}[a-z0-9])?(/.*)?$"
@@ -361,6 +361,26 @@ RULES: tuple[Rule, ...] = (
         "!has(self.deepspeed.zero_optimization.stage) || self.deepspeed.zero_optimization.stage != 3",
         accepted=", ".join(_UNCHANGED_BASE) + " with spec.deepspeed.zero_optimization.stage: 3",
         remedy="leave it out, or choose a lower stage: the others decompose whole weights, which ZeRO-3 has cut up",
+    ),
+    Rule(
+        at="spec.method",
+        field="tasks",
+        holds=lambda self: self.type != "moelora" or len(set(self.tasks)) == len(self.tasks) > 0,
+        cel="self.type != 'moelora' || has(self.tasks) && size(self.tasks) > 0 && "
+        "self.tasks.all(a, self.tasks.exists_one(b, b == a))",
+        problem="the tasks are not named, or one is named twice",
+        accepted="every task of the rows once with spec.method.type: moelora",
+        remedy="list the names that the rows have in their field task",
+    ),
+    Rule(
+        at="spec.method",
+        field="num_experts",
+        holds=lambda self: self.type != "moelora" or self.r % self.num_experts == 0,
+        cel="self.type != 'moelora' || "
+        "(has(self.r) ? self.r : 16) % (has(self.num_experts) ? self.num_experts : 8) == 0",
+        problem="num_experts (8 where it is not set) does not divide r (16 where it is not set)",
+        accepted="a divisor of r",
+        remedy="choose both so that every expert has a whole rank, r / num_experts",
     ),
     *compatibility_rules(COMPATIBILITY, tuple(spec_schema()["properties"]["stage"]["enum"])),
     # ---- the data

@@ -153,9 +153,9 @@ def _flat_union(node: dict[str, Any], defs: dict[str, Any], at: str) -> dict[str
     for key, names in owners.items():
         children = {name: members[name]["properties"][key] for name in names}
         properties[key] = {
-            "description": _joined({n: c["description"] for n, c in children.items()})
+            "description": _described({n: c["description"] for n, c in children.items()})
             + " Default "
-            + _joined({n: f"{text(c['default'])} for {n}" for n, c in children.items()}, same=_by_value(children))
+            + "; ".join(f"{v} for {ns}" for v, ns in _grouped({n: text(c["default"]) for n, c in children.items()}))
             + ".",
             **properties[key],
         }
@@ -166,15 +166,17 @@ def _flat_union(node: dict[str, Any], defs: dict[str, Any], at: str) -> dict[str
     return result
 
 
-def _by_value(children: dict[str, dict[str, Any]]) -> str:
-    values = {text(child["default"]) for child in children.values()}
-    return f"{values.pop()} for {', '.join(children)}" if len(values) == 1 else ""
+def _described(texts: dict[str, str]) -> str:
+    groups = _grouped(texts)
+    return groups[0][0] if len(groups) == 1 else " ".join(f"{names}: {told}" for told, names in groups)
 
 
-def _joined(texts: dict[str, str], same: str = "") -> str:
-    if same or len(set(texts.values())) == 1:
-        return same or next(iter(texts.values()))
-    return ", ".join(texts.values())
+def _grouped(texts: dict[str, str]) -> list[tuple[str, str]]:
+    """Each text once, with the names it is said of."""
+    names: dict[str, list[str]] = {}
+    for name, told in texts.items():
+        names.setdefault(told, []).append(name)
+    return [(told, ", ".join(whose)) for told, whose in names.items()]
 
 
 def _first_line(description: str) -> str:

@@ -68,15 +68,17 @@ def make_model(directory: Path, *, dtype: str = "float32", seed: int = 0, tied: 
     return directory
 
 
-def make_rows(path: Path, count: int, seed: int = 0) -> Path:
-    """Alpaca rows of differing lengths."""
+def make_rows(path: Path, count: int, seed: int = 0, tasks: tuple[str, ...] = ()) -> Path:
+    """Alpaca rows of differing lengths, of each task in turn."""
     import random
 
     draw = random.Random(seed)
     rows = []
-    for _ in range(count):
+    for number in range(count):
         words = [draw.choice(WORDS) for _ in range(draw.randint(2, 9))]
         rows.append({"instruction": "say " + " ".join(words), "input": "", "output": " ".join(words[::-1])})
+        if tasks:
+            rows[-1]["task"] = tasks[number % len(tasks)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

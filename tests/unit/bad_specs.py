@@ -459,6 +459,39 @@ BAD: tuple[Bad, ...] = (
         f"{_ZERO}.stage",
         "3 is not accepted; accepted: one of 0, 1, 2 with spec.method.type: qlora",
     ),
+    Bad("no tasks", {"spec.method": {"type": "moelora"}}, "spec.method.tasks", "list the names that the rows have"),
+    Bad(
+        "a task twice",
+        {"spec.method": {"type": "moelora", "tasks": ["a", "b", "a"]}},
+        "spec.method.tasks",
+        "every task of the rows once",
+    ),
+    Bad(
+        "a task that is no folder's name",
+        {"spec.method": {"type": "moelora", "tasks": ["Named Entities"]}},
+        "spec.method.tasks[0]",
+        "a name of lower-case letters, digits, - and .",
+        SCHEMA,
+    ),
+    Bad(
+        "experts of no whole rank",
+        {"spec.method": {"type": "moelora", "tasks": ["a"], "num_experts": 3}},
+        "spec.method.num_experts",
+        "so that every expert has a whole rank",
+    ),
+    Bad(
+        "a variant of no paper",
+        {"spec.method": {"type": "adapter", "adapter_variant": "serial"}},
+        "spec.method.adapter_variant",
+        "one of houlsby, pfeiffer, parallel",
+        SCHEMA,
+    ),
+    Bad(
+        "a merged adapter",
+        {"spec.method": {"type": "adapter"}, "spec.output.merge": True},
+        "spec.output.merge",
+        "no part of any weight",
+    ),
     Bad(
         "ranks that cannot fall",
         {"spec.method": {"type": "adalora", "target_r": 12}},
@@ -953,7 +986,7 @@ def _of_other_methods() -> Iterator[Bad]:
 def _of_the_table() -> Iterator[Bad]:
     """Everything that a row of the compatibility table excludes."""
     fields = {"packing": "spec.data", "gradient_checkpointing": "spec.training", "merge": "spec.output"}
-    enough: dict[str, dict[str, Any]] = {"trainable_tokens": {"token_indices": [1]}}
+    enough: dict[str, dict[str, Any]] = {"trainable_tokens": {"token_indices": [1]}, "moelora": {"tasks": ["a"]}}
     for name, row in COMPATIBILITY.items():
         method = {"type": name, **enough.get(name, {})}
         for field, section in fields.items():

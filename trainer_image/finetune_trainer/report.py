@@ -115,10 +115,12 @@ def write_page(report: Report, path: Path) -> None:
 def page(report: Report) -> str:
     """The page as text."""
     config = report.config
+    last = report.records[-1] if report.records else {}
     sections = [
         _section("Curves", _curves(report)),
         _section("Answers before and after", _answers(report.answers)) if report.answers else "",
         _section("Evaluation", _evaluation(report.evaluation)) if report.evaluation else "",
+        _section("Gates", _gates(last)) if any("gate_" in name for name in last) else "",
         _section("Throughput", _throughput(report)),
         _section("What happened", _attempts(report)),
         _section("Checkpoints", _checkpoints(report)),
@@ -259,6 +261,15 @@ def _evaluation(figures: dict[str, float]) -> str:
 def _figure(figures: dict[str, float], kind: str, source: str) -> str:
     value = figures.get(f"{kind}/{source}" if source else kind)
     return "" if value is None else f"{value:.4f}"
+
+
+def _gates(record: dict[str, Any]) -> str:
+    """How much each part of UniPELT counted at the end, 0 to 1."""
+    kinds = [name for name in record if name.startswith("gate_") and "/" not in name]
+    layers = sorted({int(name.partition("/")[2]) for name in record if name.startswith("gate_") and "/" in name})
+    rows = [("all", *(f"{record[kind]:.3f}" for kind in kinds))]
+    rows += [(str(layer), *(f"{record[f'{kind}/{layer}']:.3f}" for kind in kinds)) for layer in layers]
+    return table(("Layer", *(kind.removeprefix("gate_") for kind in kinds)), rows)
 
 
 def _throughput(report: Report) -> str:

@@ -6,7 +6,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,6 +49,7 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
     renderer = Renderer(tokenizer)
     report: dict[str, dict[str, Any]] = {}
     known = vocabulary_rows(fetched.model)
+    tasks: list[str] | None = getattr(config.method, "tasks", None)
 
     def load(source: DataSource, path: Path, name: str) -> Rows:
         start = time.monotonic()
@@ -58,7 +59,8 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             name,
             tokenizer,
             config.data.max_length,
-            lambda: _tokenize(source, path, name, renderer, config.data.max_length),
+            lambda: _tokenize(source, path, name, renderer, config.data.max_length, tasks),
+            tasks,
         )
         if len(rows):
             check_vocabulary(int(rows.ids.max()), known, config.model.uri)
@@ -110,18 +112,18 @@ def source_names(sources: list[DataSource]) -> list[str]:
 
 
 def _tokenize(
-    source: DataSource, path: Path, name: str, renderer: Renderer, max_length: int
+    source: DataSource, path: Path, name: str, renderer: Renderer, max_length: int, tasks: list[str] | None = None
 ) -> tuple[Rows, dict[str, Any]]:
     """The rows of a source as tokens, and what is to be reported of them."""
     counts: dict[str, Any] = {"uri": source.uri, "rows": 0, "sequences": 0, "truncated": 0, "dropped": 0, "longest": 0}
     parts: list[Rows] = []
-    for texts in _chunks(source, path, renderer, counts):
+    for texts in _chunks(source, path, renderer, counts, tasks):
         kept: list[Tokens] = []
         for tokens in renderer.encode(texts):
             counts["longest"] = max(counts["longest"], len(tokens.ids))
             if len(tokens.ids) > max_length:
                 counts["truncated"] += 1
-                tokens = Tokens(tokens.ids[:max_length], tokens.learned[:max_length])
+                tokens = Tokens(tokens.ids[:max_length], tokens.learned[:max_length], tokens.task)
             if tokens.learned[1:].any():  # the first token has nothing before it to be predicted from
                 kept.append(tokens)
             else:
@@ -132,7 +134,9 @@ def _tokenize(
     return rows, counts
 
 
-def _chunks(source: DataSource, path: Path, renderer: Renderer, counts: dict[str, Any]) -> Iterator[list[Rendered]]:
+def _chunks(
+    source: DataSource, path: Path, renderer: Renderer, counts: dict[str, Any], tasks: list[str] | None
+) -> Iterator[list[Rendered]]:
     """Rendered rows, some at a time. Bad rows are gathered, so that a user sees several at once."""
     convert = FORMATS[source.format]
     chunk: list[Rendered] = []
@@ -140,7 +144,8 @@ def _chunks(source: DataSource, path: Path, renderer: Renderer, counts: dict[str
     for place, row in read_rows(path, source.split if source.uri.startswith("hf://") else ""):
         counts["rows"] += 1
         try:
-            chunk += renderer.render(convert(row))
+            rendered = renderer.render(convert(row))
+            chunk += [replace(text, task=_task(row, tasks)) for text in rendered] if tasks else rendered
         except BadRowError as error:
             bad.append(f"{place}: {error}")
             if len(bad) == _SHOWN:
@@ -156,6 +161,13 @@ def _chunks(source: DataSource, path: Path, renderer: Renderer, counts: dict[str
         )
     if chunk:
         yield chunk
+
+
+def _task(row: dict[str, Any], tasks: list[str]) -> int:
+    """The number of the row's task."""
+    if row.get("task") not in tasks:
+        raise BadRowError(f"task is {row.get('task')!r}; accepted: one of method.tasks: {', '.join(tasks)}")
+    return tasks.index(row["task"])
 
 
 def _nothing_left(name: str, report: dict[str, dict[str, Any]], max_length: int) -> str:

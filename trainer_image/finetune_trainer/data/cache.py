@@ -38,13 +38,14 @@ def cached_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     make: Callable[[], tuple[Rows, Counts]],
+    tasks: list[str] | None = None,
 ) -> tuple[Rows, Counts]:
     """What ``make`` gives, from disk where it is there already.
 
     ``digest`` is that of the source's content; without one, without a cache folder or with a tokenizer that cannot be
     told by its content, ``make`` is called.
     """
-    key = _key(source, digest, tokenizer, max_length)
+    key = _key(source, digest, tokenizer, max_length, tasks or [])
     root = os.environ.get(ENV_CACHE) or os.environ.get(ENV_WORK)
     if not key or not root:
         return make()
@@ -65,7 +66,7 @@ def cached_rows(
     return _load(entry, name) or (rows, counts)
 
 
-def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, tasks: list[str]) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not digest or digest.startswith("sampled:") or backend is None:
         return ""
@@ -80,6 +81,7 @@ def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, ma
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
         max_length,
+        *tasks,
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
@@ -88,11 +90,12 @@ def _load(entry: Path, name: str) -> tuple[Rows, Counts] | None:
     try:
         counts = json.loads((entry / "counts.json").read_text())
         ids, learned, starts = (np.load(entry / f"{part}.npy", mmap_mode="r") for part in ("ids", "learned", "starts"))
+        tasks = np.load(entry / "tasks.npy") if (entry / "tasks.npy").exists() else None
     except (OSError, ValueError):
         return None
     if len(ids) != len(learned) or len(ids) != counts["tokens"] or int(starts[-1]) != len(ids):
         return None
-    return Rows(name, ids, learned, starts), counts
+    return Rows(name, ids, learned, starts, tasks), counts
 
 
 def _store(entry: Path, rows: Rows, counts: Counts) -> None:
@@ -101,6 +104,8 @@ def _store(entry: Path, rows: Rows, counts: Counts) -> None:
     try:
         for part in ("ids", "learned", "starts"):
             np.save(partial / f"{part}.npy", getattr(rows, part))
+        if rows.tasks is not None:
+            np.save(partial / "tasks.npy", rows.tasks)
         (partial / "counts.json").write_text(json.dumps(counts))
         sync_folder(partial)
         shutil.rmtree(entry, ignore_errors=True)

@@ -36,6 +36,8 @@ class Rows:
     """bool (T,)"""
     starts: np.ndarray
     """int64 (R + 1,): row r is ids[starts[r] : starts[r + 1]]."""
+    tasks: np.ndarray | None = None
+    """int32 (R,): number of each row's task, where the method knows tasks."""
 
     @staticmethod
     def of(name: str, rows: Iterable[Tokens]) -> "Rows":
@@ -47,6 +49,7 @@ class Rows:
             np.concatenate([row.ids for row in kept]) if kept else np.zeros(0, np.int32),
             np.concatenate([row.learned for row in kept]) if kept else np.zeros(0, bool),
             np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            np.array([row.task for row in kept], np.int32) if kept and kept[0].task is not None else None,
         )
 
     @staticmethod
@@ -54,11 +57,13 @@ class Rows:
         """Several pieces of one source as one."""
         parts = parts or [Rows.of(name, [])]
         lengths = np.concatenate([part.lengths for part in parts])
+        tasks = [part.tasks for part in parts if part.tasks is not None]
         return Rows(
             name,
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.learned for part in parts]),
             np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            np.concatenate(tasks) if tasks else None,
         )
 
     def __len__(self) -> int:
@@ -88,6 +93,8 @@ class Sequence:
     packed: bool = False
     rows: tuple[tuple[int, int], ...] = ()
     """(source, row) of every row in it."""
+    tasks: np.ndarray | None = None
+    """int32 (L,): number of each token's task, where the method knows tasks."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -147,7 +154,7 @@ class Stream:
         return int(sum(self.rows[s].lengths[plan.rows[plan.sources == s]].sum() for s in range(len(self.rows))))
 
     def _assemble(self, places: tuple[tuple[int, int], ...]) -> Sequence:
-        ids, labels, positions = [], [], []
+        ids, labels, positions, tasks = [], [], [], []
         for source, row in places:
             rows = self.rows[source]
             start, end = rows.starts[row], rows.starts[row + 1]
@@ -157,7 +164,16 @@ class Stream:
             ids.append(part)
             labels.append(label)
             positions.append(np.arange(end - start, dtype=np.int32))
-        return Sequence(np.concatenate(ids), np.concatenate(labels), np.concatenate(positions), self.packing, places)
+            if rows.tasks is not None:
+                tasks.append(np.full(end - start, rows.tasks[row], np.int32))
+        return Sequence(
+            np.concatenate(ids),
+            np.concatenate(labels),
+            np.concatenate(positions),
+            self.packing,
+            places,
+            np.concatenate(tasks) if tasks else None,
+        )
 
     def _share(self, source: int) -> int:
         """Rows of a source in one epoch."""
@@ -268,7 +284,8 @@ def collate(sequences: list[Sequence], pad_token_id: int, multiple_of: int = 8) 
 
     ``input_ids``, ``labels``, ``position_ids``; ``attention_mask`` unless the sequences are packed: then the model
     finds the rows by their positions, and padding is a row of its own (its positions start at 0 again). Padding is on
-    the right, without labels. ``num_tokens`` is an int: tokens that are not padding.
+    the right, without labels. ``num_tokens`` is an int: tokens that are not padding. ``tasks``, the number of each
+    token's task, where the method knows tasks.
     """
     length = math.ceil(max(len(sequence) for sequence in sequences) / multiple_of) * multiple_of
     packed = any(sequence.packed for sequence in sequences)
@@ -288,4 +305,8 @@ def collate(sequences: list[Sequence], pad_token_id: int, multiple_of: int = 8) 
     }
     if not packed:
         batch["attention_mask"] = torch.from_numpy(mask)
+    if any(sequence.tasks is not None for sequence in sequences):
+        batch["tasks"] = torch.zeros(shape, dtype=torch.int64)
+        for number, sequence in enumerate(sequences):
+            batch["tasks"][number, : len(sequence)] = torch.from_numpy(sequence.tasks)
     return batch

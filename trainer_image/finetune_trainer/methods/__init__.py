@@ -8,18 +8,37 @@
 ``merge(model_path, adapter_dir, out_dir, config) -> None``
     Adds a saved adapter to a fresh copy of the model and writes that.
 
-A module whose method changes the step itself has a fourth: ``hooks(model, method, max_steps) -> Hooks``.
+A module whose method changes the step, or tells figures of its own, has ``hooks(model, method, max_steps) ->
+Hooks``. One
+that plain peft does not read has ``inject(model, method)``: it attaches what :func:`load_adapter` then fills.
 
 To add a method: a file here, a row in :data:`METHODS`, and what ``finetune_api/methods.py`` says. A method of PEFT that
 needs nothing but its configuration is a row in ``adapters.py``.
 """
 
+import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from finetune_api.methods import Method
 from finetune_api.run import TrainerConfig
 from finetune_trainer.hooks import NOTHING, Hooks
-from finetune_trainer.methods import adalora, adapters, full, lora, prompts, selection
+from finetune_trainer.methods import (
+    adalora,
+    adapters,
+    bottleneck,
+    full,
+    lora,
+    mam,
+    moelora,
+    parts,
+    prompts,
+    selection,
+    unipelt,
+)
 
 METHODS: dict[str, ModuleType] = {
     "full": full,
@@ -27,6 +46,10 @@ METHODS: dict[str, ModuleType] = {
     "bitfit": selection,
     "lora": lora,
     "qlora": lora,  # the same adapter; model.py loads the base in 4 bits
+    "adapter": bottleneck,
+    "mam": mam,
+    "unipelt": unipelt,
+    "moelora": moelora,
     "adalora": adalora,
     **dict.fromkeys(prompts.CONFIGS, prompts),
     **dict.fromkeys(adapters.CONFIGS, adapters),
@@ -38,3 +61,18 @@ def hooks(model: Any, config: TrainerConfig, max_steps: int) -> Hooks:
     make = getattr(METHODS[config.method.type], "hooks", None)
     found: Hooks = make(model, config.method, max_steps) if make else NOTHING
     return found
+
+
+def load_adapter(model: Any, directory: str | Path) -> Any:
+    """The transformers model with an ``adapter``, ``mam`` or ``unipelt`` that a run has written to ``directory``.
+
+    >>> model = AutoModelForCausalLM.from_pretrained(base)
+    >>> load_adapter(model, "output").generate(...)
+
+    RunError(INVALID_CONFIGURATION) where it belongs to another model.
+    """
+    described = json.loads((Path(directory) / parts.CONFIG).read_text())
+    method: Any = TypeAdapter(Method).validate_python(described["finetune_method"])
+    METHODS[method.type].inject(model, method)
+    parts.read(model, Path(directory))
+    return model

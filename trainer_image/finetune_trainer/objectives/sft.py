@@ -13,7 +13,7 @@ from finetune_trainer.objectives.head import Head
 IGNORED = -100
 """The label of a token that is not learned."""
 
-_FORWARD = ("input_ids", "attention_mask", "position_ids")
+_FORWARD = ("input_ids", "attention_mask", "position_ids", "tasks")
 
 
 def targets(batch: dict[str, Any]) -> torch.Tensor:
