@@ -237,7 +237,7 @@ def test_defaults_that_depend_on_the_method_are_told_in_words() -> None:
         """Which."""
 
     described = schema._of(Both)["properties"]["method"]["properties"]["r"]
-    assert described["description"] == "Rank. Default 1 for lora, 2 for two."
+    assert described["description"] == "Rank. Default 1 for lora; 2 for two."
     assert "default" not in described
 
 
