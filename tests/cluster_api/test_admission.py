@@ -76,9 +76,9 @@ def test_a_rule_refuses_at_admission_in_the_words_of_the_condition(
     assert bad.says in said
     found = read(bad.object)
     assert isinstance(found, list)
-    # Python alone guesses what URI was meant, and shows lists.
+    # Python alone guesses what URI was meant, and shows lists and maps.
     words = found[0].text().removeprefix(f"{bad.field}: ").partition("; here: ")[0]
-    if isinstance(found[0].value, list):
+    if isinstance(found[0].value, list | dict):
         words = words.partition("; accepted: ")[2]
     assert f"{bad.field}: " in said
     assert words in said
@@ -427,7 +427,7 @@ def test_the_whole_status_is_kept(api: Access, space: str) -> None:
 def test_kubectl_explain_prints_the_docstring(api: Access) -> None:
     assert "Peak learning rate of AdamW." in api.kubectl("explain", "finetunejob.spec.training.learning_rate")
     assert "How many failures of the run itself" in api.kubectl("explain", "ftj.spec.recovery.maxRestarts")
-    assert "Default 16 for lora, qlora." in api.kubectl("explain", "ftj.spec.method.r")
+    assert "16 for lora, moelora, qlora" in api.kubectl("explain", "ftj.spec.method.r")
 
 
 def test_it_is_listed_with_everything(api: Access, space: str, jobs: tuple[Object, Object]) -> None:
