@@ -36,6 +36,7 @@ from finetune_api.run import (
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
 from finetune_trainer.logbook import Logbook, Step, Tally, for_people
 from finetune_trainer.outcome import RunError
+from finetune_trainer.profiling import Profile
 from finetune_trainer.stopping import Stop, leave
 from finetune_trainer.telemetry import History, Pulse, Telemetry, now
 from finetune_trainer.world import local_rank, rank, world_size
@@ -139,7 +140,9 @@ class Job:
         from finetune_trainer.storage import Store
 
         self.world.alive = self.stop.beat
-        self.pulse = Pulse(self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats)
+        self.pulse = Pulse(
+            self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats, self._lost
+        )
         if self.world.first:
             self.telemetry.watch(self.pulse.ages)
         self.telemetry.update(world_size=self.world.size)
@@ -298,7 +301,7 @@ class Job:
             pin=world.device.type == "cuda",
         )
         self.position = self.resumed.position
-        trace = self._trace()
+        trace, profile = self._trace(), Profile(world.first and world.device.type == "cuda")
         batch, waited = feed.take()
         agreed = engine.agree(None, None, batch)
         save_due = False
@@ -333,6 +336,9 @@ class Job:
                 waited=waited,
             )
             self._stepped(step)
+            if sums := profile.stepped():
+                parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.4f} s" for name, seconds in sums.items())
+                self._print(f"a step on this GPU: {parts}")
             last = following is None
             self._log_if_due(step, batch.ends_epoch, last=last)
             save_due |= self.step % self.save_steps == 0
@@ -413,8 +419,8 @@ class Job:
         return {METRICS: self.history.content(), RUN: self.tally.document()}
 
     def _save(self) -> None:
-        self.saver.save(self.step, self.position, self._documents())
-        self.stop.beat()
+        with self.stop.never_leave():  # copying a large state takes longer than any step
+            self.saver.save(self.step, self.position, self._documents())
 
     def _saved(self, saved: Any) -> None:
         """From the saving thread, on rank 0."""
@@ -437,6 +443,8 @@ class Job:
             if self.step and self.saver.saved_step != self.step:
                 self.saver.save(self.step, self.position, self._documents())
             self.saver.wait(hurry=True)
+            # The first one to leave ends the pod's others, 30 s later: nobody leaves before the last upload is done.
+            self.world.barrier("saved")
             kept = self.saver.saved_step == self.step or not self.world.first
             message = f"Stopped on request after step {self.step}" + (
                 ", which is saved." if kept else f"; it could not be saved: {self.saver.last_problem}"
@@ -576,6 +584,15 @@ class Job:
     def _note_end(self, facts: dict[str, Any]) -> None:
         with suppress(RunError):
             self.fence.note("ended", facts)
+
+    def _lost(self, silent: int, seconds: float) -> None:
+        """From the pulse's thread: a peer is silent, and the main thread may wait for it without end."""
+        if not self.stop.busy:  # a last save is finished, or killed
+            message = (
+                f"Process {silent} has not been heard of for {seconds:.0f} s: it is frozen, or its node or the network "
+                "to it is gone."
+            )
+            leave(failed(RunError(Cause.COMMUNICATION_ERROR, message), self))
 
     def memory_settings(self) -> str:
         """The settings that decide over memory, in words."""
