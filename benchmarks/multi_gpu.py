@@ -57,7 +57,7 @@ def arguments(case: Case, options: argparse.Namespace, gpus: int) -> argparse.Na
     words = f"--steps 10 {case.arguments} --packing --document 400 --gpus {gpus} --folder {options.folder}".split()
     if options.tiny:
         words += ["--shape", "tiny", "--length", "1024"]
-    return throughput.parser().parse_args(words + (["--cpu"] if options.cpu else []))
+    return throughput.arguments().parse_args(words + (["--cpu"] if options.cpu else []))
 
 
 def start(case: Case, options: argparse.Namespace, gpus: list[int]) -> tuple[Worker, int]:
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--folder", type=Path, default=throughput.parser().get_default("folder"))
+    parser.add_argument("--folder", type=Path, default=throughput.arguments().get_default("folder"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.cpu:

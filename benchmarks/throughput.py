@@ -37,7 +37,11 @@ SHAPES = {
            "num_key_value_heads": 8, "vocab_size": 128256},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
+    "33b": {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52,
+            "num_key_value_heads": 52, "vocab_size": 32000},
 }  # fmt: skip
+FOUR_BIT = {"33b": "33b", "tiny-4bit": "tiny"}
+"""Models that are made in 4 bits, layer by layer, and never lie anywhere in 16: the name of their shape."""
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -45,10 +49,9 @@ TEMPLATE = (
 
 
 def make_model(folder: Path, shape: str) -> None:
-    """A Llama of that shape with random weights in bf16, and a small tokenizer of its own."""
+    """A Llama of that shape with random weights in bf16, and a tokenizer."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False)
@@ -57,7 +60,58 @@ def make_model(folder: Path, shape: str) -> None:
         model = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="4GB")
-    del model
+    make_tokenizer(folder)
+
+
+def make_four_bit_model(folder: Path, shape: str) -> None:
+    """The same in NF4 (double quantisation), as bitsandbytes and transformers store it: neither memory nor disk ever
+    holds more than a layer in bf16."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors.torch import save_file
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    shards: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in empty.named_parameters():
+        layer = name.split(".")[2] if ".layers." in name else "outside"
+        shards.setdefault(f"model-{layer}.safetensors", {})[name] = parameter.shape
+    folder.mkdir(parents=True)
+    places = {}
+    for file, shapes in shards.items():
+        tensors = {}
+        for name, size in shapes.items():
+            if len(size) == 1:  # a norm
+                tensors[name] = torch.ones(size, dtype=torch.bfloat16)
+                continue
+            weight = torch.randn(size, dtype=torch.bfloat16, device=device) * 0.02
+            if ".layers." not in name:
+                tensors[name] = weight
+                continue
+            tensors[name], state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            tensors |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ).to_dict()
+    config.save_pretrained(folder)
+    make_tokenizer(folder)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A small byte-level tokenizer with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,13 +141,12 @@ def make_rows(path: Path, count: int, words: int, spread: bool) -> None:
 
 def plan_of(args: argparse.Namespace, model: Path, rows: Path, out: Path) -> Plan:
     """The operator's plan of the run."""
-    adapter = {"r": 16, "lora_alpha": 32} if args.method in ("lora", "qlora") else {}
     zero: dict[str, Any] = {} if args.zero is None else {"stage": args.zero}
     if args.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     spec: dict[str, Any] = {
         "model": {"uri": f"file://{model}"},
-        "method": {"type": args.method, **adapter},
+        "method": {"type": args.method, **(args.parameters or {})},
         "data": {"train": [{"uri": f"file://{rows}"}], "max_length": args.length, "packing": args.packing},
         "training": {
             "max_steps": 100 * args.steps,  # ended after args.steps
@@ -172,7 +225,10 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     model, rows = folder / f"model-{args.shape}", folder / f"rows-{args.length}-{args.document}.jsonl"
     if not model.exists():
         started = time.monotonic()
-        make_model(model, args.shape)
+        if args.shape in FOUR_BIT:
+            make_four_bit_model(model, FOUR_BIT[args.shape])
+        else:
+            make_model(model, args.shape)
         print(f"made a {args.shape} model in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     words = args.document or args.length - 16
     wanted = args.steps * args.batch * args.accumulation * max(1, args.gpus) * args.length // words
@@ -206,6 +262,7 @@ def figures(worker: Worker, steps: int) -> dict[str, Any]:
         "data_wait_seconds": round(middle(r["data_wait_seconds"] for r in warm), 4),
         "mfu": round(middle(r["mfu"] for r in warm), 3) if warm[0].get("mfu") else None,
         "peak_gib": round(max(r["memory"].get("peak", r["memory"]["rss"]) for r in warm) / 2**30, 1),
+        "reserved_gib": round(max(r["memory"].get("reserved", 0) for r in warm) / 2**30, 1),
         "loss": [round(records[0]["loss"], 4), round(records[-1]["loss"], 4)],
         "seconds_in_all": round(seconds),
         "said": [line for line in log.splitlines() if line.startswith("training ")][:1],
@@ -213,11 +270,17 @@ def figures(worker: Worker, steps: int) -> dict[str, Any]:
     }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments of a run."""
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A run on as many GPUs as it wants, and its figures."""
+    return figures(launch(args, folder, range(args.gpus)), args.steps)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """What a run is made of."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--shape", choices=[*SHAPES, *FOUR_BIT], default="8b")
     parser.add_argument("--method", default="lora")
+    parser.add_argument("--parameters", type=json.loads, help="the method's, as JSON, where not its defaults")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--document", type=int, default=0, help="mean tokens per row; 0: as long as a sequence")
     parser.add_argument("--batch", type=int, default=2)
@@ -236,10 +299,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure what the arguments say."""
-    args = parser().parse_args()
+    args = arguments().parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     asked = {k: v for k, v in vars(args).items() if k != "folder"}
-    print(json.dumps({**asked, **figures(launch(args, args.folder, range(args.gpus)), args.steps)}), flush=True)
+    print(json.dumps({**asked, **measure(args, args.folder)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -132,13 +132,13 @@ class Job:
         self._phase("loading", "loading the libraries")
         from finetune_trainer.world import join
 
-        config = self.config
-        self.world = join(config.accelerator)
+        self.world = join(self.config.accelerator)
         _quiet()
-        from finetune_trainer import data, model
+        from finetune_trainer import data, earlier, model
         from finetune_trainer.fence import claim
         from finetune_trainer.storage import Store
 
+        config = self.config = earlier.settled(self.config, self.fetched)
         self.world.alive = self.stop.beat
         self.pulse = Pulse(
             self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats, self._lost
@@ -148,6 +148,7 @@ class Job:
         self.telemetry.update(world_size=self.world.size)
         self.checkpoints = Store(config.checkpoint_uri)
         self.fence = self._on_first("claim", lambda: claim(self.checkpoints))
+        self.fetched = self.world.in_turn("adapters", lambda: earlier.stacked(config, self.fetched))
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
@@ -165,7 +166,7 @@ class Job:
         """The model, the method's trainable part, DeepSpeed's engine, and the newest checkpoint in it."""
         import torch
 
-        from finetune_trainer import model
+        from finetune_trainer import earlier, model
         from finetune_trainer.checkpoint import resume
         from finetune_trainer.engine import Engine, before_loading
         from finetune_trainer.feed import draw_seed
@@ -188,6 +189,8 @@ class Job:
         self.partitioning = before_loading(config, world)
         base = model.load_model(self.fetched.model, config, world.device)
         trained = METHODS[config.method.type].prepare(base, config.method, config)
+        if adapter := earlier.trained_on(config, self.fetched):
+            earlier.begin_with(trained, config, adapter)
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
         self.objective = OBJECTIVES[config.stage]
@@ -230,7 +233,8 @@ class Job:
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the result depends on; held-out rows do not change it."""
-        wanted = {self.config.model.uri, *(source.uri for source in self.config.data.train)}
+        model = self.config.model
+        wanted = {model.uri, *(adapter.uri for adapter in model.adapters), *(s.uri for s in self.config.data.train)}
         return {
             uri: digest
             for uri, digest in self.fetched.digests.items()
