@@ -1,6 +1,7 @@
 """From files to the sequences a run trains and evaluates on.
 
-``formats.py`` reads rows, ``render.py`` makes tokens of them, ``stream.py`` puts them in order. Called by ``run.py``.
+``files.py`` reads rows, ``formats.py`` says what is in them (``records.py``), ``render.py`` makes tokens of that,
+``stream.py`` puts them in order. Called by ``run.py``.
 """
 
 import logging
@@ -16,7 +17,9 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import DataSource
 from finetune_trainer.data.cache import cached_rows
-from finetune_trainer.data.formats import FORMATS, BadRowError, read_rows
+from finetune_trainer.data.files import read_rows
+from finetune_trainer.data.formats import FORMATS
+from finetune_trainer.data.records import BadRowError, Conversation, as_kind
 from finetune_trainer.data.render import Rendered, Renderer, Tokens, check_vocabulary, ensure_chat_template
 from finetune_trainer.data.stream import Rows, Sequence, Stream, collate
 from finetune_trainer.fetch import DATA_SUFFIXES, Fetched, source_key
@@ -144,8 +147,10 @@ def _chunks(
     for place, row in read_rows(path, source.split if source.uri.startswith("hf://") else ""):
         counts["rows"] += 1
         try:
-            rendered = renderer.render(convert(row))
-            chunk += [replace(text, task=_task(row, tasks)) for text in rendered] if tasks else rendered
+            for record in convert(row):
+                for conversation in as_kind(record, Conversation):
+                    rendered = renderer.render(conversation)
+                    chunk += [replace(text, task=_task(row, tasks)) for text in rendered] if tasks else rendered
         except BadRowError as error:
             bad.append(f"{place}: {error}")
             if len(bad) == _SHOWN:
