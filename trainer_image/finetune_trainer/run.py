@@ -169,7 +169,7 @@ class Job:
         from finetune_trainer.engine import Engine, before_loading
         from finetune_trainer.feed import draw_seed
         from finetune_trainer.flops import model_cost
-        from finetune_trainer.methods import METHODS, hooks
+        from finetune_trainer.methods import METHODS, hooks, switched_off
         from finetune_trainer.saving import Saver
         from finetune_trainer.schedule import learning_rate, sequences_wanted, steps_for
         from finetune_trainer.state import TrainableState
@@ -189,7 +189,10 @@ class Job:
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
         added = hooks(trained, config, self.max_steps)
-        self.engine = Engine(trained, config, world, self.objective, self.stop, added)
+        off = switched_off(trained, config)
+        self.engine = Engine(trained, config, world, self.objective, self.stop, added, off)
+        if self.engine.needs_references:
+            self._references()
         self.state = TrainableState(self.engine.engine, world.rank, world.size, added.statistics)
         self._say_layout()
 
@@ -225,6 +228,15 @@ class Job:
             leftovers=[skipped.step for skipped in self.resumed.skipped],
             on_saved=self._saved,
         )
+
+    def _references(self) -> None:
+        """While the model is the one it starts from, also where the run goes on from a checkpoint. Collective."""
+        self._phase("preparing", "asking the reference")
+        for stream, used in [
+            (self.prepared.train, self.prepared.train.used(self.wanted)),
+            *((stream, None) for stream in self.prepared.eval.values()),
+        ]:
+            self.engine.references(stream, self.collate, used)
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the result depends on; held-out rows do not change it."""
