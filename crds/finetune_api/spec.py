@@ -26,7 +26,7 @@ Name = Annotated[str, Field(max_length=253, pattern=NAME)]
 Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
 Stage = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo"]
-DataFormat = Literal["alpaca", "messages"]
+DataFormat = Literal["alpaca", "messages", "text", "preference", "kto"]
 
 
 class ModelSource(HyperModel):
@@ -52,8 +52,9 @@ class DataSource(HyperModel):
     """Where the rows lie: hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH,
     file:///PATH. A file (.jsonl, .json or .parquet, as told by its ending) or a folder of such files."""
     format: DataFormat = "alpaca"
-    """How a row is written: alpaca (instruction, input, output, optional system and history)
-    or messages (a list of role and content, as OpenAI's)."""
+    """How a row is written: alpaca (instruction, input, output, optional system and history), messages (a list of role
+    and content, as OpenAI's), text (text), preference (prompt, chosen, rejected, optional margin) or kto (prompt,
+    completion, label)."""
     weight: float = Field(1.0, gt=0, le=1000)
     """How often the rows of this source are seen in one epoch: 2 is twice, 0.5 a fresh half each epoch.
     Training only."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_trainer.data.fields import answer, kind, shown, text
-from finetune_trainer.data.records import BadRowError, Conversation, Message, Record
+from finetune_trainer.data.records import BadRowError, Conversation, Judged, Message, Preference, Record, Text
 
 Row = dict[str, Any]
 
@@ -82,4 +82,38 @@ def _content(content: Any, where: str) -> str:
     )
 
 
-FORMATS: dict[str, Callable[[Row], list[Record]]] = {"alpaca": alpaca, "messages": messages}
+def document(row: Row) -> list[Record]:
+    """``text``: running text."""
+    return [Text(text(row, "text"))]
+
+
+def preference(row: Row) -> list[Record]:
+    """``prompt``, ``chosen``, ``rejected``: texts; optional ``margin``."""
+    margin = row.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+        raise BadRowError(f"margin is {shown(margin)}; accepted: a number")
+    return [Preference(_asked(row), _said(row, "chosen"), _said(row, "rejected"), margin)]
+
+
+def kto(row: Row) -> list[Record]:
+    """``prompt``, ``completion``: texts; ``label``: true where the answer is good."""
+    if not isinstance(row.get("label"), bool):
+        raise BadRowError(f"label is {shown(row.get('label'))}; accepted: true or false")
+    return [Judged(_asked(row), _said(row, "completion"), row["label"])]
+
+
+def _asked(row: Row) -> list[Message]:
+    return [{"role": "user", "content": text(row, "prompt")}]
+
+
+def _said(row: Row, field: str) -> list[Message]:
+    return [{"role": "assistant", "content": answer(row, field)}]
+
+
+FORMATS: dict[str, Callable[[Row], list[Record]]] = {
+    "alpaca": alpaca,
+    "messages": messages,
+    "text": document,
+    "preference": preference,
+    "kto": kto,
+}
