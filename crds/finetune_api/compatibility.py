@@ -21,7 +21,7 @@ class Row:
     """The model's own weights are trained: the result is a model, not an adapter."""
 
 
-SFT = ("sft",)
+SFT = ("sft", "sequence_classification", "token_classification", "seq2seq")
 
 COMPATIBILITY: dict[str, Row] = {
     "full": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False, default_zero_stage=2, whole_model=True),

@@ -11,7 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
-from finetune_api.spec import Data, Evaluation, ModelSource, Stage, Training
+from finetune_api.spec import (
+    Data,
+    Evaluation,
+    ModelSource,
+    Seq2Seq,
+    SequenceClassification,
+    Stage,
+    TokenClassification,
+    Training,
+)
 
 # Environment variables the pods get (all optional for the trainer but CONFIG).
 ENV_CONFIG = "FINETUNE_CONFIG"  # path of the trainer's configuration, a JSON file
@@ -48,6 +57,9 @@ class TrainerConfig(_Wire):
     method: Method
     data: Data
     training: Training
+    sequence_classification: SequenceClassification | None = None
+    token_classification: TokenClassification | None = None
+    seq2seq: Seq2Seq | None = None
     evaluation: Evaluation
     deepspeed: dict[str, Any]
     """The DeepSpeed configuration, complete but for the three batch sizes, which depend on the world."""

@@ -24,7 +24,7 @@ StorageUri = Annotated[Uri, Field(pattern=STORAGE_URI)]
 Name = Annotated[str, Field(max_length=253, pattern=NAME)]
 Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
-Stage = Literal["sft"]
+Stage = Literal["sft", "sequence_classification", "token_classification", "seq2seq"]
 DataFormat = Literal["alpaca", "messages"]
 
 
@@ -125,6 +125,36 @@ class Training(HyperModel):
     """Seed of initialisation, data order, dropout and noise."""
 
 
+LabelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class SequenceClassification(HyperModel):
+    """What is said of a text, or of a pair of texts."""
+
+    labels: list[LabelName] = Field(default=[], max_length=1024)
+    """Names of the labels, in the order of the model's outputs. Empty: those of the training rows, sorted."""
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
+    """One label, any number of labels, or a number (transformers' names). auto: as the training rows are: lists are
+    several labels, numbers with a fraction a regression."""
+
+
+class TokenClassification(HyperModel):
+    """What is said of every word of a text."""
+
+    labels: list[LabelName] = Field(default=[], max_length=1024)
+    """Names of the tags, as IOB: O, B-PER, I-PER …, in the order of the model's outputs. Empty: those of the training
+    rows, sorted."""
+
+
+class Seq2Seq(HyperModel):
+    """Texts made of texts by an encoder-decoder."""
+
+    source_prefix: str = Field("", max_length=1024)
+    """Put before every source, e.g. "summarize: "."""
+    max_target_length: int = Field(128, ge=1, le=1048576)
+    """Longest target in tokens; longer ones are cut, counted and reported. Of sources data.max_length is the limit."""
+
+
 class Evaluation(HyperModel):
     """Questions put to the model before and after training; the answers stand in the report."""
 
@@ -132,6 +162,12 @@ class Evaluation(HyperModel):
     """User messages to answer, each in a conversation of its own, by greedy decoding."""
     max_new_tokens: int = Field(64, ge=1, le=8192)
     """Longest answer in tokens."""
+    predict_with_generate: bool = False
+    """With stage seq2seq: have the model write every target of the held-out rows, and report ROUGE and BLEU."""
+    generation_max_length: int = Field(0, ge=0, le=1048576)
+    """Longest target to write, in tokens; 0: seq2seq.max_target_length."""
+    generation_num_beams: int = Field(1, ge=1, le=64)
+    """Beams of the search for it; 1: greedy."""
 
 
 class ZeroOptimization(HyperModel):
@@ -218,7 +254,8 @@ class FineTuneJobSpec(KubeModel):
     """What to train, on what, how, with which machines, and where the result goes."""
 
     stage: Stage = "sft"
-    """What is learned: sft (supervised fine-tuning; the loss covers the answers only)."""
+    """What is learned: sft (supervised fine-tuning; the loss covers the answers only), sequence_classification,
+    token_classification, seq2seq (encoder-decoders)."""
     model: ModelSource
     """The model to start from."""
     method: Method = Lora(type="lora")
@@ -227,6 +264,12 @@ class FineTuneJobSpec(KubeModel):
     """The training and evaluation rows."""
     training: Training = Training()
     """The optimisation."""
+    sequence_classification: Annotated[SequenceClassification | None, Field(alias="sequence_classification")] = None
+    """Of stage sequence_classification."""
+    token_classification: Annotated[TokenClassification | None, Field(alias="token_classification")] = None
+    """Of stage token_classification."""
+    seq2seq: Seq2Seq | None = None
+    """Of stage seq2seq."""
     evaluation: Evaluation = Evaluation()
     """Questions answered before and after."""
     deepspeed: DeepSpeed = DeepSpeed()
