@@ -6,7 +6,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,12 +18,12 @@ from finetune_api.spec import DataSource
 from finetune_trainer.data.cache import cached_rows
 from finetune_trainer.data.formats import FORMATS, BadRowError, read_rows
 from finetune_trainer.data.render import Rendered, Renderer, Tokens, check_vocabulary, ensure_chat_template
-from finetune_trainer.data.stream import Rows, Sequence, Stream, collate
+from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, collate
 from finetune_trainer.fetch import DATA_SUFFIXES, Fetched, source_key
 from finetune_trainer.model import vocabulary_rows
 from finetune_trainer.outcome import RunError
 
-__all__ = ["Prepared", "Rows", "Sequence", "Stream", "collate", "prepare"]
+__all__ = ["Item", "Prepared", "Rows", "Sequence", "Stream", "collate", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -117,15 +117,15 @@ def _tokenize(
     """The rows of a source as tokens, and what is to be reported of them."""
     counts: dict[str, Any] = {"uri": source.uri, "rows": 0, "sequences": 0, "truncated": 0, "dropped": 0, "longest": 0}
     parts: list[Rows] = []
-    for texts in _chunks(source, path, renderer, counts, tasks):
-        kept: list[Tokens] = []
-        for tokens in renderer.encode(texts):
+    for texts, numbers in _chunks(source, path, renderer, counts, tasks):
+        kept: list[Draft] = []
+        for tokens, beside in zip(renderer.encode(texts), numbers, strict=True):
             counts["longest"] = max(counts["longest"], len(tokens.ids))
             if len(tokens.ids) > max_length:
                 counts["truncated"] += 1
-                tokens = Tokens(tokens.ids[:max_length], tokens.learned[:max_length], tokens.task)
+                tokens = Tokens(tokens.ids[:max_length], tokens.learned[:max_length])
             if tokens.learned[1:].any():  # the first token has nothing before it to be predicted from
-                kept.append(tokens)
+                kept.append(Draft((tokens,), beside))
             else:
                 counts["dropped"] += 1
         parts.append(Rows.of(name, kept))
@@ -136,23 +136,26 @@ def _tokenize(
 
 def _chunks(
     source: DataSource, path: Path, renderer: Renderer, counts: dict[str, Any], tasks: list[str] | None
-) -> Iterator[list[Rendered]]:
-    """Rendered rows, some at a time. Bad rows are gathered, so that a user sees several at once."""
+) -> Iterator[tuple[list[Rendered], list[dict[str, int]]]]:
+    """Rendered rows and their numbers, some at a time. Bad rows are gathered, so that a user sees several at once."""
     convert = FORMATS[source.format]
     chunk: list[Rendered] = []
+    numbers: list[dict[str, int]] = []
     bad: list[str] = []
     for place, row in read_rows(path, source.split if source.uri.startswith("hf://") else ""):
         counts["rows"] += 1
         try:
             rendered = renderer.render(convert(row))
-            chunk += [replace(text, task=_task(row, tasks)) for text in rendered] if tasks else rendered
+            beside = {"task": _task(row, tasks)} if tasks else {}
+            chunk += rendered
+            numbers += [beside] * len(rendered)
         except BadRowError as error:
             bad.append(f"{place}: {error}")
             if len(bad) == _SHOWN:
                 break
         if len(chunk) >= _CHUNK and not bad:
-            yield chunk
-            chunk = []
+            yield chunk, numbers
+            chunk, numbers = [], []
     if bad:
         more = " (and perhaps more)" if len(bad) == _SHOWN else ""
         raise RunError(
@@ -160,7 +163,7 @@ def _chunks(
             f"{source.uri} is not in the format {source.format!r}, by {len(bad)} rows{more}: {'; '.join(bad)}",
         )
     if chunk:
-        yield chunk
+        yield chunk, numbers
 
 
 def _task(row: dict[str, Any], tasks: list[str]) -> int:

@@ -26,7 +26,7 @@ from finetune_trainer.storage import sync_folder
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when formats.py or render.py make other tokens of the same row
+_VERSION = 2  # raise it when formats.py or render.py make other tokens of the same row
 
 Counts = dict[str, Any]
 
@@ -90,23 +90,27 @@ def _load(entry: Path, name: str) -> tuple[Rows, Counts] | None:
     try:
         counts = json.loads((entry / "counts.json").read_text())
         ids, learned, starts = (np.load(entry / f"{part}.npy", mmap_mode="r") for part in ("ids", "learned", "starts"))
-        tasks = np.load(entry / "tasks.npy") if (entry / "tasks.npy").exists() else None
-    except (OSError, ValueError):
+        labels = np.load(entry / "labels.npy", mmap_mode="r") if (entry / "labels.npy").exists() else None
+        numbers = {path.stem: np.load(path, mmap_mode="r") for path in sorted((entry / "numbers").glob("*.npy"))}
+        parts = int(counts["parts"])
+    except (OSError, ValueError, KeyError):
         return None
     if len(ids) != len(learned) or len(ids) != counts["tokens"] or int(starts[-1]) != len(ids):
         return None
-    return Rows(name, ids, learned, starts, tasks), counts
+    del counts["parts"]
+    return Rows(name, ids, learned, starts, parts, labels, numbers), counts
 
 
 def _store(entry: Path, rows: Rows, counts: Counts) -> None:
     partial = entry.with_name(f".partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
+    (partial / "numbers").mkdir(parents=True)
     try:
-        for part in ("ids", "learned", "starts"):
-            np.save(partial / f"{part}.npy", getattr(rows, part))
-        if rows.tasks is not None:
-            np.save(partial / "tasks.npy", rows.tasks)
-        (partial / "counts.json").write_text(json.dumps(counts))
+        for part in ("ids", "learned", "starts", "labels"):
+            if getattr(rows, part) is not None:
+                np.save(partial / f"{part}.npy", getattr(rows, part))
+        for key, values in rows.numbers.items():
+            np.save(partial / "numbers" / f"{key}.npy", values)
+        (partial / "counts.json").write_text(json.dumps(counts | {"parts": rows.parts}))
         sync_folder(partial)
         shutil.rmtree(entry, ignore_errors=True)
         partial.rename(entry)

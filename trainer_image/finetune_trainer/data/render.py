@@ -37,8 +37,6 @@ class Rendered:
     text: str
     spans: list[tuple[int, int]]
     """[start, end) in characters of ``text``, in order, not overlapping."""
-    task: int | None = None
-    """Number of the row's task, where the method knows tasks."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,9 @@ class Tokens:
     ids: np.ndarray
     """int32 (T,)"""
     learned: np.ndarray
-    """bool (T,): the token is part of an answer."""
-    task: int | None = None
-    """As of the text."""
+    """bool (T,): the token is learned (of a conversation: it is part of an answer)."""
+    labels: np.ndarray | None = None
+    """int32 (T,): what is learned at each token, where that is not the token itself."""
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -149,7 +147,7 @@ class Renderer:
             verbose=False,
         )
         for rendered, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield Tokens(np.asarray(ids, dtype=np.int32), _mask(offsets, rendered.spans), rendered.task)
+            yield Tokens(np.asarray(ids, dtype=np.int32), _mask(offsets, rendered.spans))
 
     def _encode_slow(self, rendered: Rendered) -> Tokens:
         """Without offsets: an answer's tokens are those by which the text to its end is longer than to its start."""
@@ -158,7 +156,7 @@ class Renderer:
         for start, end in rendered.spans:
             first, last = (_common(self._ids(rendered.text[:cut]), ids) for cut in (start, end))
             learned[first:last] = True
-        return Tokens(np.asarray(ids, dtype=np.int32), learned, rendered.task)
+        return Tokens(np.asarray(ids, dtype=np.int32), learned)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
