@@ -9,6 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Duration, HyperModel, KubeModel
 from finetune_api.methods import Lora, Method
+from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
 
 Uri = Annotated[str, Field(max_length=1024)]
 # Patterns: ``schema.PATTERNS`` has the words for each.
@@ -24,7 +25,17 @@ StorageUri = Annotated[Uri, Field(pattern=STORAGE_URI)]
 Name = Annotated[str, Field(max_length=253, pattern=NAME)]
 Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
-Stage = Literal["sft", "sequence_classification", "token_classification", "seq2seq"]
+Stage = Literal[
+    "pretrain",
+    "sft",
+    "reward",
+    "dpo",
+    "kto",
+    "orpo",
+    "sequence_classification",
+    "token_classification",
+    "seq2seq",
+]
 DataFormat = Literal["alpaca", "messages"]
 
 
@@ -123,36 +134,6 @@ class Training(HyperModel):
     """Write metrics every so many steps."""
     seed: int = Field(42, ge=0, le=4294967295)
     """Seed of initialisation, data order, dropout and noise."""
-
-
-LabelName = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class SequenceClassification(HyperModel):
-    """What is said of a text, or of a pair of texts."""
-
-    labels: list[LabelName] = Field(default=[], max_length=1024)
-    """Names of the labels, in the order of the model's outputs. Empty: those of the training rows, sorted."""
-    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
-    """One label, any number of labels, or a number (transformers' names). auto: as the training rows are: lists are
-    several labels, numbers with a fraction a regression."""
-
-
-class TokenClassification(HyperModel):
-    """What is said of every word of a text."""
-
-    labels: list[LabelName] = Field(default=[], max_length=1024)
-    """Names of the tags, as IOB: O, B-PER, I-PER …, in the order of the model's outputs. Empty: those of the training
-    rows, sorted."""
-
-
-class Seq2Seq(HyperModel):
-    """Texts made of texts by an encoder-decoder."""
-
-    source_prefix: str = Field("", max_length=1024)
-    """Put before every source, e.g. "summarize: "."""
-    max_target_length: int = Field(128, ge=1, le=1048576)
-    """Longest target in tokens; longer ones are cut, counted and reported. Of sources data.max_length is the limit."""
 
 
 class Evaluation(HyperModel):
@@ -254,8 +235,11 @@ class FineTuneJobSpec(KubeModel):
     """What to train, on what, how, with which machines, and where the result goes."""
 
     stage: Stage = "sft"
-    """What is learned: sft (supervised fine-tuning; the loss covers the answers only), sequence_classification,
-    token_classification, seq2seq (encoder-decoders)."""
+    """What is learned: pretrain (continued pretraining on running text), sft (supervised fine-tuning; the loss covers
+    the answers only), reward (a reward model of pairs of answers), dpo (preferences without a reward model), kto
+    (answers judged good or bad), orpo (SFT and preferences in one, without a reference), sequence_classification
+    (labels of texts or of pairs of texts), token_classification (a label for every word), seq2seq (texts made of texts
+    by an encoder-decoder)."""
     model: ModelSource
     """The model to start from."""
     method: Method = Lora(type="lora")
@@ -264,12 +248,22 @@ class FineTuneJobSpec(KubeModel):
     """The training and evaluation rows."""
     training: Training = Training()
     """The optimisation."""
+    sft: Sft | None = None
+    """Parameters of stage sft."""
+    reward: Reward | None = None
+    """Parameters of stage reward."""
+    dpo: Dpo | None = None
+    """Parameters of stage dpo."""
+    kto: Kto | None = None
+    """Parameters of stage kto."""
+    orpo: Orpo | None = None
+    """Parameters of stage orpo."""
     sequence_classification: Annotated[SequenceClassification | None, Field(alias="sequence_classification")] = None
-    """Of stage sequence_classification."""
+    """Parameters of stage sequence_classification."""
     token_classification: Annotated[TokenClassification | None, Field(alias="token_classification")] = None
-    """Of stage token_classification."""
+    """Parameters of stage token_classification."""
     seq2seq: Seq2Seq | None = None
-    """Of stage seq2seq."""
+    """Parameters of stage seq2seq."""
     evaluation: Evaluation = Evaluation()
     """Questions answered before and after."""
     deepspeed: DeepSpeed = DeepSpeed()
