@@ -262,7 +262,7 @@ class FineTuneJobSpec(KubeModel):
     """Parameters of stage sequence_classification."""
     token_classification: Annotated[TokenClassification | None, Field(alias="token_classification")] = None
     """Parameters of stage token_classification."""
-    seq2seq: Seq2Seq | None = None
+    seq2seq: Annotated[Seq2Seq | None, Field(alias="seq2seq")] = None
     """Parameters of stage seq2seq."""
     evaluation: Evaluation = Evaluation()
     """Questions answered before and after."""

@@ -58,6 +58,8 @@ class Kind:
     new_head: bool = False
     """Published models have no such head: where it is missing it begins with random weights, and it is trained and
     saved with every method."""
+    outputs: int | None = None
+    """How many numbers the head gives, where the labels do not say."""
 
 
 LANGUAGE_MODEL = Kind("AutoModelForCausalLM", "CAUSAL_LM", "causal language model")
@@ -67,6 +69,9 @@ KINDS: dict[str, Kind] = {
     ),
     "token_classification": Kind(
         "AutoModelForTokenClassification", "TOKEN_CLS", "model for token classification", new_head=True
+    ),
+    "reward": Kind(
+        "AutoModelForSequenceClassification", "SEQ_CLS", "model for sequence classification", new_head=True, outputs=1
     ),
     "seq2seq": Kind("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "encoder-decoder"),
 }
@@ -136,11 +141,13 @@ def load_model(
     """
     qlora = config.method if isinstance(config.method, Qlora) else None
     described: dict[str, Any] = {}
+    if (outputs := kind_of(config.stage).outputs) is not None:
+        described["num_labels"] = outputs
     if labels is not None:
-        described = {
-            "id2label": dict(enumerate(labels.names)),
-            "label2id": {name: place for place, name in enumerate(labels.names)},
-        } | ({"problem_type": labels.problem_type} if labels.problem_type else {})
+        described["id2label"] = dict(enumerate(labels.names))
+        described["label2id"] = {name: place for place, name in enumerate(labels.names)}
+        if labels.problem_type:
+            described["problem_type"] = labels.problem_type
     model = _load(path, config, device, dtype_of(config, device), qlora, described)
     # A cache would switch off the detection of packed rows, and is of no use in training. save_model restores it.
     if hasattr(model.config, "use_cache"):

@@ -19,7 +19,9 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
     "query": ("q_proj", "query", "wq", "q_lin", "q"),
     "key": ("k_proj", "key", "wk", "k_lin", "k"),
     "value": ("v_proj", "value", "wv", "v_lin", "v"),
-    "intermediate": ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "w1", "w3", "lin1"),
+    "intermediate": (
+        *("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "w1", "w3", "lin1"),
+    ),
     "output": (
         *("o_proj", "out_proj", "out_lin", "c_proj", "dense", "down_proj", "fc2", "fc_out", "dense_4h_to_h"),
         *("wo", "w2", "lin2"),
