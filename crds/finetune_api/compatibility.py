@@ -20,8 +20,6 @@ class Row:
     """The stage the plan chooses where the user names none."""
     whole_model: bool = False
     """The model's own weights are trained: the result is a model, not an adapter."""
-    switches_off: bool = False
-    """What is trained can be switched off for a forward pass, which gives the model it started from (a reference)."""
 
 
 WORDS = ("pretrain", "sft", "dpo", "kto", "orpo")

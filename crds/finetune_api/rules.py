@@ -183,6 +183,9 @@ def _what_stages_exclude() -> list[Rule]:
     ]
 
 
+_SMOOTHED = ("sigmoid", "robust", "exo_pair")
+"""The losses of dpo that know label_smoothing."""
+
 _WITHOUT_MERGE = {
     True: "leave it out: the output is a whole model already",
     False: "leave it out: what this method adds is no part of any weight; it is loaded beside the model",
@@ -427,6 +430,22 @@ RULES: tuple[Rule, ...] = (
     # ---- the stage
     *_parameters_of_stages(),
     *_what_stages_exclude(),
+    Rule(
+        at="spec.dpo",
+        field="label_smoothing",
+        holds=lambda self: self.loss_type != "exo_pair" or self.label_smoothing > 0,
+        cel="self.loss_type != 'exo_pair' || self.label_smoothing > 0.0",
+        accepted="greater than 0 with loss_type: exo_pair",
+        remedy="set it, e.g. to 0.001 as its paper does",
+    ),
+    Rule(
+        at="spec.dpo",
+        field="label_smoothing",
+        holds=lambda self: self.loss_type in _SMOOTHED or self.label_smoothing == 0,
+        cel=f"self.loss_type in {list(_SMOOTHED)} || self.label_smoothing == 0.0",
+        accepted=f"0 but with loss_type {' or '.join(_SMOOTHED)}",
+        remedy="leave it out, or set loss_type: robust",
+    ),
     # ---- the data
     *_source_rules("spec.data.train[]"),
     *_source_rules("spec.data.eval[]"),

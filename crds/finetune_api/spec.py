@@ -36,7 +36,9 @@ Stage = Literal[
     "token_classification",
     "seq2seq",
 ]
-DataFormat = Literal["alpaca", "messages"]
+DataFormat = Literal[
+    "alpaca", "messages", "text", "preference", "kto", "labelled", "conll", "source_target"
+]
 
 
 class ModelSource(HyperModel):
@@ -62,8 +64,9 @@ class DataSource(HyperModel):
     """Where the rows lie: hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH,
     file:///PATH. A file (.jsonl, .json or .parquet, as told by its ending) or a folder of such files."""
     format: DataFormat = "alpaca"
-    """How a row is written: alpaca (instruction, input, output, optional system and history)
-    or messages (a list of role and content, as OpenAI's)."""
+    """How a row is written: alpaca (instruction, input, output, optional system and history), messages (a list of role
+    and content, as OpenAI's), text (text), preference (prompt, chosen, rejected, optional margin) or kto (prompt,
+    completion, label)."""
     weight: float = Field(1.0, gt=0, le=1000)
     """How often the rows of this source are seen in one epoch: 2 is twice, 0.5 a fresh half each epoch.
     Training only."""

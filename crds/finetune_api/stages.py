@@ -1,7 +1,7 @@
 """The stages a job can name: what each learns from, which kind of model it trains, and its own parameters.
 
-A stage's parameters stand in the spec under its name (``spec.dpo`` of stage dpo), by the names and defaults of TRL where
-TRL has them. To add a stage: a row of :data:`STAGES`, a class with its parameters, the field of that name in
+A stage's parameters stand in the spec under its name (``spec.dpo`` of stage dpo), by the names and defaults of TRL
+where TRL has them. To add a stage: a row of :data:`STAGES`, a class with its parameters, the field of that name in
 ``spec.py``, one file in the trainer's ``objectives/``, and the methods it goes with in ``compatibility.py``.
 """
 
@@ -54,7 +54,7 @@ class Dpo(HyperModel):
     beta: float = Field(0.1, gt=0, le=1000)
     """How closely the model stays with the reference; tau of ipo."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Probability that a row's preference is the wrong way round; of sigmoid (conservative DPO), robust and exo_pair."""
+    """Probability that a preference is the wrong way round; of sigmoid (conservative DPO), robust and exo_pair."""
     rpo_alpha: float | None = Field(None, ge=0, le=1000)
     """Weight of the better answer's own loss, per token (arXiv:2404.19733). Unset: 0."""
     ld_alpha: float | None = Field(None, ge=0, le=1)

@@ -95,7 +95,7 @@ def test_several_bad_rows_are_named_at_once(model, tmp_path, cache):
         ([], "holds no rows"),
         (
             [row("red " * 20, "blue")],
-            r"every answer begins after data.max_length \(16 tokens; the longest row has 25\)",
+            r"begins after, or does not fit into, data.max_length \(16 tokens; the longest row has 25\)",
         ),
     ],
 )

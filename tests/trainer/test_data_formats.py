@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from finetune_api.causes import Cause
-from finetune_trainer.data.formats import BadRowError, alpaca, messages, read_rows
+from finetune_trainer.data.files import read_rows
+from finetune_trainer.data.formats import alpaca, messages
+from finetune_trainer.data.records import BadRowError
 from finetune_trainer.outcome import RunError
 
 
@@ -18,6 +20,12 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def said(convert, row):
+    [record] = convert(row)
+    assert record.fields == row
+    return record.messages
+
+
 def test_alpaca_with_everything():
     row = {
         "system": "Be short.",
@@ -26,7 +34,7 @@ def test_alpaca_with_everything():
         "input": "cat",
         "output": "猫",
     }
-    assert alpaca(row) == [
+    assert said(alpaca, row) == [
         {"role": "system", "content": "Be short."},
         *(user("Hi"), assistant("Hello"), user("你好"), assistant("您好")),
         *(user("Translate\ncat"), assistant("猫")),
@@ -34,8 +42,8 @@ def test_alpaca_with_everything():
 
 
 def test_alpaca_with_the_least():
-    assert alpaca({"instruction": "Hi", "output": "Hello"}) == [user("Hi"), assistant("Hello")]
-    assert alpaca({"instruction": "", "input": "Hi", "output": "Hello", "system": None}) == [
+    assert said(alpaca, {"instruction": "Hi", "output": "Hello"}) == [user("Hi"), assistant("Hello")]
+    assert said(alpaca, {"instruction": "", "input": "Hi", "output": "Hello", "system": None}) == [
         user("Hi"),
         assistant("Hello"),
     ]
@@ -45,7 +53,7 @@ def test_messages_as_openai_writes_them():
     parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
     given = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}, assistant("a") | {"weight": 0}]
     given += [user("b"), assistant("c"), user("left over")]
-    assert messages({"messages": given}) == [
+    assert said(messages, {"messages": given}) == [
         {"role": "system", "content": "s"},
         *(user("Hi there"), assistant("a") | {"train": False}, user("b"), assistant("c")),
     ]

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="needs the trainer extra")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from finetune_trainer.data.formats import BadRowError, Conversation
+from finetune_trainer.data.records import BadRowError, Conversation, Message
 from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary, ensure_chat_template
 from finetune_trainer.outcome import RunError
 
@@ -106,16 +106,16 @@ def metaspace(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def conversation(*turns: str, system: str = "") -> Conversation:
+def conversation(*turns: str, system: str = "") -> list[Message]:
     """Alternating user and assistant turns."""
     roles = ("user", "assistant")
     head = [{"role": "system", "content": system}] if system else []
     return head + [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
-def tokens(tokenizer: PreTrainedTokenizerFast, messages: Conversation) -> list[Tokens]:
+def tokens(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[Tokens]:
     renderer = Renderer(tokenizer)
-    return list(renderer.encode(renderer.render(messages)))
+    return list(renderer.encode(renderer.render(Conversation(messages))))
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, row: Tokens) -> list[str]:
@@ -229,7 +229,7 @@ def test_a_tokenizer_without_offsets_learns_the_same():
     fast = byte_level(CHATML)
     renderer = Renderer(fast)
     for messages in (SINGLE, CHINESE, MULTI):
-        texts = renderer.render(messages)
+        texts = renderer.render(Conversation(messages))
         [quick] = renderer.encode(texts)
         slow = renderer._encode_slow(texts[0])
         assert slow.ids.tolist() == quick.ids.tolist()

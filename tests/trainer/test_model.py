@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE
+from finetune_trainer.data.records import Conversation
 from finetune_trainer.data.render import Renderer, Tokens
 from finetune_trainer.data.stream import IGNORED, Draft, Rows, Stream, collate
 from finetune_trainer.model import (
@@ -342,7 +343,7 @@ def test_a_gguf_model_speaks_and_is_saved_as_an_ordinary_one(smollm, tmp_path, m
     )
     chat = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是小助手 (a helper)."}]
     renderer = Renderer(tokenizer)
-    [row] = renderer.encode(renderer.render(chat))
+    [row] = renderer.encode(renderer.render(Conversation(chat)))
     assert tokenizer.decode(row.ids[row.learned]) == "我是小助手 (a helper).<|im_end|>"
     model.eval()
     answer = model.generate(**asked, max_new_tokens=12, do_sample=False)

@@ -15,6 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -79,12 +80,15 @@ class Engine:
         objective: Objective,
         stop: Stop,
         hooks: Hooks = NOTHING,
+        switched_off: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
+        """``switched_off``: inside it the model is the one the training started from; None where there is no such."""
         self.config = config
         self.world = world
         self.objective = objective
         self.stop = stop
         self.hooks = hooks
+        self.switched_off = switched_off
         self.zero_stage = zero_stage(config)
         self.plain = is_plain(config)
         """No ZeRO and no precision section: the optimizer is ours, so are the gradient's norm and clipping."""
@@ -113,6 +117,8 @@ class Engine:
         self._number = 0
         self._told: dict[str, tuple[int, ...]] = {}
         """Names and shapes of the objective's sums, known after the first pass."""
+        self.confusion: dict[str, list[list[int]]] = {}
+        """Of the last evaluation, by source ("" for all): how often label i was taken for j."""
         if hooks.after_update is not None:
             after = hooks.after_update
             # Called by the optimizer itself: DeepSpeed clears the gradients right after it.
@@ -161,9 +167,11 @@ class Engine:
         scales = [self.world.size / max(weight, 1) for weight in weights]
         total = torch.zeros(len(weights), dtype=torch.float64, device=self.world.device)
         told: torch.Tensor | None = None
-        for number, slot in enumerate(batch.slots):
+        ready: Iterable[dict[str, Any]] = (self._ready(slot.batch) for slot in batch.slots)
+        if self.objective.before is not None:
+            ready = self._with_before(list(ready), [slot.stand_in for slot in batch.slots])
+        for number, (slot, inputs) in enumerate(zip(batch.slots, ready, strict=True)):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(batch.slots))
-            inputs = self.to_device(slot)
             self._seed(batch.step, slot, inputs)
             terms, sums = self._loss_sums(inputs)
             if slot.stand_in:
@@ -186,28 +194,114 @@ class Engine:
         assert told is not None
         return StepOutcome(total, told, norm, bool(self.engine.was_step_applied()))
 
-    def _loss_sums(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Sums]:
+    def _call(self, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """A function of the objective on (model, batch, output layer), in the precision of the run."""
         if not self.plain:
-            return self.objective.loss_sums(self.engine, inputs, self.head)
+            return function(self.engine, inputs, self.head)
         # DeepSpeed's forward would switch autocast off; without ZeRO it does nothing else that is needed here.
         with self.autocast():
-            return self.objective.loss_sums(self.module, inputs, self.head)
+            return function(self.module, inputs, self.head)
+
+    def _loss_sums(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Sums]:
+        terms, sums = self._call(self.objective.loss_sums, inputs)
+        return terms, sums
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Inside, passes leave no graph and draw nothing (no dropout)."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(training)
+
+    def _ready(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A prepared batch on the device, with what the reference says of it."""
+        inputs = move(batch, self.world.device)
+        if self.objective.reference is not None and "reference" not in inputs:
+            assert self.switched_off is not None
+            with self._looking(), self.switched_off():
+                inputs["reference"] = self._call(self.objective.reference, inputs)
+        return inputs
+
+    def _with_before(self, ready: list[dict[str, Any]], stand_ins: list[bool]) -> list[dict[str, Any]]:
+        """The batches, each with the objective's ``before`` summed over all of them, on all processes."""
+        assert self.objective.before is not None
+        total: torch.Tensor | None = None
+        with self._looking():
+            for inputs, stand_in in zip(ready, stand_ins, strict=True):
+                part = self._call(self.objective.before, inputs) * (0.0 if stand_in else 1.0)
+                total = part if total is None else total + part
+        assert total is not None
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return [inputs | {"before": total} for inputs in ready]
+
+    @property
+    def needs_references(self) -> bool:
+        """What the reference says must be known before training: it cannot be asked later, or is not to be."""
+        if self.objective.reference is None:
+            return False
+        return self.objective.precompute or self.switched_off is None
+
+    def references(
+        self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]], used: list[np.ndarray] | None = None
+    ) -> None:
+        """Have the model say of every row (``used``: of these, by source) what the objective's ``reference`` asks, and
+        add it to the stream. To be called while the model is the one the training starts from. Collective.
+
+        What a pass holds does not depend on the number of processes: they give the same numbers in any number.
+        """
+        assert self.objective.reference is not None
+        per_device = self.config.training.per_device_eval_batch_size
+        found: list[np.ndarray] = []
+        with self._looking():
+            for source, rows in enumerate(stream.rows):
+                alone = Stream([rows], [1.0], 0, False, stream.max_length, shuffle=False)
+                wanted = np.arange(len(rows)) if used is None else used[source]
+                values = torch.zeros(len(rows), rows.parts, dtype=torch.float32, device=self.world.device)
+                for places, stand_in in self._shared_out(len(wanted), per_device):
+                    numbers = [int(wanted[place]) for place in places]
+                    batch = self.objective.prepare(collate([alone.item(0, number) for number in numbers]))
+                    said = self._call(self.objective.reference, move(batch, self.world.device))
+                    if not stand_in:
+                        values[numbers] = said.float()
+                    self.stop.beat()
+                if self.world.size > 1:
+                    dist.all_reduce(values)
+                found.append(values.cpu().numpy())
+        stream.add_numbers("reference", found)
+
+    def _shared_out(self, count: int, per_device: int) -> Iterator[tuple[range, bool]]:
+        """This process's slots of ``count`` places, and whether each is only there to keep the others company."""
+        slots = -(-count // per_device)
+        for turn in range(-(-slots // self.world.size)):
+            number = turn * self.world.size + self.world.rank
+            first = number * per_device
+            mine = number < slots
+            yield (range(first, min(first + per_device, count)) if mine else range(1)), not mine
 
     def _flattened(self, sums: Sums) -> torch.Tensor:
         self._told = {name: tuple(value.shape) for name, value in sums.items()}
         if not sums:
             return torch.zeros(0, dtype=torch.float64, device=self.world.device)
-        return torch.cat([value.detach().double().reshape(-1) for value in sums.values()])
+        device = self.world.device  # what is counted on the host is there
+        return torch.cat([value.detach().to(device, torch.float64).reshape(-1) for value in sums.values()])
 
     def figures(self, flat: list[float]) -> dict[str, float]:
         """What the objective tells, of sums over whole steps."""
+        return self.objective.figures(self._sums(flat))
+
+    def _sums(self, flat: list[float]) -> Sums:
         sums: Sums = {}
         begin = 0
         for name, shape in self._told.items():
             size = math.prod(shape)
             sums[name] = torch.tensor(flat[begin : begin + size], dtype=torch.float64).reshape(shape)
             begin += size
-        return self.objective.figures(sums)
+        return sums
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of a forward pass."""
@@ -226,18 +320,12 @@ class Engine:
         """Everything that draws in this pass (dropout, noise) draws by (seed, step, slot)."""
         import random
 
-        import numpy as np
-
         seed = draw_seed(self.config.training.seed, step, slot.number)
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         if self._noise is not None:
             self._noise.prepare(draw_seed(seed, 1), inputs)
-
-    def to_device(self, slot: Slot) -> dict[str, Any]:
-        """A slot's tensors on this process's device."""
-        return move(slot.batch, self.world.device)
 
     def agree(
         self,
@@ -305,21 +393,20 @@ class Engine:
         Weighted as in training (by tokens, by pairs), over all processes. Collective; every process makes equally
         many passes.
         """
-        rows: list[torch.Tensor] = []
         terms = self.objective.terms
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                rows += [self._evaluate(stream, collate) for stream in sources.values()]
-        finally:
-            self.module.train()
-        if not rows:
+        with self._looking():
+            found = [self._evaluate(stream, collate) for stream in sources.values()]
+        if not found:
             return {}
-        values = torch.stack(rows)
+        values = torch.stack([total for total, _ in found])
         if self.world.size > 1:
             dist.all_reduce(values)
         figures: dict[str, float] = {}
         named = [("", values.sum(0)), *((f"/{name}", row) for name, row in zip(sources, values, strict=True))]
+        if (of_rows := self.objective.of_rows) is not None:
+            rows = [self._from_all(part) for _, part in found]
+            for name, part in zip(("", *(f"/{name}" for name in sources)), (torch.cat(rows), *rows), strict=True):
+                figures |= {f"{key}{name}": value for key, value in of_rows(part.cpu().numpy()).items()}
         for name, row in named:
             sums, weights, told = row.tolist()[:terms], row.tolist()[terms : 2 * terms], row.tolist()[2 * terms :]
             if not any(weights):
@@ -329,32 +416,63 @@ class Engine:
             if self.objective.per_token:
                 figures[f"perplexity{name}"] = math.exp(min(loss, 700.0))
             figures |= {f"{key}{name}": value for key, value in self.figures(told).items()}
+            if self.objective.labels:
+                self.confusion[name.removeprefix("/")] = self._sums(told)["confusion"].long().tolist()
         return figures
 
-    def _evaluate(self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]) -> torch.Tensor:
-        """This process's share of a source: the terms of the loss, their weights, and what the objective tells."""
+    def _evaluate(
+        self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's share of a source: the terms of the loss, their weights, and what the objective tells; and
+        what it tells of every row."""
         total: torch.Tensor | None = None
+        rows = [torch.zeros(0, device=self.world.device)]
+        shared = self._before_all(stream, collate) if self.objective.before is not None else {}
         for batch, stand_in in self._eval_batches(stream, collate):
             weights = torch.tensor(self.objective.weights(batch), dtype=torch.float64, device=self.world.device)
-            terms, sums = self._loss_sums(move(self.objective.prepare(batch), self.world.device))
+            terms, sums = self._loss_sums(self._ready(self.objective.prepare(batch)) | shared)
+            if "rows" in sums:
+                rows += [] if stand_in else [sums["rows"]]
+                del sums["rows"]
             row = torch.cat([terms.double(), weights, self._flattened(sums)]) * (0.0 if stand_in else 1.0)
             total = row if total is None else total + row
             self.stop.beat()
         assert total is not None
-        return total
+        return total, torch.cat(rows[1:] or rows)
+
+    def _from_all(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, c) of each process as one (N, c), on all of them. Collective."""
+        if self.world.size == 1:
+            return rows
+        shape = torch.zeros(self.world.size, 2, dtype=torch.long, device=rows.device)
+        shape[self.world.rank] = torch.tensor([len(rows), rows.shape[-1] if len(rows) else 0])
+        dist.all_reduce(shape)
+        padded = torch.zeros(*shape.amax(0).tolist(), device=rows.device)
+        padded[: len(rows)] = rows.reshape(len(rows), padded.shape[1])
+        parts = [torch.zeros_like(padded) for _ in range(self.world.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, shape[:, 0].tolist(), strict=True)])
 
     def _eval_batches(
         self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]
     ) -> Iterator[tuple[dict[str, Any], bool]]:
         """Collated batches, and whether each is only there to keep the other processes company."""
-        per_device = self.config.training.per_device_eval_batch_size
-        count = stream.items(0)
-        slots = -(-count // per_device)
-        for turn in range(-(-slots // self.world.size)):
-            number = turn * self.world.size + self.world.rank
-            first = number * per_device if number < slots else 0
-            last = min(first + per_device, count) if number < slots else 1
-            yield collate([stream.item(0, index) for index in range(first, last)]), number >= slots
+        for places, stand_in in self._shared_out(stream.items(0), self.config.training.per_device_eval_batch_size):
+            yield collate([stream.item(0, index) for index in places]), stand_in
+
+    def _before_all(self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The objective's ``before`` over a whole source."""
+        assert self.objective.before is not None
+        total: torch.Tensor | None = None
+        for batch, stand_in in self._eval_batches(stream, collate):
+            inputs = self._ready(self.objective.prepare(batch))
+            part = self._call(self.objective.before, inputs) * (0.0 if stand_in else 1.0)
+            total = part if total is None else total + part
+            self.stop.beat()
+        assert total is not None
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return {"before": total}
 
     # The result
 
@@ -446,9 +564,9 @@ class Noise:
         self.lengths = document_lengths(batch)
 
     def _add(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if self.lengths is None or not module.training or output.shape[:2] != self.lengths.shape:
+        if self.lengths is None or not module.training or output.shape[1] != self.lengths.shape[1]:
             return None
-        lengths, self.lengths = self.lengths, None  # once per pass
+        lengths, self.lengths = self.lengths[: output.shape[0]], None  # once per pass
         noise = torch.empty_like(output).uniform_(-1.0, 1.0, generator=self.generator)
         amount = self.alpha / torch.sqrt(lengths * output.shape[-1])
         return output + noise * amount.unsqueeze(-1).to(output.dtype)

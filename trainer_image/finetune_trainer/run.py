@@ -149,7 +149,7 @@ class Job:
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
-        self.objective = objective(config)
+        self.objective = objective(config, self.tokenizer, self.prepared.labels)
         self.collate: Callable[[list[Any]], dict[str, Any]] = lambda items: self.objective.collate(
             items, self._pad_token_id()
         )
@@ -169,7 +169,7 @@ class Job:
         from finetune_trainer.engine import Engine, before_loading
         from finetune_trainer.feed import draw_seed
         from finetune_trainer.flops import model_cost
-        from finetune_trainer.methods import METHODS, hooks
+        from finetune_trainer.methods import METHODS, hooks, switched_off
         from finetune_trainer.saving import Saver
         from finetune_trainer.schedule import learning_rate, sequences_wanted, steps_for
         from finetune_trainer.state import TrainableState
@@ -184,12 +184,15 @@ class Job:
         self._phase("loading", f"loading {config.model.uri}")
         torch.manual_seed(draw_seed(config.training.seed))  # what the method draws is the same on every process
         self.partitioning = before_loading(config, world)
-        base = model.load_model(self.fetched.model, config, world.device)
+        base = model.load_model(self.fetched.model, config, world.device, self.prepared.labels)
         trained = METHODS[config.method.type].prepare(base, config.method, config)
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
         added = hooks(trained, config, self.max_steps)
-        self.engine = Engine(trained, config, world, self.objective, self.stop, added)
+        off = switched_off(trained, config)
+        self.engine = Engine(trained, config, world, self.objective, self.stop, added, off)
+        if self.engine.needs_references:
+            self._references()
         self.state = TrainableState(self.engine.engine, world.rank, world.size, added.statistics)
         self._say_layout()
 
@@ -225,6 +228,15 @@ class Job:
             leftovers=[skipped.step for skipped in self.resumed.skipped],
             on_saved=self._saved,
         )
+
+    def _references(self) -> None:
+        """While the model is the one it starts from, also where the run goes on from a checkpoint. Collective."""
+        self._phase("preparing", "asking the reference")
+        for stream, used in [
+            (self.prepared.train, self.prepared.train.used(self.wanted)),
+            *((stream, None) for stream in self.prepared.eval.values()),
+        ]:
+            self.engine.references(stream, self.collate, used)
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the result depends on; held-out rows do not change it."""

@@ -1,12 +1,14 @@
 """From files to the sequences a run trains and evaluates on.
 
-``formats.py`` reads rows, ``render.py`` makes tokens of them, ``stream.py`` puts them in order. Called by ``run.py``.
+``files.py`` reads rows, ``formats.py`` says what is in them (``records.py``), ``encode.py`` what the stage learns of
+that, ``render.py`` makes text and tokens, ``stream.py`` puts them in order. Called by ``run.py``.
 """
 
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,9 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import DataSource
+from finetune_trainer.data import targets
 from finetune_trainer.data.cache import cached_rows
-from finetune_trainer.data.formats import FORMATS, BadRowError, read_rows
-from finetune_trainer.data.render import Rendered, Renderer, Tokens, check_vocabulary, ensure_chat_template
+from finetune_trainer.data.encode import Encoding, Sketch, encoding
+from finetune_trainer.data.files import read_rows
+from finetune_trainer.data.formats import FORMATS
+from finetune_trainer.data.labels import Labels
+from finetune_trainer.data.records import BadRowError, as_kind
+from finetune_trainer.data.render import Renderer, check_vocabulary, ensure_chat_template
 from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, collate
 from finetune_trainer.fetch import DATA_SUFFIXES, Fetched, source_key
 from finetune_trainer.model import vocabulary_rows
@@ -41,12 +48,16 @@ class Prepared:
     report: dict[str, dict[str, Any]]
     """By source (``eval/`` before held-out ones): uri, rows, sequences, tokens, learned_tokens, truncated (rows
     cut at max_length), dropped (rows with nothing to learn left), longest (tokens, before the cut)."""
+    labels: Labels | None = None
+    """What a classifier is to tell apart."""
 
 
 def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, render and tokenise every source. RunError(INVALID_DATA) names file and line of up to five bad rows."""
     ensure_chat_template(tokenizer)
+    labels = targets.find_labels(config, _records(config, fetched), fetched.model)
     renderer = Renderer(tokenizer)
+    encoded = targets.encoding(config, labels) if config.stage in targets.RECORDS else encoding(config)
     report: dict[str, dict[str, Any]] = {}
     known = vocabulary_rows(fetched.model)
     tasks: list[str] | None = getattr(config.method, "tasks", None)
@@ -59,8 +70,8 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             name,
             tokenizer,
             config.data.max_length,
-            lambda: _tokenize(source, path, name, renderer, config.data.max_length, tasks),
-            tasks,
+            lambda: _tokenize(source, path, name, renderer, encoded, config.data.max_length, tasks),
+            (config.stage, *encoded.version, *(tasks or [])),
         )
         if len(rows):
             check_vocabulary(int(rows.ids.max()), known, config.model.uri)
@@ -95,7 +106,17 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             for name, rows in held_out.items()
         },
         report=report,
+        labels=labels,
     )
+
+
+def _records(config: TrainerConfig, fetched: Fetched) -> Iterator[Any]:
+    """The records of the training rows, before anything is made of them. Bad ones are told when they are."""
+    for source, path in zip(config.data.train, fetched.train, strict=True):
+        for _, row in read_rows(path, source.split if source.uri.startswith("hf://") else ""):
+            with suppress(BadRowError):
+                for record in FORMATS[source.format](row):
+                    yield from as_kind(record, targets.RECORDS[config.stage])
 
 
 def source_names(sources: list[DataSource]) -> list[str]:
@@ -112,50 +133,66 @@ def source_names(sources: list[DataSource]) -> list[str]:
 
 
 def _tokenize(
-    source: DataSource, path: Path, name: str, renderer: Renderer, max_length: int, tasks: list[str] | None = None
+    source: DataSource,
+    path: Path,
+    name: str,
+    renderer: Renderer,
+    encoding: Encoding,
+    max_length: int,
+    tasks: list[str] | None = None,
 ) -> tuple[Rows, dict[str, Any]]:
     """The rows of a source as tokens, and what is to be reported of them."""
     counts: dict[str, Any] = {"uri": source.uri, "rows": 0, "sequences": 0, "truncated": 0, "dropped": 0, "longest": 0}
     parts: list[Rows] = []
-    for texts, numbers in _chunks(source, path, renderer, counts, tasks):
+    for sketches in _chunks(source, path, renderer, encoding, counts, tasks):
         kept: list[Draft] = []
-        for tokens, beside in zip(renderer.encode(texts), numbers, strict=True):
-            counts["longest"] = max(counts["longest"], len(tokens.ids))
-            if len(tokens.ids) > max_length:
-                counts["truncated"] += 1
-                tokens = Tokens(tokens.ids[:max_length], tokens.learned[:max_length])
-            if tokens.learned[1:].any():  # the first token has nothing before it to be predicted from
-                kept.append(Draft((tokens,), beside))
-            else:
-                counts["dropped"] += 1
+        for row in encoding.tokenise(renderer, sketches):
+            longest = max(len(tokens.ids) for tokens in row.sequences)
+            counts["longest"] = max(counts["longest"], longest)
+            fitting = encoding.fit(row, max_length)
+            counts["dropped"] += not fitting
+            counts["truncated"] += longest > max_length or 0 < sum(map(_length, fitting)) < _length(row)
+            kept += fitting
         parts.append(Rows.of(name, kept))
-    rows = Rows.joined(name, parts)
-    counts |= {"sequences": len(rows), "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
+    rows = encoding.whole(Rows.joined(name, parts))
+    sequences = len(rows) * rows.parts
+    counts |= {"sequences": sequences, "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
     return rows, counts
 
 
+def _length(row: Draft) -> int:
+    return sum(len(tokens.ids) for tokens in row.sequences)
+
+
 def _chunks(
-    source: DataSource, path: Path, renderer: Renderer, counts: dict[str, Any], tasks: list[str] | None
-) -> Iterator[tuple[list[Rendered], list[dict[str, int]]]]:
-    """Rendered rows and their numbers, some at a time. Bad rows are gathered, so that a user sees several at once."""
+    source: DataSource,
+    path: Path,
+    renderer: Renderer,
+    encoding: Encoding,
+    counts: dict[str, Any],
+    tasks: list[str] | None,
+) -> Iterator[list[Sketch]]:
+    """Rows as texts, some at a time. Bad rows are gathered, so that a user sees several at once."""
     convert = FORMATS[source.format]
-    chunk: list[Rendered] = []
-    numbers: list[dict[str, int]] = []
+    chunk: list[Sketch] = []
     bad: list[str] = []
     for place, row in read_rows(path, source.split if source.uri.startswith("hf://") else ""):
         counts["rows"] += 1
         try:
-            rendered = renderer.render(convert(row))
-            beside = {"task": _task(row, tasks)} if tasks else {}
-            chunk += rendered
-            numbers += [beside] * len(rendered)
+            for record in convert(row):
+                for turned in as_kind(record, encoding.record):
+                    sketches = encoding.sketch(renderer, turned)
+                    if tasks:
+                        number = _task(row, tasks)
+                        sketches = [replace(one, numbers={**one.numbers, "task": number}) for one in sketches]
+                    chunk += sketches
         except BadRowError as error:
             bad.append(f"{place}: {error}")
             if len(bad) == _SHOWN:
                 break
         if len(chunk) >= _CHUNK and not bad:
-            yield chunk, numbers
-            chunk, numbers = [], []
+            yield chunk
+            chunk = []
     if bad:
         more = " (and perhaps more)" if len(bad) == _SHOWN else ""
         raise RunError(
@@ -163,7 +200,7 @@ def _chunks(
             f"{source.uri} is not in the format {source.format!r}, by {len(bad)} rows{more}: {'; '.join(bad)}",
         )
     if chunk:
-        yield chunk, numbers
+        yield chunk
 
 
 def _task(row: dict[str, Any], tasks: list[str]) -> int:
@@ -178,6 +215,7 @@ def _nothing_left(name: str, report: dict[str, dict[str, Any]], max_length: int)
     if not counts["rows"]:
         return f"{counts['uri']} holds no rows"
     return (
-        f"{counts['uri']}: nothing to learn is left of its {counts['rows']} rows, because every answer begins after "
-        f"data.max_length ({max_length} tokens; the longest row has {counts['longest']}). Raise data.max_length."
+        f"{counts['uri']}: nothing to learn is left of its {counts['rows']} rows, because what is learned "
+        f"begins after, or does not fit into, data.max_length ({max_length} tokens; the longest row has "
+        f"{counts['longest']}). Raise data.max_length."
     )

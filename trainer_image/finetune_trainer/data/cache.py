@@ -38,14 +38,14 @@ def cached_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     make: Callable[[], tuple[Rows, Counts]],
-    tasks: list[str] | None = None,
+    encoding: tuple[Any, ...],
 ) -> tuple[Rows, Counts]:
     """What ``make`` gives, from disk where it is there already.
 
-    ``digest`` is that of the source's content; without one, without a cache folder or with a tokenizer that cannot be
-    told by its content, ``make`` is called.
+    ``encoding`` says what is learned of a record. ``digest`` is that of the source's content; without one, without a
+    cache folder or with a tokenizer that cannot be told by its content, ``make`` is called.
     """
-    key = _key(source, digest, tokenizer, max_length, tasks or [])
+    key = _key(source, digest, tokenizer, max_length, encoding)
     root = os.environ.get(ENV_CACHE) or os.environ.get(ENV_WORK)
     if not key or not root:
         return make()
@@ -66,7 +66,9 @@ def cached_rows(
     return _load(entry, name) or (rows, counts)
 
 
-def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, tasks: list[str]) -> str:
+def _key(
+    source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, encoding: tuple[Any, ...]
+) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not digest or digest.startswith("sampled:") or backend is None:
         return ""
@@ -81,7 +83,7 @@ def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, ma
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
         max_length,
-        *tasks,
+        encoding,
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 

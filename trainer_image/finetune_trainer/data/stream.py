@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -188,6 +188,25 @@ class Stream:
             epoch += 1
         return epoch, position
 
+    def used(self, end: int) -> list[np.ndarray]:
+        """By source the rows, ascending, that come before a position counted over all epochs."""
+        epoch, index = self.locate(max(end - 1, 0))
+        seen: list[set[int]] = [set() for _ in self.rows]
+        for number in range(epoch + 1):
+            plan = self._plan(number)
+            last = plan.bounds[index + 1] if number == epoch else len(plan.rows)
+            for source, found in enumerate(seen):
+                found.update(plan.rows[:last][plan.sources[:last] == source].tolist())
+            if all(len(found) == len(rows) for found, rows in zip(seen, self.rows, strict=True)):
+                break
+        return [np.array(sorted(found), np.int64) for found in seen]
+
+    def add_numbers(self, name: str, values: list[np.ndarray]) -> None:
+        """A further number of every row, (R,) or (R, k) by source."""
+        self.rows = [
+            replace(rows, numbers=rows.numbers | {name: more}) for rows, more in zip(self.rows, values, strict=True)
+        ]
+
     def tokens(self, epoch: int) -> int:
         """Tokens of all rows of an epoch."""
         plan = self._plan(epoch)
@@ -339,8 +358,8 @@ def collate(items: list[Item], pad_token_id: int, multiple_of: int = 8) -> dict[
 
     ``input_ids``, ``labels``, ``position_ids``; ``attention_mask`` unless the sequences are packed: then the model
     finds the rows by their positions, and padding is a row of its own (its positions start at 0 again). Padding is on
-    the right, without labels. ``num_tokens`` is an int: tokens that are not padding. ``tasks``, the number of each
-    token's task, where the method knows tasks. Numbers come under their names, (B,) or (B, k).
+    the right, without labels. ``num_tokens`` is an int, tokens that are not padding, ``items`` is B. ``tasks``, the
+    number of each token's task, where the method knows tasks. Numbers come under their names, (B,) or (B, k).
     """
     sequences = [item.sequences[part] for part in range(len(items[0].sequences)) for item in items]
     length = math.ceil(max(len(sequence) for sequence in sequences) / multiple_of) * multiple_of
@@ -358,6 +377,7 @@ def collate(items: list[Item], pad_token_id: int, multiple_of: int = 8) -> dict[
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(positions),
         "num_tokens": int(mask.sum()),
+        "items": len(items),
     }
     if not packed:
         batch["attention_mask"] = torch.from_numpy(mask)

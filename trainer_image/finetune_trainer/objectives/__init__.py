@@ -10,9 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from finetune_api.run import TrainerConfig
+from finetune_api.stages import Dpo, Kto, Orpo, Reward
+from finetune_trainer.data.labels import Labels
 from finetune_trainer.data.stream import collate
-from finetune_trainer.objectives import sft
+from finetune_trainer.objectives import classification, dpo, kto, orpo, reward, seq2seq, sft
 from finetune_trainer.objectives.head import Head
 
 Sums = dict[str, Any]
@@ -42,18 +46,54 @@ class Objective:
     """A collated batch with what ``loss_sums`` needs beside it and is better found on the host."""
     collate: Callable[..., dict[str, Any]] = collate
     """(items, pad_token_id) to a batch of tensors."""
+    reference: Callable[[Any, dict[str, Any], Head | None], Any] | None = None
+    """What ``loss_sums`` needs of the model as it was before training, fp32 (B, P) of a prepared batch of B items; it
+    comes as ``batch["reference"]``."""
+    before: Callable[[Any, dict[str, Any], Head | None], Any] | None = None
+    """What ``loss_sums`` needs to know of the whole global batch: sums, float64 (n,), of a prepared batch, made without
+    gradients before the first backward pass; ``batch["before"]`` is their sum over all batches and processes."""
+    precompute: bool = False
+    """``reference`` is asked once for every row, before training."""
+    of_rows: Callable[[np.ndarray], dict[str, float]] | None = None
+    """Figures of an evaluation that need all rows at once (rank correlations): of what ``loss_sums`` gives as ``rows``,
+    (B, c) of a batch, which is not added up."""
+    labels: tuple[str, ...] = ()
+    """Of an evaluation's sum ``confusion`` (K, K): how often label i was taken for j."""
     terms: int = 1
     """K"""
     per_token: bool = False
     """The loss is one of nats per token: exp(loss) is told as the perplexity."""
 
 
+def _language_model(config: TrainerConfig) -> Objective:
+    return Objective(weights=sft.weights, loss_sums=sft.loss_sums, prepare=sft.prepare, per_token=True)
+
+
+def _dpo(config: TrainerConfig) -> Objective:
+    options = config.dpo or Dpo()
+    return Objective(**dpo.functions(options), precompute=options.precompute_ref_log_probs)
+
+
+def _kto(config: TrainerConfig) -> Objective:
+    options = config.kto or Kto()
+    return Objective(**kto.functions(options), precompute=options.precompute_ref_log_probs)
+
+
 OBJECTIVES: dict[str, Callable[[TrainerConfig], Objective]] = {
-    "sft": lambda config: Objective(weights=sft.weights, loss_sums=sft.loss_sums, prepare=sft.prepare, per_token=True),
+    "pretrain": _language_model,
+    "sft": _language_model,
+    "reward": lambda config: Objective(**reward.functions(config.reward or Reward())),
+    "dpo": _dpo,
+    "kto": _kto,
+    "orpo": lambda config: Objective(**orpo.functions(config.orpo or Orpo())),
 }
 """By stage."""
 
 
-def objective(config: TrainerConfig) -> Objective:
-    """What the run minimises."""
+def objective(config: TrainerConfig, tokenizer: Any = None, labels: Labels | None = None) -> Objective:
+    """What the run minimises. ``labels``: of stages that have some; those and seq2seq ask the tokenizer."""
+    if labels is not None:
+        return Objective(**classification.functions(config.stage, labels, tokenizer))
+    if config.stage == "seq2seq":
+        return Objective(**seq2seq.functions(config, tokenizer), per_token=True)
     return OBJECTIVES[config.stage](config)
