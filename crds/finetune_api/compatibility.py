@@ -24,7 +24,9 @@ class Row:
 
 WORDS = ("pretrain", "sft", "dpo", "kto", "orpo")
 """Stages that train a language model."""
-ALL = (*WORDS, "reward")
+LABELS = ("sequence_classification", "token_classification")
+"""Stages that train a classifier."""
+ALL = (*WORDS, "reward", *LABELS, "seq2seq")
 
 COMPATIBILITY: dict[str, Row] = {
     "full": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False, default_zero_stage=2, whole_model=True),

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Duration, HyperModel, KubeModel
 from finetune_api.methods import Lora, Method
-from finetune_api.stages import Dpo, Kto, Orpo, Reward, Sft
+from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
 
 Uri = Annotated[str, Field(max_length=1024)]
 # Patterns: ``schema.PATTERNS`` has the words for each.
@@ -25,8 +25,20 @@ StorageUri = Annotated[Uri, Field(pattern=STORAGE_URI)]
 Name = Annotated[str, Field(max_length=253, pattern=NAME)]
 Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
-Stage = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo"]
-DataFormat = Literal["alpaca", "messages", "text", "preference", "kto"]
+Stage = Literal[
+    "pretrain",
+    "sft",
+    "reward",
+    "dpo",
+    "kto",
+    "orpo",
+    "sequence_classification",
+    "token_classification",
+    "seq2seq",
+]
+DataFormat = Literal[
+    "alpaca", "messages", "text", "preference", "kto", "labelled", "conll", "source_target"
+]
 
 
 class ModelSource(HyperModel):
@@ -134,6 +146,12 @@ class Evaluation(HyperModel):
     """User messages to answer, each in a conversation of its own, by greedy decoding."""
     max_new_tokens: int = Field(64, ge=1, le=8192)
     """Longest answer in tokens."""
+    predict_with_generate: bool = False
+    """With stage seq2seq: have the model write every target of the held-out rows, and report ROUGE and BLEU."""
+    generation_max_length: int = Field(0, ge=0, le=1048576)
+    """Longest target to write, in tokens; 0: seq2seq.max_target_length."""
+    generation_num_beams: int = Field(1, ge=1, le=64)
+    """Beams of the search for it; 1: greedy."""
 
 
 class ZeroOptimization(HyperModel):
@@ -222,7 +240,9 @@ class FineTuneJobSpec(KubeModel):
     stage: Stage = "sft"
     """What is learned: pretrain (continued pretraining on running text), sft (supervised fine-tuning; the loss covers
     the answers only), reward (a reward model of pairs of answers), dpo (preferences without a reward model), kto
-    (answers judged good or bad), orpo (SFT and preferences in one, without a reference)."""
+    (answers judged good or bad), orpo (SFT and preferences in one, without a reference), sequence_classification
+    (labels of texts or of pairs of texts), token_classification (a label for every word), seq2seq (texts made of texts
+    by an encoder-decoder)."""
     model: ModelSource
     """The model to start from."""
     method: Method = Lora(type="lora")
@@ -241,6 +261,12 @@ class FineTuneJobSpec(KubeModel):
     """Parameters of stage kto."""
     orpo: Orpo | None = None
     """Parameters of stage orpo."""
+    sequence_classification: Annotated[SequenceClassification | None, Field(alias="sequence_classification")] = None
+    """Parameters of stage sequence_classification."""
+    token_classification: Annotated[TokenClassification | None, Field(alias="token_classification")] = None
+    """Parameters of stage token_classification."""
+    seq2seq: Annotated[Seq2Seq | None, Field(alias="seq2seq")] = None
+    """Parameters of stage seq2seq."""
     evaluation: Evaluation = Evaluation()
     """Questions answered before and after."""
     deepspeed: DeepSpeed = DeepSpeed()

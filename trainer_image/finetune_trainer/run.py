@@ -149,7 +149,7 @@ class Job:
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
-        self.objective = objective(config)
+        self.objective = objective(config, self.tokenizer, self.prepared.labels)
         self.collate: Callable[[list[Any]], dict[str, Any]] = lambda items: self.objective.collate(
             items, self._pad_token_id()
         )
@@ -184,7 +184,7 @@ class Job:
         self._phase("loading", f"loading {config.model.uri}")
         torch.manual_seed(draw_seed(config.training.seed))  # what the method draws is the same on every process
         self.partitioning = before_loading(config, world)
-        base = model.load_model(self.fetched.model, config, world.device)
+        base = model.load_model(self.fetched.model, config, world.device, self.prepared.labels)
         trained = METHODS[config.method.type].prepare(base, config.method, config)
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)

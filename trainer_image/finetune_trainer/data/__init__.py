@@ -7,6 +7,7 @@ that, ``render.py`` makes text and tokens, ``stream.py`` puts them in order. Cal
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import DataSource
+from finetune_trainer.data import targets
 from finetune_trainer.data.cache import cached_rows
 from finetune_trainer.data.encode import Encoding, Sketch, encoding
 from finetune_trainer.data.files import read_rows
 from finetune_trainer.data.formats import FORMATS
+from finetune_trainer.data.labels import Labels
 from finetune_trainer.data.records import BadRowError, as_kind
 from finetune_trainer.data.render import Renderer, check_vocabulary, ensure_chat_template
 from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, collate
@@ -45,12 +48,16 @@ class Prepared:
     report: dict[str, dict[str, Any]]
     """By source (``eval/`` before held-out ones): uri, rows, sequences, tokens, learned_tokens, truncated (rows
     cut at max_length), dropped (rows with nothing to learn left), longest (tokens, before the cut)."""
+    labels: Labels | None = None
+    """What a classifier is to tell apart."""
 
 
 def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, render and tokenise every source. RunError(INVALID_DATA) names file and line of up to five bad rows."""
     ensure_chat_template(tokenizer)
-    renderer, encoded = Renderer(tokenizer), encoding(config)
+    labels = targets.find_labels(config, _records(config, fetched), fetched.model)
+    renderer = Renderer(tokenizer)
+    encoded = targets.encoding(config, labels) if config.stage in targets.RECORDS else encoding(config)
     report: dict[str, dict[str, Any]] = {}
     known = vocabulary_rows(fetched.model)
     tasks: list[str] | None = getattr(config.method, "tasks", None)
@@ -99,7 +106,17 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             for name, rows in held_out.items()
         },
         report=report,
+        labels=labels,
     )
+
+
+def _records(config: TrainerConfig, fetched: Fetched) -> Iterator[Any]:
+    """The records of the training rows, before anything is made of them. Bad ones are told when they are."""
+    for source, path in zip(config.data.train, fetched.train, strict=True):
+        for _, row in read_rows(path, source.split if source.uri.startswith("hf://") else ""):
+            with suppress(BadRowError):
+                for record in FORMATS[source.format](row):
+                    yield from as_kind(record, targets.RECORDS[config.stage])
 
 
 def source_names(sources: list[DataSource]) -> list[str]:
@@ -134,13 +151,17 @@ def _tokenize(
             counts["longest"] = max(counts["longest"], longest)
             fitting = encoding.fit(row, max_length)
             counts["dropped"] += not fitting
-            counts["truncated"] += longest > max_length
+            counts["truncated"] += longest > max_length or 0 < sum(map(_length, fitting)) < _length(row)
             kept += fitting
         parts.append(Rows.of(name, kept))
     rows = encoding.whole(Rows.joined(name, parts))
     sequences = len(rows) * rows.parts
     counts |= {"sequences": sequences, "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
     return rows, counts
+
+
+def _length(row: Draft) -> int:
+    return sum(len(tokens.ids) for tokens in row.sequences)
 
 
 def _chunks(

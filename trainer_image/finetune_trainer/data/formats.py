@@ -8,7 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_trainer.data.fields import answer, kind, shown, text
-from finetune_trainer.data.records import BadRowError, Conversation, Judged, Message, Preference, Record, Text
+from finetune_trainer.data.records import (
+    BadRowError,
+    Conversation,
+    Judged,
+    Labelled,
+    Message,
+    Preference,
+    Record,
+    SourceTarget,
+    Tagged,
+    Text,
+)
 
 Row = dict[str, Any]
 
@@ -110,10 +121,33 @@ def _said(row: Row, field: str) -> list[Message]:
     return [{"role": "assistant", "content": answer(row, field)}]
 
 
+def labelled(row: Row) -> list[Record]:
+    """``text``, optional ``text_pair``, and ``label``."""
+    if "label" not in row:
+        raise BadRowError("label is missing; accepted: a text, a number, or a list of texts")
+    return [Labelled(text(row, "text"), text(row, "text_pair", optional=True) or None, row["label"])]
+
+
+def conll(row: Row) -> list[Record]:
+    """``tokens`` and ``tags``, as many."""
+    tokens, tags = row.get("tokens"), row.get("tags")
+    if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
+        raise BadRowError("tokens and tags must be lists of the same length")
+    return [Tagged([str(token) for token in tokens], [str(tag) for tag in tags])]
+
+
+def source_target(row: Row) -> list[Record]:
+    """``source`` and ``target``."""
+    return [SourceTarget(text(row, "source"), text(row, "target"))]
+
+
 FORMATS: dict[str, Callable[[Row], list[Record]]] = {
     "alpaca": alpaca,
     "messages": messages,
     "text": document,
     "preference": preference,
     "kto": kto,
+    "labelled": labelled,
+    "conll": conll,
+    "source_target": source_target,
 }
