@@ -27,6 +27,7 @@ from finetune_api.run import TrainerConfig
 from finetune_trainer.fetch import no_safetensors
 from finetune_trainer.gguf import converted
 from finetune_trainer.outcome import RunError
+from finetune_trainer.templates import use_template
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,7 @@ def load_tokenizer(path: Path, config: TrainerConfig) -> PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=config.model.trust_remote_code
         )
-    if config.data.chat_template:
-        tokenizer.chat_template = config.data.chat_template
+    use_template(tokenizer, config.data.chat_template)
     rows = vocabulary_rows(path)
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         stand_in = tokenizer.eos_token or tokenizer.unk_token

@@ -1,28 +1,29 @@
 """From files to the sequences a run trains and evaluates on.
 
-``files.py`` reads rows, ``formats.py`` says what is in them (``records.py``), ``render.py`` makes tokens of that,
-``stream.py`` puts them in order. Called by ``run.py``.
+``sources.py`` reads rows (``files.py``) and finds what is in them (``formats.py``: ``records.py``), ``render.py`` makes
+tokens of that, ``stream.py`` puts them in order. Called by ``run.py``.
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
-from finetune_api.spec import DataSource
+from finetune_api.spec import Data, DataSource
 from finetune_trainer.data.cache import cached_rows
-from finetune_trainer.data.files import read_rows
-from finetune_trainer.data.formats import FORMATS
-from finetune_trainer.data.records import BadRowError, Conversation, as_kind
-from finetune_trainer.data.render import Rendered, Renderer, Tokens, check_vocabulary, ensure_chat_template
+from finetune_trainer.data.records import BadRowError, Conversation
+from finetune_trainer.data.render import Rendered, Renderer, Tokens, check_vocabulary
+from finetune_trainer.data.sources import BadRows, records
 from finetune_trainer.data.stream import Rows, Sequence, Stream, collate
-from finetune_trainer.fetch import DATA_SUFFIXES, Fetched, source_key
+from finetune_trainer.fetch import Fetched, data_kind, source_key, split_pattern
 from finetune_trainer.model import vocabulary_rows
 from finetune_trainer.outcome import RunError
 
@@ -30,8 +31,8 @@ __all__ = ["Prepared", "Rows", "Sequence", "Stream", "collate", "prepare"]
 
 log = logging.getLogger(__name__)
 
+_COUNTED = ("rows", "unused", "sequences", "truncated", "answers_cut", "answers_lost", "dropped", "longest")
 _CHUNK = 1000  # rows tokenised together, by all cores
-_SHOWN = 5  # bad rows named in one message
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,14 @@ class Prepared:
     eval: dict[str, Stream]
     """By source, in the order of the configuration; their rows are in the order of the file."""
     report: dict[str, dict[str, Any]]
-    """By source (``eval/`` before held-out ones): uri, rows, sequences, tokens, learned_tokens, truncated (rows
-    cut at max_length), dropped (rows with nothing to learn left), longest (tokens, before the cut)."""
+    """By source (``eval/`` before held-out ones): uri, format, rows, unused (rows that decide nothing), bad_rows and
+    bad_examples, sequences, tokens, learned_tokens, truncated (rows cut at max_length) with answers_cut and
+    answers_lost (none of their tokens is left), dropped (rows with nothing to learn left), longest (tokens, before
+    the cut)."""
 
 
 def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, render and tokenise every source. RunError(INVALID_DATA) names file and line of up to five bad rows."""
-    ensure_chat_template(tokenizer)
     renderer = Renderer(tokenizer)
     report: dict[str, dict[str, Any]] = {}
     known = vocabulary_rows(fetched.model)
@@ -62,23 +64,13 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             name,
             tokenizer,
             config.data.max_length,
-            lambda: _tokenize(source, path, name, renderer, config.data.max_length, tasks),
-            tasks,
+            lambda: _tokenize(source, path, name, renderer, config.data, tasks),
+            [config.data.max_bad_rows, *(tasks or [])],
         )
         if len(rows):
             check_vocabulary(int(rows.ids.max()), known, config.model.uri)
         report[name] = counts
-        log.info(
-            "%s: %d rows, %d tokens (%d learned), %d cut at %d tokens, %d dropped; %.1f s",
-            name,
-            counts["rows"],
-            counts["tokens"],
-            counts["learned_tokens"],
-            counts["truncated"],
-            config.data.max_length,
-            counts["dropped"],
-            time.monotonic() - start,
-        )
+        log.info("%s: %s; %.1f s", name, told(counts, config.data.max_length), time.monotonic() - start)
         return rows
 
     names = source_names(config.data.train)
@@ -102,11 +94,16 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
 
 
 def source_names(sources: list[DataSource]) -> list[str]:
-    """A short name per source, for metrics: its file's name without ending; a number is added where two are equal."""
+    """A short name per source, for metrics: its file's name without endings, of a pattern what is fixed of it; a number
+    is added where two are equal."""
     names: list[str] = []
     for source in sources:
-        path = PurePosixPath(source.uri.split("://", 1)[1].rstrip("/"))
-        base = path.stem if path.suffix in DATA_SUFFIXES else path.name
+        folder, pattern = split_pattern(source.uri.split("://", 1)[1].rstrip("/"))
+        path = PurePosixPath(pattern or folder)
+        base = path.name.removesuffix(path.suffix) if data_kind(path.name) else path.name
+        base = base.removesuffix(data_kind(path.name))
+        if pattern:
+            base = re.sub(r"[*?]|\[[^]]*\]", "", base).strip("-_.") or PurePosixPath(folder).name
         name, number = base, 2
         while name in names:
             name, number = f"{base}-{number}", number + 1
@@ -115,56 +112,72 @@ def source_names(sources: list[DataSource]) -> list[str]:
 
 
 def _tokenize(
-    source: DataSource, path: Path, name: str, renderer: Renderer, max_length: int, tasks: list[str] | None = None
+    source: DataSource,
+    path: Path,
+    name: str,
+    renderer: Renderer,
+    data: Data,
+    tasks: list[str] | None = None,
 ) -> tuple[Rows, dict[str, Any]]:
     """The rows of a source as tokens, and what is to be reported of them."""
-    counts: dict[str, Any] = {"uri": source.uri, "rows": 0, "sequences": 0, "truncated": 0, "dropped": 0, "longest": 0}
+    counts: dict[str, Any] = {"uri": source.uri, "format": source.format}
+    counts |= dict.fromkeys(_COUNTED, 0)
+    bad = BadRows(source.uri, data.max_bad_rows)
     parts: list[Rows] = []
-    for texts in _chunks(source, path, renderer, counts, tasks):
+    for texts in _chunks(source, path, renderer, counts, bad, tasks):
         kept: list[Tokens] = []
         for tokens in renderer.encode(texts):
-            counts["longest"] = max(counts["longest"], len(tokens.ids))
-            if len(tokens.ids) > max_length:
-                counts["truncated"] += 1
-                tokens = Tokens(tokens.ids[:max_length], tokens.learned[:max_length], tokens.task)
+            tokens = _cut(tokens, data.max_length, counts)
             if tokens.learned[1:].any():  # the first token has nothing before it to be predicted from
                 kept.append(tokens)
             else:
                 counts["dropped"] += 1
         parts.append(Rows.of(name, kept))
+    bad.close()
     rows = Rows.joined(name, parts)
     counts |= {"sequences": len(rows), "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
+    counts |= {"bad_rows": bad.count, "bad_examples": bad.named}
     return rows, counts
 
 
+def _cut(tokens: Tokens, max_length: int, counts: dict[str, Any]) -> Tokens:
+    """At most ``max_length`` tokens, and what that costs: answers of which nothing or not all is left."""
+    counts["longest"] = max(counts["longest"], len(tokens.ids))
+    if len(tokens.ids) <= max_length:
+        return tokens
+    cut = Tokens(tokens.ids[:max_length], tokens.learned[:max_length], tokens.task)
+    left, before = _answers(cut.learned), _answers(tokens.learned)
+    counts["truncated"] += 1
+    counts["answers_lost"] += before - left
+    counts["answers_cut"] += bool(tokens.learned[max_length - 1] and tokens.learned[max_length])
+    return cut
+
+
+def _answers(learned: np.ndarray) -> int:
+    """Runs of learned tokens."""
+    return int(np.count_nonzero(learned[1:] > learned[:-1])) + bool(len(learned) and learned[0])
+
+
 def _chunks(
-    source: DataSource, path: Path, renderer: Renderer, counts: dict[str, Any], tasks: list[str] | None
+    source: DataSource,
+    path: Path,
+    renderer: Renderer,
+    counts: dict[str, Any],
+    bad: BadRows,
+    tasks: list[str] | None,
 ) -> Iterator[list[Rendered]]:
-    """Rendered rows, some at a time. Bad rows are gathered, so that a user sees several at once."""
-    convert = FORMATS[source.format]
+    """Rendered rows, some at a time."""
     chunk: list[Rendered] = []
-    bad: list[str] = []
-    for place, row in read_rows(path, source.split if source.uri.startswith("hf://") else ""):
-        counts["rows"] += 1
+    for place, row, record in records(source, path, Conversation, bad, counts):
         try:
-            for record in convert(row):
-                for conversation in as_kind(record, Conversation):
-                    rendered = renderer.render(conversation)
-                    chunk += [replace(text, task=_task(row, tasks)) for text in rendered] if tasks else rendered
+            rendered = renderer.render(record)
+            chunk += [replace(text, task=_task(row, tasks)) for text in rendered] if tasks else rendered
         except BadRowError as error:
-            bad.append(f"{place}: {error}")
-            if len(bad) == _SHOWN:
-                break
-        if len(chunk) >= _CHUNK and not bad:
+            bad.add(place, error)
+        if len(chunk) >= _CHUNK and bad.endured:
             yield chunk
             chunk = []
-    if bad:
-        more = " (and perhaps more)" if len(bad) == _SHOWN else ""
-        raise RunError(
-            Cause.INVALID_DATA,
-            f"{source.uri} is not in the format {source.format!r}, by {len(bad)} rows{more}: {'; '.join(bad)}",
-        )
-    if chunk:
+    if chunk and bad.endured:
         yield chunk
 
 
@@ -173,6 +186,27 @@ def _task(row: dict[str, Any], tasks: list[str]) -> int:
     if row.get("task") not in tasks:
         raise BadRowError(f"task is {row.get('task')!r}; accepted: one of method.tasks: {', '.join(tasks)}")
     return tasks.index(row["task"])
+
+
+def told(counts: dict[str, Any], max_length: int) -> str:
+    """What became of a source's rows, in words."""
+    words = [
+        f"format {counts['format']}, {counts['rows']} rows, {counts['tokens']} tokens "
+        f"({counts['learned_tokens']} learned)"
+    ]
+    if counts["truncated"]:
+        words.append(
+            f"{counts['truncated']} cut at {max_length} tokens ({counts['answers_lost']} answers lost, "
+            f"{counts['answers_cut']} cut short)"
+        )
+    for key, meaning in (
+        ("dropped", "dropped, as nothing to learn is left"),
+        ("unused", "unused, as they decide nothing"),
+        ("bad_rows", "left out, as they are not in the format"),
+    ):
+        if counts[key]:
+            words.append(f"{counts[key]} {meaning}")
+    return ", ".join(words)
 
 
 def _nothing_left(name: str, report: dict[str, dict[str, Any]], max_length: int) -> str:

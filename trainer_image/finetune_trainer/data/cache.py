@@ -26,7 +26,7 @@ from finetune_trainer.storage import sync_folder
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when formats.py or render.py make other tokens of the same row
+_VERSION = 2  # raise it when formats.py or render.py make other tokens of the same row
 
 Counts = dict[str, Any]
 
@@ -38,14 +38,14 @@ def cached_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     make: Callable[[], tuple[Rows, Counts]],
-    tasks: list[str] | None = None,
+    more: list[Any] | None = None,
 ) -> tuple[Rows, Counts]:
     """What ``make`` gives, from disk where it is there already.
 
     ``digest`` is that of the source's content; without one, without a cache folder or with a tokenizer that cannot be
-    told by its content, ``make`` is called.
+    told by its content, ``make`` is called. ``more``: what else the tokens depend on.
     """
-    key = _key(source, digest, tokenizer, max_length, tasks or [])
+    key = _key(source, digest, tokenizer, max_length, more or [])
     root = os.environ.get(ENV_CACHE) or os.environ.get(ENV_WORK)
     if not key or not root:
         return make()
@@ -66,7 +66,7 @@ def cached_rows(
     return _load(entry, name) or (rows, counts)
 
 
-def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, tasks: list[str]) -> str:
+def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, more: list[Any]) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not digest or digest.startswith("sampled:") or backend is None:
         return ""
@@ -74,14 +74,14 @@ def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, ma
         _VERSION,
         transformers.__version__,  # renders the template
         digest,
-        source.format,
+        [source.format, source.columns, source.sample_by],
         # a commit is the digest of a whole repository, of which uri and split choose a part
         [source.uri, source.split] if source.uri.startswith("hf://") else [],
         hashlib.sha256(backend.to_str().encode()).hexdigest(),
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
         max_length,
-        *tasks,
+        *more,
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
