@@ -28,6 +28,7 @@ from finetune_api.run import TrainerConfig
 from finetune_trainer.fetch import no_safetensors
 from finetune_trainer.gguf import converted
 from finetune_trainer.outcome import RunError
+from finetune_trainer.templates import use_template
 
 if TYPE_CHECKING:
     from finetune_trainer.data.labels import Labels
@@ -101,8 +102,7 @@ def load_tokenizer(path: Path, config: TrainerConfig) -> PreTrainedTokenizerBase
         if config.stage == "token_classification" and not getattr(tokenizer, "add_prefix_space", True):
             # GPT-2's and RoBERTa's take words one by one only so.
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, add_prefix_space=True)
-    if config.data.chat_template:
-        tokenizer.chat_template = config.data.chat_template
+    use_template(tokenizer, config.data.chat_template)
     rows = vocabulary_rows(path)
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         stand_in = tokenizer.eos_token or tokenizer.unk_token
@@ -347,9 +347,7 @@ def _explained(what: str, kind: Kind = LANGUAGE_MODEL) -> Iterator[None]:
                 "with a newer transformers, or another model."
             )
         elif "Unrecognized configuration class" in text:
-            message = (
-                f"{what} is no {kind.words} ({line}). Name one that transformers' {kind.auto} loads."
-            )
+            message = f"{what} is no {kind.words} ({line}). Name one that transformers' {kind.auto} loads."
         elif type(error).__name__ == "SafetensorError" or "size mismatch" in text:
             message = f"{what} cannot be read: {line}. Its files are damaged or do not belong together."
         elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):

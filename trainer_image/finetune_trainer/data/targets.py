@@ -171,9 +171,9 @@ def _sources_targets(renderer: Renderer, sketches: list[Sketch]) -> Iterator[Dra
     """Two sequences each; of the second every token is learned, its end too."""
     tokenizer = renderer.tokenizer
     sources = tokenizer([sketch.raw[0] for sketch in sketches], truncation=False, verbose=False)["input_ids"]
-    targets = tokenizer(
-        text_target=[sketch.raw[1] for sketch in sketches], truncation=False, verbose=False
-    )["input_ids"]
+    targets = tokenizer(text_target=[sketch.raw[1] for sketch in sketches], truncation=False, verbose=False)[
+        "input_ids"
+    ]
     end = tokenizer.eos_token_id
     for sketch, source, target in zip(sketches, sources, targets, strict=True):
         if end is not None and (not target or target[-1] != end):
