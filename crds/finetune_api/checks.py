@@ -13,6 +13,7 @@ from finetune_api import run
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.schema import text
 from finetune_api.spec import FineTuneJobSpec, Training, Workers
+from finetune_api.stages import STAGES
 
 Finding = tuple[str, Any, str, str]
 
@@ -555,10 +556,31 @@ def _volume(at: str, volume: Mapping[str, Any]) -> Iterator[Finding]:
             )
 
 
+# ---- stages that train nothing ----
+
+
+def unused(spec: FineTuneJobSpec) -> Iterator[Finding]:
+    """Parameters of a training where there is none; its seed is that of the sampling."""
+    if not STAGES[spec.stage].makes:
+        return
+    for section in ("method", "training", "deepspeed"):
+        given = getattr(spec, section).model_dump(mode="json", exclude_defaults=True)
+        for name, value in given.items():
+            if name not in ("type", "seed", "zero_optimization"):
+                told = "seed only" if section == "training" else "nothing"
+                yield (
+                    f"{section}.{name}",
+                    value,
+                    f"{told} in spec.{section} with spec.stage: {spec.stage}",
+                    "remove it: nothing is trained",
+                )
+
+
 CHECKS: tuple[tuple[str, Callable[[Any], Iterator[Finding]]], ...] = (
     ("spec.training", scheduler),
     ("spec.method", target_modules),
     ("spec.method", patterns),
+    ("spec", unused),
     ("spec", adalora),
     ("spec", bf16_section),
     ("spec", deepspeed),

@@ -12,7 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
 from finetune_api.spec import Data, Evaluation, ModelSource, Stage, Training
-from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
+from finetune_api.stages import (
+    Dpo,
+    Kto,
+    Orpo,
+    Reward,
+    Rlaif,
+    Seq2Seq,
+    SequenceClassification,
+    Sft,
+    TokenClassification,
+)
 
 # Environment variables the pods get (all optional for the trainer but CONFIG).
 ENV_CONFIG = "FINETUNE_CONFIG"  # path of the trainer's configuration, a JSON file
@@ -55,6 +65,7 @@ class TrainerConfig(_Wire):
     dpo: Dpo | None = None
     kto: Kto | None = None
     orpo: Orpo | None = None
+    rlaif: Rlaif | None = None
     sequence_classification: SequenceClassification | None = None
     token_classification: TokenClassification | None = None
     seq2seq: Seq2Seq | None = None
@@ -140,7 +151,7 @@ class Progress(_Wire):
 
     attempt: int = 1
     phase: str = "starting"
-    """starting, loading, preparing, training, evaluating, saving, exporting, done"""
+    """starting, loading, preparing, training, generating, judging, evaluating, saving, exporting, done"""
     step: int = 0
     max_steps: int = 0
     epoch: float = 0.0
@@ -177,7 +188,7 @@ class OutputInfo(_Wire):
 
     uri: str
     kind: str
-    """adapter, model or merged"""
+    """adapter, model, merged or data (uri is the file of rows)"""
     digest: str = ""
     """``sha256:…`` of its manifest."""
     size: int = 0

@@ -5,7 +5,7 @@ what woke it. Keeps nothing between two passes.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,7 +22,7 @@ from finetune_operator import manifests
 from finetune_operator.cluster import Cluster, ClusterError, Object
 from finetune_operator.decide import Decision, Facts, Inputs, decide
 from finetune_operator.observe import Observed, observe
-from finetune_operator.plan import Owner, Plan, make_plan, model_uris
+from finetune_operator.plan import Owner, Plan, make_plan, waited_for
 from finetune_operator.settings import Profile, Settings
 from finetune_operator.status import Finding, events, is_true, merge_conditions
 
@@ -131,17 +131,16 @@ def _profile(settings: Settings, spec: FineTuneJobSpec | None) -> tuple[Profile 
 def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
     """Outputs of the jobs this one starts from."""
     resolved: dict[str, str] = {}
-    for uri in model_uris(spec):
-        if uri.startswith("job://"):
-            found = _output(cluster, namespace, uri, adapter=uri != spec.model.uri)
-            if found.waiting:
-                return found
-            resolved |= found.resolved
+    for uri, kind in waited_for(spec).items():
+        found = _output(cluster, namespace, uri, kind)
+        if found.waiting:
+            return found
+        resolved |= found.resolved
     return Inputs(resolved=resolved)
 
 
-def _output(cluster: Cluster, namespace: str, uri: str, *, adapter: bool) -> Inputs:
-    """What another job wrote: a whole model, or an adapter."""
+def _output(cluster: Cluster, namespace: str, uri: str, kind: str) -> Inputs:
+    """What another job wrote: a whole model, an adapter, or data."""
     name = uri.removeprefix("job://")
     other = cluster.finetunejob(namespace, name)
     if other is None:
@@ -152,17 +151,30 @@ def _output(cluster: Cluster, namespace: str, uri: str, *, adapter: bool) -> Inp
     if not is_true(status, Condition.COMPLETE):
         return Inputs(waiting=f"Waiting for FineTuneJob {name} ({status.state or 'Pending'}).")
     written = {o.kind: o.uri for o in status.outputs}
-    output = written.get("adapter") if adapter else written.get("merged") or written.get("model")
+    output = written.get("merged") or written.get("model") if kind == "model" else written.get(kind)
     if output is not None:
         return Inputs(resolved={uri: output})
-    problem = (
-        "wrote a whole model and no adapter; accepted in spec.model.adapters: an output of kind adapter. Name it in "
-        "spec.model.uri."
-        if adapter
-        else "wrote an adapter only, not a whole model; accepted: an output of kind model or merged. Run it again with "
+    return Inputs(waiting=f"FineTuneJob {name} {_not_there(kind, written)}", failed=True)
+
+
+def _not_there(kind: str, written: Mapping[str, str]) -> str:
+    """That a job wrote something else than what is wanted of it, and what to do."""
+    if kind == "data":
+        return (
+            "wrote no rows; accepted in spec.data: an output of kind data, of a job that makes some (spec.stage: "
+            "rlaif). Name its model in spec.model.uri."
+        )
+    if "data" in written:
+        return "wrote rows and no model; accepted: an output of kind model, merged or adapter. Name it in spec.data."
+    if kind == "adapter":
+        return (
+            "wrote a whole model and no adapter; accepted in spec.model.adapters: an output of kind adapter. Name it "
+            "in spec.model.uri."
+        )
+    return (
+        "wrote an adapter only, not a whole model; accepted: an output of kind model or merged. Run it again with "
         "output.merge: true, or name it in spec.model.adapters beside its base."
     )
-    return Inputs(waiting=f"FineTuneJob {name} {problem}", failed=True)
 
 
 def _progress(cluster: Cluster, observed: Observed) -> Progress | None:

@@ -35,7 +35,7 @@ from finetune_operator.cluster import Object
 from finetune_operator.cluster.local import Key, LocalCluster
 from finetune_operator.cluster.store import Folder, folders, tail
 from finetune_operator.observe import parse_time
-from finetune_operator.plan import Owner, make_plan, model_uris
+from finetune_operator.plan import Owner, make_plan, waited_for
 from finetune_operator.status import condition, duration
 
 FAILED, MISTAKES, INTERRUPTED = 1, 2, 130
@@ -221,7 +221,7 @@ def plan(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool, profile_fi
         namespace, name = document.key
         labels = document.job["metadata"].get("labels") or {}
         owner = Owner(namespace, name, "00000000-0000-0000-0000-000000000000", labels)
-        inputs = {u: f"(output of {u})" for u in model_uris(document.spec) if u.startswith("job://")}
+        inputs = {uri: f"(output of {uri})" for uri in waited_for(document.spec)}
         found = make_plan(owner, document.spec, settings.profiles[document.spec.profile], inputs)
         made += [manifests.config_map(found), manifests.service(found)]
         made += [manifests.network_policy(found)] if found.profile.network_policy else []
