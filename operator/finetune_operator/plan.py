@@ -215,18 +215,22 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def input_uris(spec: FineTuneJobSpec) -> dict[str, str]:
-    """What the job reads, each of which may be the output of another job; and what it must be: model, adapter, data."""
-    wanted = {source.uri: "data" for source in (*spec.data.train, *spec.data.eval)}
+MODEL, ADAPTER, DATA = ("merged", "model"), ("adapter",), ("data",)
+"""Kinds of outputs, the preferred first."""
+
+
+def input_uris(spec: FineTuneJobSpec) -> dict[str, tuple[str, ...]]:
+    """What the job reads, each of which may be the output of another job; and of which kinds that may be."""
+    wanted = {source.uri: DATA for source in (*spec.data.train, *spec.data.eval)}
+    uris: dict[str, tuple[str, ...]] = {spec.model.uri: MODEL, **wanted}
     if spec.rlaif is not None and spec.rlaif.judge.uri is not None:
-        wanted[spec.rlaif.judge.uri] = "model"
-    wanted |= {adapter.uri: "adapter" for adapter in spec.model.adapters}
-    return {spec.model.uri: "model"} | wanted
+        uris[spec.rlaif.judge.uri] = MODEL
+    return uris | {adapter.uri: ADAPTER for adapter in spec.model.adapters}
 
 
-def waited_for(spec: FineTuneJobSpec) -> dict[str, str]:
+def waited_for(spec: FineTuneJobSpec) -> dict[str, tuple[str, ...]]:
     """Of :func:`input_uris` the outputs of other jobs, ``job://NAME``."""
-    return {uri: kind for uri, kind in input_uris(spec).items() if uri.startswith("job://")}
+    return {uri: kinds for uri, kinds in input_uris(spec).items() if uri.startswith("job://")}
 
 
 def claims(spec: FineTuneJobSpec, inputs: Mapping[str, str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from finetune_operator import manifests
 from finetune_operator.cluster import Cluster, ClusterError, Object
 from finetune_operator.decide import Decision, Facts, Inputs, decide
 from finetune_operator.observe import Observed, observe
-from finetune_operator.plan import Owner, Plan, make_plan, waited_for
+from finetune_operator.plan import ADAPTER, DATA, Owner, Plan, make_plan, waited_for
 from finetune_operator.settings import Profile, Settings
 from finetune_operator.status import Finding, events, is_true, merge_conditions
 
@@ -131,16 +131,16 @@ def _profile(settings: Settings, spec: FineTuneJobSpec | None) -> tuple[Profile 
 def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
     """Outputs of the jobs this one starts from."""
     resolved: dict[str, str] = {}
-    for uri, kind in waited_for(spec).items():
-        found = _output(cluster, namespace, uri, kind)
+    for uri, kinds in waited_for(spec).items():
+        found = _output(cluster, namespace, uri, kinds)
         if found.waiting:
             return found
         resolved |= found.resolved
     return Inputs(resolved=resolved)
 
 
-def _output(cluster: Cluster, namespace: str, uri: str, kind: str) -> Inputs:
-    """What another job wrote: a whole model, an adapter, or data."""
+def _output(cluster: Cluster, namespace: str, uri: str, kinds: tuple[str, ...]) -> Inputs:
+    """What another job wrote, of one of these kinds: a whole model, an adapter, or data."""
     name = uri.removeprefix("job://")
     other = cluster.finetunejob(namespace, name)
     if other is None:
@@ -151,22 +151,22 @@ def _output(cluster: Cluster, namespace: str, uri: str, kind: str) -> Inputs:
     if not is_true(status, Condition.COMPLETE):
         return Inputs(waiting=f"Waiting for FineTuneJob {name} ({status.state or 'Pending'}).")
     written = {o.kind: o.uri for o in status.outputs}
-    output = written.get("merged") or written.get("model") if kind == "model" else written.get(kind)
+    output = next((written[kind] for kind in kinds if kind in written), None)
     if output is not None:
         return Inputs(resolved={uri: output})
-    return Inputs(waiting=f"FineTuneJob {name} {_not_there(kind, written)}", failed=True)
+    return Inputs(waiting=f"FineTuneJob {name} {_not_there(kinds, written)}", failed=True)
 
 
-def _not_there(kind: str, written: Mapping[str, str]) -> str:
+def _not_there(kinds: tuple[str, ...], written: Mapping[str, str]) -> str:
     """That a job wrote something else than what is wanted of it, and what to do."""
-    if kind == "data":
+    if kinds == DATA:
         return (
             "wrote no rows; accepted in spec.data: an output of kind data, of a job that makes some (spec.stage: "
             "rlaif). Name its model in spec.model.uri."
         )
     if "data" in written:
         return "wrote rows and no model; accepted: an output of kind model, merged or adapter. Name it in spec.data."
-    if kind == "adapter":
+    if kinds == ADAPTER:
         return (
             "wrote a whole model and no adapter; accepted in spec.model.adapters: an output of kind adapter. Name it "
             "in spec.model.uri."

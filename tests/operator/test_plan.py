@@ -230,7 +230,7 @@ def test_rows_and_a_judge_of_other_jobs_are_resolved() -> None:
     spec = FineTuneJobSpec.model_validate(
         {**GOOD_SPEC, "stage": "rlaif", "data": data, "rlaif": {"judge": {"uri": "job://judge"}}}
     )
-    assert waited_for(spec) == {"job://rows": "data", "job://judge": "model"}
+    assert waited_for(spec) == {"job://rows": ("data",), "job://judge": ("merged", "model")}
     found = make_plan(OWNER, spec, Profile(), {"job://rows": "pvc://rows/a.jsonl", "job://judge": "pvc://models/judge"})
     assert [s.uri for s in found.config.data.train] == ["file:///mnt/claims/rows/a.jsonl", "s3://team/more.jsonl"]
     assert found.config.rlaif is not None and found.config.rlaif.judge.uri == "file:///mnt/claims/models/judge"
