@@ -14,12 +14,19 @@ class Row:
     gradient_checkpointing: bool = True
     merge: bool = True
     """The trained part can be merged into the model."""
+    tasks: bool = False
+    """It writes a result per task, of which job:// cannot choose one."""
     quantized: bool = False
     """The base model is held in 4 bits."""
     default_zero_stage: int = 0
     """The stage the plan chooses where the user names none."""
     whole_model: bool = False
     """The model's own weights are trained: the result is a model, not an adapter."""
+
+    @property
+    def chains(self) -> bool:
+        """Another job can start from its output (job://NAME)."""
+        return self.whole_model or (self.merge and not self.tasks)
 
 
 WORDS = ("pretrain", "sft", "dpo", "kto", "orpo")
@@ -58,5 +65,5 @@ COMPATIBILITY: dict[str, Row] = {
     "adapter": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "mam": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "unipelt": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
-    "moelora": Row(stages=WORDS, zero_stages=(0, 1, 2, 3)),
+    "moelora": Row(tasks=True, stages=WORDS, zero_stages=(0, 1, 2, 3)),
 }

@@ -13,7 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.base import seconds
+from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.conditions import Condition, Reason
+from finetune_api.methods import DEFAULT_METHOD
 from finetune_api.mistakes import Mistake, read
 from finetune_api.run import TRAINER_CONTAINER, Progress
 from finetune_api.spec import FineTuneJobSpec
@@ -143,11 +145,14 @@ def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
     if not is_true(status, Condition.COMPLETE):
         return Inputs(waiting=f"Waiting for FineTuneJob {name} ({status.state or 'Pending'}).")
     models = {o.kind: o.uri for o in status.outputs}
+    method = ((other.get("spec") or {}).get("method") or {}).get("type", DEFAULT_METHOD)
     output = models.get("merged") or models.get("model")
+    if output is None and method in COMPATIBILITY and COMPATIBILITY[method].chains:
+        output = models.get("adapter")  # the trainer merges it when it loads it
     if output is None:
         return Inputs(
-            waiting=f"FineTuneJob {name} wrote an adapter only, not a whole model; accepted: an output of kind "
-            "model or merged. Run it again with output.merge: true.",
+            waiting=f"FineTuneJob {name} wrote no whole model, and what method.type {method} trains is no part of any "
+            "weight, or of several tasks; accepted: the output of a job with another method, such as lora.",
             failed=True,
         )
     return Inputs(resolved={uri: output})

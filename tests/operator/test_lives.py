@@ -205,6 +205,20 @@ def test_a_chain_waits_for_its_input_and_says_for_what() -> None:
     assert '"s3://team/first"' in sim.children_of["ConfigMap", "second-config"]["data"]["config.json"]
 
 
+@pytest.mark.parametrize(("method", "chains"), [({"type": "lora"}, True), ({"type": "mam"}, False), ({}, True)])
+def test_an_adapter_serves_as_an_input_where_it_can_be_merged(method: dict[str, str], chains: bool) -> None:
+    sim = Simulation(output_kind="adapter")
+    sim.submit("first", {**GOOD_SPEC, "method": method})
+    sim.run("first")
+    sim.submit("second", {**GOOD_SPEC, "model": {"uri": "job://first"}})
+    if chains:
+        assert sim.run("second")["state"] == "Succeeded"
+        return
+    sim.reconcile("second")
+    assert sim.reason("second", "Stalled") == ("True", "InputJobFailed")
+    assert "what method.type mam trains is no part of any weight" in sim.message("second", "Stalled")
+
+
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_gang_whose_queue_takes_the_room_back_was_preempted(sim: Simulation, seen: bool) -> None:
     while sim.step.get("tune-a1", 0) < 5:

@@ -35,6 +35,7 @@ from finetune_trainer.storage import Store, file_digest, local_path
 
 log = logging.getLogger(__name__)
 
+ADAPTER = "adapter_config.json"
 DATA_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _COLUMNS = (".parquet", ".arrow")  # compressed inside
@@ -58,7 +59,7 @@ class Fetched:
     """Where things lie on this node."""
 
     model: Path
-    """Folder of the model."""
+    """Folder of the model; where that is an adapter, of the model it was trained on."""
     train: list[Path]
     """One file or folder per entry of ``data.train``, in its order."""
     eval: list[Path]
@@ -67,6 +68,11 @@ class Fetched:
     """What was fetched, by URI (with @revision for the hub): equal digests, equal content.
     ``git:<commit>`` for the hub, ``sha256:<hex>`` over all files otherwise, and ``sampled:<hex>`` where of large
     weight files in place only some parts were read."""
+
+    adapters: list[Path] = field(default_factory=list)
+    """Folders of adapters that belong to the model, the first one nearest to it (``adapted.py`` merges them)."""
+    base: ModelSource | None = None
+    """What the adapters were trained on."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,32 @@ def fetch(config: TrainerConfig, cache: Path, *, refresh: bool = False) -> Fetch
     DATA_NOT_FOUND, ACCESS_DENIED, STORAGE_UNAVAILABLE, INVALID_CONFIGURATION (pickled weights only).
     """
     digests: dict[str, str] = {}
-    model = _source(config.model, _model_files(config.model), Cause.MODEL_NOT_FOUND, cache, refresh, digests)
+    model, adapters, base = _model(config.model, cache, refresh, digests)
     train, held_out = (
         [_source(source, _data_files(source), Cause.DATA_NOT_FOUND, cache, refresh, digests) for source in sources]
         for sources in (config.data.train, config.data.eval)
     )
-    return Fetched(model=model, train=train, eval=held_out, digests=digests)
+    return Fetched(model, train, held_out, digests, adapters, base)
+
+
+def _model(
+    source: ModelSource, cache: Path, refresh: bool, digests: dict[str, str]
+) -> tuple[Path, list[Path], ModelSource | None]:
+    """A model's folder; of an adapter that a run has written the base's folder, the adapters over it, and what the base
+    is."""
+    folder = _source(source, _model_files(source), Cause.MODEL_NOT_FOUND, cache, refresh, digests)
+    if not (folder / ADAPTER).is_file() or any(folder.glob("model*.safetensors")):
+        return folder, [], None
+    try:
+        base = ModelSource.model_validate(json.loads((folder / "manifest.json").read_text())["base"])
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"{source.uri} holds an adapter that no run of this operator has written. Accepted: a whole model, or the "
+            "output of a FineTuneJob. Merge the adapter into its model first.",
+        ) from error
+    path, adapters, innermost = _model(base, cache, refresh, digests)
+    return path, [*adapters, folder], innermost or base
 
 
 def main() -> int:

@@ -166,10 +166,10 @@ def load_for_merge(path: Path, config: TrainerConfig, adapter: Path) -> PreTrain
     if kind_of(config.stage).new_head:
         described = {"config": AutoConfig.from_pretrained(adapter, local_files_only=True)}
     with without_zero3():
-        return _load(path, config, torch.device("cpu"), _published_dtype(config), None, described)
+        return _load(path, config, torch.device("cpu"), published_dtype(config), None, described)
 
 
-def _published_dtype(config: TrainerConfig) -> torch.dtype:
+def published_dtype(config: TrainerConfig) -> torch.dtype:
     """The number format of the run, asked on the CPU: there ``auto`` would mean float32."""
     return dtype_of(config, torch.device("cuda" if config.accelerator == "gpu" else "cpu"))
 
@@ -179,7 +179,7 @@ def _readable(path: Path, config: TrainerConfig) -> Path:
     if not config.model.gguf_file or not (path / config.model.gguf_file).is_file():
         return path
     with without_zero3():
-        return converted(path, config.model.gguf_file, _published_dtype(config))
+        return converted(path, config.model.gguf_file, published_dtype(config))
 
 
 @contextmanager

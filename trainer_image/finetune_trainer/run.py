@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ class Job:
         config = self.config
         self.world = join(config.accelerator)
         _quiet()
-        from finetune_trainer import data, model
+        from finetune_trainer import adapted, data, model
         from finetune_trainer.fence import claim
         from finetune_trainer.objectives import objective
         from finetune_trainer.storage import Store
@@ -146,6 +147,7 @@ class Job:
         self.telemetry.update(world_size=self.world.size)
         self.checkpoints = Store(config.checkpoint_uri)
         self.fence = self._on_first("claim", lambda: claim(self.checkpoints))
+        self.fetched = replace(self.fetched, model=adapted.whole(self.fetched, config, model.published_dtype(config)))
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
@@ -240,7 +242,9 @@ class Job:
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the result depends on; held-out rows do not change it."""
+        base = self.fetched.base
         wanted = {self.config.model.uri, *(source.uri for source in self.config.data.train)}
+        wanted |= {base.uri} if base is not None else set()
         return {
             uri: digest
             for uri, digest in self.fetched.digests.items()
@@ -497,6 +501,7 @@ class Job:
             "name": config.name,
             "step": self.step,
             "base_model": config.model.uri,
+            "base": config.model.model_dump(mode="json"),
             "inputs": self.inputs,
             "evaluation": self.tally.evaluation,
         }
