@@ -36,9 +36,7 @@ Stage = Literal[
     "token_classification",
     "seq2seq",
 ]
-DataFormat = Literal[
-    "alpaca", "messages", "text", "preference", "kto", "labelled", "conll", "source_target"
-]
+DataFormat = Literal["alpaca", "messages", "text", "preference", "kto", "labelled", "conll", "source_target"]
 
 
 class ModelSource(HyperModel):

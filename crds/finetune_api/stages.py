@@ -150,9 +150,7 @@ STAGES: dict[str, Stage] = {
     "sequence_classification": Stage(
         "Labelled", "labels of texts or of pairs of texts", generates=False, parameters=SequenceClassification
     ),
-    "token_classification": Stage(
-        "Tagged", "a label for every word", generates=False, parameters=TokenClassification
-    ),
+    "token_classification": Stage("Tagged", "a label for every word", generates=False, parameters=TokenClassification),
     "seq2seq": Stage("SourceTarget", "texts made of texts by an encoder-decoder", parameters=Seq2Seq),
 }
 SECTIONS = tuple(name for name, stage in STAGES.items() if stage.parameters is not None)

@@ -76,6 +76,8 @@ KINDS: dict[str, Kind] = {
     "seq2seq": Kind("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "encoder-decoder"),
 }
 """By stage; all others train a causal language model."""
+HEADS = ("classifier", "pre_classifier", "classification_head", "score", "pooler")
+"""What the modules that make a classifier are called: they are trained whole, so never quantised."""
 
 
 def kind_of(stage: str) -> Kind:
@@ -151,7 +153,7 @@ def load_model(
     model = _load(path, config, device, dtype_of(config, device), qlora, described)
     # A cache would switch off the detection of packed rows, and is of no use in training. save_model restores it.
     if hasattr(model.config, "use_cache"):
-        model._published_use_cache = model.config.use_cache  # type: ignore[assignment]
+        model._published_use_cache = model.config.use_cache
         model.config.use_cache = False
     model.train()
     if config.data.packing and not is_deepspeed_zero3_enabled():
@@ -219,6 +221,7 @@ def _load(
             bnb_4bit_quant_type=qlora.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=qlora.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(HEADS) if kind.new_head else None,
         )
     if kind.new_head:  # a head for other labels is replaced
         options["ignore_mismatched_sizes"] = True
@@ -347,9 +350,7 @@ def _explained(what: str, kind: Kind = LANGUAGE_MODEL) -> Iterator[None]:
                 "with a newer transformers, or another model."
             )
         elif "Unrecognized configuration class" in text:
-            message = (
-                f"{what} is no {kind.words} ({line}). Name one that transformers' {kind.auto} loads."
-            )
+            message = f"{what} is no {kind.words} ({line}). Name one that transformers' {kind.auto} loads."
         elif type(error).__name__ == "SafetensorError" or "size mismatch" in text:
             message = f"{what} cannot be read: {line}. Its files are damaged or do not belong together."
         elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):

@@ -54,7 +54,8 @@ class Prepared:
 
 def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, render and tokenise every source. RunError(INVALID_DATA) names file and line of up to five bad rows."""
-    ensure_chat_template(tokenizer)
+    if config.stage not in targets.RECORDS:
+        ensure_chat_template(tokenizer)
     labels = targets.find_labels(config, _records(config, fetched), fetched.model)
     renderer = Renderer(tokenizer)
     encoded = targets.encoding(config, labels) if config.stage in targets.RECORDS else encoding(config)

@@ -50,8 +50,7 @@ class Labels:
             return [int(place in places) for place in range(len(self.names))]
         if isinstance(label, list):
             raise BadRowError(
-                f"label is the list {label!r}; accepted: one label, as problem_type is {SINGLE}; "
-                f"lists are for {MULTI}"
+                f"label is the list {label!r}; accepted: one label, as problem_type is {SINGLE}; lists are for {MULTI}"
             )
         return self._place(label)
 

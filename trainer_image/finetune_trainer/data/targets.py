@@ -130,8 +130,9 @@ def _words(renderer: Renderer, sketches: list[Sketch]) -> Iterator[Draft]:
     if not tokenizer.is_fast:
         raise RunError(
             Cause.INVALID_CONFIGURATION,
-            f"stage token_classification needs to know which token belongs to which word, and {type(tokenizer).__name__} "
-            "does not tell. Accepted: a fast tokenizer (a tokenizer.json). Convert it, or use another model.",
+            f"stage token_classification needs to know which token belongs to which word, and "
+            f"{type(tokenizer).__name__} does not tell. Accepted: a fast tokenizer (a tokenizer.json). Convert it, or "
+            "use another model.",
         )
     words = [sketch.raw[0] for sketch in sketches]
     encoded = tokenizer(words, is_split_into_words=True, truncation=False, verbose=False)
@@ -171,9 +172,9 @@ def _sources_targets(renderer: Renderer, sketches: list[Sketch]) -> Iterator[Dra
     """Two sequences each; of the second every token is learned, its end too."""
     tokenizer = renderer.tokenizer
     sources = tokenizer([sketch.raw[0] for sketch in sketches], truncation=False, verbose=False)["input_ids"]
-    targets = tokenizer(
-        text_target=[sketch.raw[1] for sketch in sketches], truncation=False, verbose=False
-    )["input_ids"]
+    targets = tokenizer(text_target=[sketch.raw[1] for sketch in sketches], truncation=False, verbose=False)[
+        "input_ids"
+    ]
     end = tokenizer.eos_token_id
     for sketch, source, target in zip(sketches, sources, targets, strict=True):
         if end is not None and (not target or target[-1] != end):

@@ -103,7 +103,6 @@ _T5 = (
 )
 
 
-
 def _bart(layers: str, *attentions: str) -> Stack:
     return Stack(
         layers=layers,
