@@ -17,6 +17,7 @@ from typing import Any
 from finetune_api.base import seconds
 from finetune_api.compatibility import COMPATIBILITY, Row
 from finetune_api.schema import METHOD_PARAMETERS, spec_schema
+from finetune_api.spec import CHAT_TEMPLATES
 from finetune_api.stages import SECTIONS, STAGES
 
 NAME_LENGTH = 63 - len("-a99999") - len("-9999")
@@ -210,7 +211,7 @@ def _claim(at: str, field: str = "uri", optional: bool = False) -> Rule:
     )
 
 
-_OTHER_FORMATS = r"\.(csv|tsv|txt|arrow|xlsx|ya?ml|gz|bz2|xz|zst|zip|tar|tgz)$"
+_OTHER_FORMATS = r"\.(xlsx?|ods|ya?ml|zip|tar|tgz|7z|rar|tar\.(gz|bz2|xz|zst)|(parquet|arrow)\.(gz|bz2|xz|zst))$"
 
 
 def _source_rules(at: str) -> list[Rule]:
@@ -232,8 +233,8 @@ def _source_rules(at: str) -> list[Rule]:
             field="uri",
             holds=lambda self: re.search(_OTHER_FORMATS, self.uri) is None,
             cel=f"!self.uri.matches(r'{_OTHER_FORMATS}')",
-            accepted="a file whose name ends in .jsonl, .json or .parquet, or a folder of such files",
-            remedy="convert the rows to JSON lines, not compressed",
+            accepted="a file that ends in .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow, or a folder of such",
+            remedy="unpack archives, save tables as .csv; .parquet and .arrow are compressed inside",
         ),
         _claim(at),
         *(
@@ -462,10 +463,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         at="spec.data",
         field="chat_template",
-        holds=lambda self: self.chat_template == "" or "messages" in self.chat_template,
-        cel="self.chat_template == '' || self.chat_template.contains('messages')",
-        accepted="a Jinja template that renders the variable messages",
-        remedy="paste the template's text here (not its name or path), or leave it out for the tokenizer's own",
+        holds=lambda self: self.chat_template in ("", *CHAT_TEMPLATES) or "messages" in self.chat_template,
+        cel=f"self.chat_template in {['', *CHAT_TEMPLATES]} || self.chat_template.contains('messages')",
+        accepted=", ".join(CHAT_TEMPLATES) + "; or a Jinja template that renders the variable messages",
+        remedy="choose a name, paste the template's text (not its path), or leave it out for the tokenizer's own",
     ),
     # ---- the optimisation
     Rule(

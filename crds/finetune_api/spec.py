@@ -36,7 +36,34 @@ Stage = Literal[
     "token_classification",
     "seq2seq",
 ]
-DataFormat = Literal["alpaca", "messages", "text", "preference", "kto", "labelled", "conll", "source_target"]
+DataFormat = Literal[
+    "auto",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "chatml",
+    "chatglm",
+    "claude",
+    "guanaco",
+    "prompt_completion",
+    "prompt",
+    "preference",
+    "hh_rlhf",
+    "rm_static",
+    "shp",
+    "oasst",
+    "ranked",
+    "kto",
+    "text",
+    "labelled",
+    "source_target",
+    "conll",
+]
+CHAT_TEMPLATES = (
+    *("chatml", "alpaca", "guanaco", "chatglm", "claude", "vicuna", "zephyr", "llama-2", "llama-3"),
+    *("qwen", "mistral", "gemma", "phi"),
+)
+"""Names that stand for a template; the trainer's ``templates.py`` has them."""
 
 
 class ModelSource(HyperModel):
@@ -60,11 +87,14 @@ class DataSource(HyperModel):
 
     uri: DataUri
     """Where the rows lie: hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH,
-    file:///PATH. A file (.jsonl, .json or .parquet, as told by its ending) or a folder of such files."""
-    format: DataFormat = "alpaca"
-    """How a row is written: alpaca (instruction, input, output, optional system and history), messages (a list of role
-    and content, as OpenAI's), text (text), preference (prompt, chosen, rejected, optional margin) or kto (prompt,
-    completion, label)."""
+    file:///PATH. A file (.jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow; all but the last two also .gz, .bz2, .xz
+    or .zst), a folder of such files, or a pattern of them (*, ?, [a-z]; ** for folders)."""
+    format: DataFormat = "auto"
+    """How a row is written (docs/data.md). auto: told by the first rows; the log and the report say which it is."""
+    columns: dict[str, Annotated[str, Field(max_length=128)]] = Field(default={}, max_length=64)
+    """Columns with other names than the format's: {yours: the format's}, e.g. {question: instruction}."""
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What of a .txt file is one row: a line, what stands between blank lines, or the file."""
     weight: float = Field(1.0, gt=0, le=1000)
     """How often the rows of this source are seen in one epoch: 2 is twice, 0.5 a fresh half each epoch.
     Training only."""
@@ -87,7 +117,11 @@ class Data(HyperModel):
     """Fill sequences of max_length with several rows. Rows never see each other: attention and positions
     stop at their boundaries."""
     chat_template: str = Field("", max_length=65536)
-    """A Jinja chat template used in place of the tokenizer's own."""
+    """Used in place of the tokenizer's own: the name of a known one (chatml, alpaca, guanaco, chatglm, claude, vicuna,
+    zephyr, llama-2, llama-3, qwen, mistral, gemma, phi) or the text of a Jinja template. Written to the output."""
+    max_bad_rows: int = Field(0, ge=0, le=1000000000)
+    """How many rows of each source may be unlike their format: they are left out, counted and reported.
+    One more ends the job before anything is trained."""
 
 
 class Training(HyperModel):

@@ -15,8 +15,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from finetune_trainer.data.records import BadRowError, Conversation, Message
-from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary, ensure_chat_template
+from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary
 from finetune_trainer.outcome import RunError
+from finetune_trainer.templates import use_template
 
 TEXT = [
     "Who are you? I am a small assistant. What is the capital of France? Paris is the capital of France.",
@@ -195,7 +196,7 @@ def test_a_base_model_gets_a_plain_template_and_a_log_line(caplog):
     tokenizer = byte_level("x")
     tokenizer.chat_template = None
     with caplog.at_level(logging.WARNING):
-        ensure_chat_template(tokenizer)
+        use_template(tokenizer, "")
     assert "no chat template" in caplog.text
     [row] = tokens(tokenizer, MULTI)
     assert learned(tokenizer, row) == ["I am  you.\n\nAnd?</s>", "巴黎。</s>", "yes</s>"]

@@ -217,9 +217,7 @@ BAD: tuple[Bad, ...] = (
     # ---- choices
     Bad("an unknown stage", {"spec.stage": "sftt"}, "spec.stage", "did you mean sft?", SCHEMA, "Unsupported value"),
     Bad("an unknown method", {"spec.method.type": "lorra"}, "spec.method.type", "did you mean lora?", SCHEMA),
-    Bad(
-        "an unknown format", {"spec.data.train[0].format": "sharegpt"}, "spec.data.train[0].format", "messages", SCHEMA
-    ),
+    Bad("an unknown format", {"spec.data.train[0].format": "openai"}, "spec.data.train[0].format", "messages", SCHEMA),
     Bad(
         "an unknown schedule",
         {"spec.training.lr_scheduler_type": "cosin"},
@@ -277,12 +275,12 @@ BAD: tuple[Bad, ...] = (
     ),
     Bad("a GGUF file as the folder", {"spec.model.uri": "s3://a/m.gguf"}, "spec.model.uri", "the file in gguf_file"),
     Bad("a model as data", {"spec.data.train[0].uri": "hf://a/b"}, "spec.data.train[0].uri", "datasets/ after hf://"),
-    Bad("a table", {"spec.data.train[0].uri": "s3://a/rows.csv"}, "spec.data.train[0].uri", "to JSON lines"),
+    Bad("a spreadsheet", {"spec.data.train[0].uri": "s3://a/rows.xlsx"}, "spec.data.train[0].uri", "tables as .csv"),
     Bad(
-        "compressed held-out rows",
-        {"spec.data.eval": [{"uri": "s3://a/b.jsonl"}, {"uri": "s3://a/rows.jsonl.gz"}]},
+        "an archive of held-out rows",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl"}, {"uri": "s3://a/rows.tar.gz"}]},
         "spec.data.eval[1].uri",
-        "not compressed",
+        "unpack archives",
     ),
     Bad(
         "a claim no volume can have", {"spec.model.uri": "pvc://My_Claim/x"}, "spec.model.uri", "PersistentVolumeClaim"
@@ -353,10 +351,10 @@ BAD: tuple[Bad, ...] = (
         "for training rows only",
     ),
     Bad(
-        "the name of a template",
-        {"spec.data.chat_template": "chatml"},
+        "the path of a template",
+        {"spec.data.chat_template": "templates/mine.jinja"},
         "spec.data.chat_template",
-        "template's text here",
+        "the template's text (not its path)",
     ),
     # ---- the method
     Bad(

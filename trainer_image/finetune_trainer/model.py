@@ -28,6 +28,7 @@ from finetune_api.run import TrainerConfig
 from finetune_trainer.fetch import no_safetensors
 from finetune_trainer.gguf import converted
 from finetune_trainer.outcome import RunError
+from finetune_trainer.templates import use_template
 
 if TYPE_CHECKING:
     from finetune_trainer.data.labels import Labels
@@ -60,9 +61,11 @@ class Kind:
     saved with every method."""
     outputs: int | None = None
     """How many numbers the head gives, where the labels do not say."""
+    talks: bool = False
+    """Its rows are conversations, written by a chat template."""
 
 
-LANGUAGE_MODEL = Kind("AutoModelForCausalLM", "CAUSAL_LM", "causal language model")
+LANGUAGE_MODEL = Kind("AutoModelForCausalLM", "CAUSAL_LM", "causal language model", talks=True)
 KINDS: dict[str, Kind] = {
     "sequence_classification": Kind(
         "AutoModelForSequenceClassification", "SEQ_CLS", "model for sequence classification", new_head=True
@@ -71,7 +74,12 @@ KINDS: dict[str, Kind] = {
         "AutoModelForTokenClassification", "TOKEN_CLS", "model for token classification", new_head=True
     ),
     "reward": Kind(
-        "AutoModelForSequenceClassification", "SEQ_CLS", "model for sequence classification", new_head=True, outputs=1
+        "AutoModelForSequenceClassification",
+        "SEQ_CLS",
+        "model for sequence classification",
+        new_head=True,
+        outputs=1,
+        talks=True,
     ),
     "seq2seq": Kind("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "encoder-decoder"),
 }
@@ -103,8 +111,8 @@ def load_tokenizer(path: Path, config: TrainerConfig) -> PreTrainedTokenizerBase
         if config.stage == "token_classification" and not getattr(tokenizer, "add_prefix_space", True):
             # GPT-2's and RoBERTa's take words one by one only so.
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, add_prefix_space=True)
-    if config.data.chat_template:
-        tokenizer.chat_template = config.data.chat_template
+    if kind_of(config.stage).talks:
+        use_template(tokenizer, config.data.chat_template)
     rows = vocabulary_rows(path)
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         stand_in = tokenizer.eos_token or tokenizer.unk_token

@@ -76,7 +76,7 @@ def _key(
         _VERSION,
         transformers.__version__,  # renders the template
         digest,
-        source.format,
+        [source.format, source.columns, source.sample_by],
         # a commit is the digest of a whole repository, of which uri and split choose a part
         [source.uri, source.split] if source.uri.startswith("hf://") else [],
         hashlib.sha256(backend.to_str().encode()).hexdigest(),

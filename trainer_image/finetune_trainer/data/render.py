@@ -5,7 +5,6 @@ up to after each answer; where both are beginnings of the whole text, the answer
 then tokenised once, and a token is learned where it lies inside an answer. Called by ``data/__init__.py``.
 """
 
-import logging
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from finetune_api.causes import Cause
 from finetune_trainer.data.records import BadRowError, Conversation, Message
 from finetune_trainer.outcome import RunError
-
-log = logging.getLogger(__name__)
-
-FALLBACK_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
-)
-"""For models that were never taught to chat. It goes into the written tokenizer, so that the result is asked as
-it was taught."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +40,8 @@ class Tokens:
     """int32 (T,): what is learned at each token, where that is not the token itself."""
 
 
-def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer the fallback template where it has none."""
-    if not tokenizer.chat_template:
-        log.warning("the tokenizer has no chat template; using a plain one with '### User:' and '### Assistant:'")
-        tokenizer.chat_template = FALLBACK_TEMPLATE
-
-
 class Renderer:
-    """Conversations to tokens, for one tokenizer. Give it a chat template first (:func:`ensure_chat_template`)."""
+    """Conversations to tokens, for one tokenizer. Give it a chat template first (``templates.py``)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -75,6 +55,7 @@ class Renderer:
         it has to give that answer. BadRowError where the template refuses the conversation.
         """
         messages, tools = conversation.messages, conversation.tools
+        self._check_tools(messages, tools)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         whole = self._apply(messages[: answers[-1] + 1], tools)
         spans = []
@@ -86,6 +67,17 @@ class Renderer:
             if _learned(messages[number]):
                 spans.append(span)
         return [self._closed(Rendered(whole, spans))]
+
+    def _check_tools(self, messages: list[Message], tools: list[Any]) -> None:
+        """BadRowError where the template would leave out functions or calls without a word."""
+        template = str(self.tokenizer.chat_template)
+        called = any(message.get("tool_calls") for message in messages)
+        for used, field in ((bool(tools), "tools"), (called, "tool_calls")):
+            if used and field not in template:
+                raise BadRowError(
+                    f"the row has {field}, which the chat template does not write; give another data.chat_template "
+                    "(qwen writes them)"
+                )
 
     def _last_answer(self, messages: list[Message], tools: list[Any]) -> Rendered:
         whole = self._apply(messages, tools)
