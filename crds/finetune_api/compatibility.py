@@ -54,10 +54,12 @@ COMPATIBILITY: dict[str, Row] = {
     **dict.fromkeys(
         (
             *("ia3", "loha", "lokr", "oft", "boft", "fourierft", "waveft", "hra", "randlora", "vblora", "shira"),
-            *("c3a", "miss", "road", "gralora", "hira", "ln_tuning", "trainable_tokens"),
+            *("c3a", "miss", "road", "gralora", "hira", "ln_tuning"),
         ),
         Row(stages=ALL, zero_stages=(0, 1, 2)),
     ),
+    # PEFT saves nothing beside the tokens, so no head.
+    "trainable_tokens": Row(stages=(*WORDS, "seq2seq"), zero_stages=(0, 1, 2)),
     # They hold float32 constants beside their weights, and DeepSpeed's bf16 section turns only one of the two round.
     "vera": Row(stages=ALL, zero_stages=(0,)),
     "delora": Row(stages=ALL, zero_stages=(0,)),
@@ -65,5 +67,5 @@ COMPATIBILITY: dict[str, Row] = {
     "adapter": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "mam": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "unipelt": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
-    "moelora": Row(tasks=True, stages=WORDS, zero_stages=(0, 1, 2, 3)),
+    "moelora": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2, 3), tasks=True),
 }

@@ -255,7 +255,7 @@ def test_a_method(root: Path, name: str, family: str) -> None:
         assert float((found["merged"] - found["logits"]).abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize(("name", "family"), [pair for pair in REFUSED])
+@pytest.mark.parametrize(("name", "family"), list(REFUSED))
 def test_what_does_not_go_together_is_said(root: Path, name: str, family: str) -> None:
     with pytest.raises(RunError, match=REFUSED[name, family]):
         prepared(root, family, (CASES.get(name) or MORE[name]).method)

@@ -1,4 +1,4 @@
-"""A model that another job wrote as an adapter, merged into its base once per node as that job's ``output.merge`` would.
+"""A model that another job wrote as an adapter, merged into its base once per node, as ``output.merge`` would have been.
 
 Called by ``run.py`` before anything is loaded; everything after it sees an ordinary folder.
 """
