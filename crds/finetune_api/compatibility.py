@@ -69,3 +69,10 @@ COMPATIBILITY: dict[str, Row] = {
     "unipelt": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "moelora": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2, 3), tasks=True),
 }
+
+CONTINUED = (
+    *("lora", "qlora", "prompt_tuning", "p_tuning_v2", "ia3", "vera", "loha", "lokr", "oft", "boft", "fourierft"),
+    *("waveft", "hra", "randlora", "c3a", "miss", "road", "delora", "gralora", "hira", "adapter", "mam", "unipelt"),
+)
+"""Methods that go on with an adapter made earlier (``model.adapters[].train``). The others' adapters are not all of
+what was trained (p_tuning, prefix_tuning, adalora, vblora, moelora), or are made of random choices (shira)."""

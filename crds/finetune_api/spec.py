@@ -66,6 +66,19 @@ CHAT_TEMPLATES = (
 """Names that stand for a template; the trainer's ``templates.py`` has them."""
 
 
+class AdapterSource(HyperModel):
+    """An adapter that was trained over the model earlier."""
+
+    uri: ModelUri
+    """Where the adapter lies (the folder of adapter_config.json), written as the model's uri; job://NAME: the adapter
+    that another FineTuneJob wrote."""
+    revision: str = Field("main", max_length=256)
+    """Branch, tag or commit; only for hf://."""
+    train: bool = False
+    """Train it on, instead of a new one: its parameters are those of spec.method. Only the last one. false: it is
+    merged into the model, and stays as it is."""
+
+
 class ModelSource(HyperModel):
     """The model to start from."""
 
@@ -80,6 +93,9 @@ class ModelSource(HyperModel):
     """Name of the GGUF file inside uri, where the model is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
+    adapters: list[AdapterSource] = Field(default=[], max_length=16)
+    """Adapters trained over the model earlier, in the order they were: the new one is stacked on top of them, or the
+    last one is trained on."""
 
 
 class DataSource(HyperModel):

@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +35,14 @@ def converted(folder: Path, name: str, dtype: torch.dtype) -> Path:
     """
     stat = (folder / name).stat()
     facts = f"{(folder / name).resolve()} {stat.st_size} {stat.st_mtime_ns} {dtype} {transformers.__version__}"
-    key = f"gguf/{hashlib.sha256(facts.encode()).hexdigest()[:32]}"
-    return kept_once(key, lambda to: _convert(folder, name, dtype, to))
-
-
-def kept_once(key: str, make: Callable[[Path], None]) -> Path:
-    """The folder ``key`` of this node's cache, made by ``make`` where it is not there yet: by one process, while the
-    others wait."""
-    entry = _root() / key
+    entry = _root() / "gguf" / hashlib.sha256(facts.encode()).hexdigest()[:32]
     entry.parent.mkdir(parents=True, exist_ok=True)
     with lock(entry):
         if not entry.is_dir():
-            log.info("making %s", entry)
+            log.info("converting %s to safetensors in %s", name, entry)
             partial = entry.with_name(f".partial-{uuid.uuid4().hex[:8]}")
             try:
-                make(partial)
+                _convert(folder, name, dtype, partial)
                 sync_folder(partial)
                 partial.rename(entry)
             finally:

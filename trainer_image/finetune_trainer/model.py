@@ -176,10 +176,10 @@ def load_for_merge(path: Path, config: TrainerConfig, adapter: Path) -> PreTrain
     if kind_of(config.stage).new_head:
         described = {"config": AutoConfig.from_pretrained(adapter, local_files_only=True)}
     with without_zero3():
-        return _load(path, config, torch.device("cpu"), published_dtype(config), None, described)
+        return _load(path, config, torch.device("cpu"), _published_dtype(config), None, described)
 
 
-def published_dtype(config: TrainerConfig) -> torch.dtype:
+def _published_dtype(config: TrainerConfig) -> torch.dtype:
     """The number format of the run, asked on the CPU: there ``auto`` would mean float32."""
     return dtype_of(config, torch.device("cuda" if config.accelerator == "gpu" else "cpu"))
 
@@ -189,7 +189,7 @@ def _readable(path: Path, config: TrainerConfig) -> Path:
     if not config.model.gguf_file or not (path / config.model.gguf_file).is_file():
         return path
     with without_zero3():
-        return converted(path, config.model.gguf_file, published_dtype(config))
+        return converted(path, config.model.gguf_file, _published_dtype(config))
 
 
 @contextmanager
@@ -397,7 +397,7 @@ def assert_packing_isolated(model: PreTrainedModel) -> None:
     model.eval()
     try:
         device = next(model.parameters()).device
-        length, vocabulary = 6, int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        length, vocabulary = 6, int(model.config.get_text_config().vocab_size)
         rows = torch.arange(3 * length, device=device).reshape(3, length) * 7919 % vocabulary
         positions = torch.arange(length, device=device)
 
