@@ -9,6 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Duration, HyperModel, KubeModel
 from finetune_api.methods import Lora, Method
+from finetune_api.stages import Dpo, Kto, Orpo, Reward, Sft
 
 Uri = Annotated[str, Field(max_length=1024)]
 # Patterns: ``schema.PATTERNS`` has the words for each.
@@ -24,7 +25,7 @@ StorageUri = Annotated[Uri, Field(pattern=STORAGE_URI)]
 Name = Annotated[str, Field(max_length=253, pattern=NAME)]
 Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
-Stage = Literal["sft"]
+Stage = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo"]
 DataFormat = Literal[
     "auto",
     "alpaca",
@@ -253,7 +254,9 @@ class FineTuneJobSpec(KubeModel):
     """What to train, on what, how, with which machines, and where the result goes."""
 
     stage: Stage = "sft"
-    """What is learned: sft (supervised fine-tuning; the loss covers the answers only)."""
+    """What is learned: pretrain (continued pretraining on running text), sft (supervised fine-tuning; the loss covers
+    the answers only), reward (a reward model of pairs of answers), dpo (preferences without a reward model), kto
+    (answers judged good or bad), orpo (SFT and preferences in one, without a reference)."""
     model: ModelSource
     """The model to start from."""
     method: Method = Lora(type="lora")
@@ -262,6 +265,16 @@ class FineTuneJobSpec(KubeModel):
     """The training and evaluation rows."""
     training: Training = Training()
     """The optimisation."""
+    sft: Sft | None = None
+    """Parameters of stage sft."""
+    reward: Reward | None = None
+    """Parameters of stage reward."""
+    dpo: Dpo | None = None
+    """Parameters of stage dpo."""
+    kto: Kto | None = None
+    """Parameters of stage kto."""
+    orpo: Orpo | None = None
+    """Parameters of stage orpo."""
     evaluation: Evaluation = Evaluation()
     """Questions answered before and after."""
     deepspeed: DeepSpeed = DeepSpeed()

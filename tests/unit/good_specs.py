@@ -182,4 +182,23 @@ GOOD: tuple[Good, ...] = (
     Good("the longest name", {"metadata.name": "x" * 51}),
     Good("null for what is optional", {"spec.training": None, "spec.checkpoint": {"uri": None}}),
     Good("whole floats for integers", {"spec.workers.replicas": 2.0, "spec.training.max_steps": 10.0}),
+    Good("continued pretraining, packed", {"spec.stage": "pretrain", "spec.data.packing": True}),
+    Good("the last answers only", {"spec.stage": "sft", "spec.sft": {"loss_on": "last_answer"}}),
+    Good(
+        "dpo in all words",
+        {
+            "spec.stage": "dpo",
+            "spec.dpo": {
+                "loss_type": "sigmoid_norm",
+                "beta": 0.2,
+                "rpo_alpha": 1,
+                "ld_alpha": 0.5,
+                "precompute_ref_log_probs": True,
+            },
+        },
+    ),
+    Good("dpo in few words", {"spec.stage": "dpo"}),
+    Good("an empty section", {"spec.stage": "orpo", "spec.orpo": {}}),
+    Good("a centred reward", {"spec.stage": "reward", "spec.reward": {"center_rewards_coefficient": 0.01}}),
+    Good("kto with weights", {"spec.stage": "kto", "spec.kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5}}),
 )

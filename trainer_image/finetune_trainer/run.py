@@ -34,7 +34,7 @@ from finetune_api.run import (
     TrainerConfig,
 )
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
-from finetune_trainer.logbook import Logbook, Step, Tally, for_people
+from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
 from finetune_trainer.stopping import Stop, leave
 from finetune_trainer.telemetry import History, Pulse, Telemetry, now
@@ -136,6 +136,7 @@ class Job:
         _quiet()
         from finetune_trainer import data, model
         from finetune_trainer.fence import claim
+        from finetune_trainer.objectives import objective
         from finetune_trainer.storage import Store
 
         self.world.alive = self.stop.beat
@@ -148,8 +149,9 @@ class Job:
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
-        self.collate: Callable[[list[Any]], dict[str, Any]] = lambda sequences: data.collate(
-            sequences, self._pad_token_id()
+        self.objective = objective(config)
+        self.collate: Callable[[list[Any]], dict[str, Any]] = lambda items: self.objective.collate(
+            items, self._pad_token_id()
         )
 
     def _pad_token_id(self) -> int:
@@ -167,15 +169,14 @@ class Job:
         from finetune_trainer.engine import Engine, before_loading
         from finetune_trainer.feed import draw_seed
         from finetune_trainer.flops import model_cost
-        from finetune_trainer.methods import METHODS, hooks
-        from finetune_trainer.objectives import OBJECTIVES
+        from finetune_trainer.methods import METHODS, hooks, switched_off
         from finetune_trainer.saving import Saver
         from finetune_trainer.schedule import learning_rate, sequences_wanted, steps_for
         from finetune_trainer.state import TrainableState
 
         config, world = self.config, self.world
         stream = self.prepared.train
-        self.wanted = sequences_wanted(config, stream.sequences)
+        self.wanted = sequences_wanted(config, stream.items)
         self.max_steps = steps_for(config, self.wanted)
         self.rate = learning_rate(config, self.max_steps)
         self.telemetry.update(max_steps=self.max_steps)
@@ -187,9 +188,11 @@ class Job:
         trained = METHODS[config.method.type].prepare(base, config.method, config)
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
-        self.objective = OBJECTIVES[config.stage]
         added = hooks(trained, config, self.max_steps)
-        self.engine = Engine(trained, config, world, self.objective, self.stop, added)
+        off = switched_off(trained, config)
+        self.engine = Engine(trained, config, world, self.objective, self.stop, added, off)
+        if self.engine.needs_references:
+            self._references()
         self.state = TrainableState(self.engine.engine, world.rank, world.size, added.statistics)
         self._say_layout()
 
@@ -210,6 +213,7 @@ class Job:
             cost=model_cost(base, self.total, trains_all=config.method.type == "full"),
             peak=_peak(world),
             device=world.device,
+            figures=self.engine.figures,
         )
         self.saver = Saver(
             self.checkpoints,
@@ -224,6 +228,15 @@ class Job:
             leftovers=[skipped.step for skipped in self.resumed.skipped],
             on_saved=self._saved,
         )
+
+    def _references(self) -> None:
+        """While the model is the one it starts from, also where the run goes on from a checkpoint. Collective."""
+        self._phase("preparing", "asking the reference")
+        for stream, used in [
+            (self.prepared.train, self.prepared.train.used(self.wanted)),
+            *((stream, None) for stream in self.prepared.eval.values()),
+        ]:
+            self.engine.references(stream, self.collate, used)
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the result depends on; held-out rows do not change it."""
@@ -308,11 +321,11 @@ class Job:
                 feed.close()
                 return False
             began = time.monotonic()
-            weight, rate = agreed.next_weight, self.rate(batch.step - 1)
-            outcome = engine.step(batch, weight, rate)
+            weights, rate = agreed.next_weights, self.rate(batch.step - 1)
+            outcome = engine.step(batch, weights, rate)
             following, waits = feed.take()
             agreed = engine.agree(outcome, batch, following, fatal=self.saver.fatal is not None, saving=self.saver.busy)
-            loss, norm = agreed.loss_sum / max(weight, 1), float(outcome.grad_norm)
+            loss, norm = mean_loss(agreed.loss_sums, weights), float(outcome.grad_norm)
             engine.check_finite(batch.step, loss, norm, outcome.applied, rate)
             if agreed.fatal:
                 raise self.saver.fatal or RunError(
@@ -323,8 +336,9 @@ class Job:
             step = Step(
                 number=batch.step,
                 epoch=batch.epoch,
-                loss_sum=agreed.loss_sum,
-                weight=weight,
+                loss_sums=agreed.loss_sums,
+                weights=weights,
+                sums=agreed.sums,
                 tokens=agreed.tokens,
                 pairs=agreed.pairs,
                 learning_rate=rate,

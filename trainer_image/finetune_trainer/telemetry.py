@@ -74,8 +74,15 @@ class Metrics:
         self.checkpoint_failures = self._counter("finetune_train_checkpoint_failures", "Saves that failed")
         self.checkpoint_bytes = self._gauge("finetune_train_checkpoint_bytes", "Size of the last checkpoint")
         self._method = self._gauges("finetune_train_method", "What the method tells about itself", "figure")
+        self._figure = self._gauges("finetune_train_figure", "What the stage tells, e.g. its accuracy", "figure")
         self._eval_loss = self._gauges("finetune_eval_loss", "Loss on held-out rows", "source")
         self._eval_perplexity = self._gauges("finetune_eval_perplexity", "Perplexity on held-out rows", "source")
+        self._eval_figure = Gauge(
+            "finetune_eval_figure",
+            "What the stage tells of held-out rows, e.g. its accuracy",
+            ["finetunejob", "figure", "source"],
+            registry=self.registry,
+        )
         self._heartbeat = self._gauges(
             "finetune_train_heartbeat_age_seconds", "Seconds since a rank was last seen to go forward", "rank"
         )
@@ -94,6 +101,10 @@ class Metrics:
         """A number of the method's own, e.g. AdaLoRA's rank_mean."""
         self._method.labels(self._job, figure).set(value)
 
+    def figure(self, name: str, value: float) -> None:
+        """A number of the stage's own, e.g. a reward model's accuracy."""
+        self._figure.labels(self._job, name).set(value)
+
     def evaluation(self, figures: dict[str, float]) -> None:
         """Figures as ``Engine.evaluate`` gives them; the whole is the source ``all``."""
         for name, value in figures.items():
@@ -101,6 +112,8 @@ class Metrics:
             gauge = {"loss": self._eval_loss, "perplexity": self._eval_perplexity}.get(kind)
             if gauge is not None:
                 gauge.labels(self._job, source or "all").set(value)
+            else:
+                self._eval_figure.labels(self._job, kind, source or "all").set(value)
 
     def heartbeat(self, rank: str, age: float) -> None:
         """Seconds since this rank went forward."""

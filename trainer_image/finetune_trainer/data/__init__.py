@@ -1,7 +1,7 @@
 """From files to the sequences a run trains and evaluates on.
 
-``sources.py`` reads rows (``files.py``) and finds what is in them (``formats.py``: ``records.py``), ``render.py`` makes
-tokens of that, ``stream.py`` puts them in order. Called by ``run.py``.
+``sources.py`` reads rows (``files.py``) and what is in them (``formats.py``, ``records.py``), ``encode.py`` says what
+the stage learns of that, ``render.py`` makes text and tokens, ``stream.py`` puts them in order. Called by ``run.py``.
 """
 
 import logging
@@ -19,19 +19,20 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import Data, DataSource
 from finetune_trainer.data.cache import cached_rows
-from finetune_trainer.data.records import BadRowError, Conversation
-from finetune_trainer.data.render import Rendered, Renderer, Tokens, check_vocabulary
+from finetune_trainer.data.encode import Encoding, Sketch, encoding
+from finetune_trainer.data.records import BadRowError
+from finetune_trainer.data.render import Renderer, check_vocabulary
 from finetune_trainer.data.sources import BadRows, records
-from finetune_trainer.data.stream import Rows, Sequence, Stream, collate
+from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, collate
 from finetune_trainer.fetch import Fetched, data_kind, source_key, split_pattern
 from finetune_trainer.model import vocabulary_rows
 from finetune_trainer.outcome import RunError
 
-__all__ = ["Prepared", "Rows", "Sequence", "Stream", "collate", "prepare"]
+__all__ = ["Item", "Prepared", "Rows", "Sequence", "Stream", "collate", "prepare"]
 
 log = logging.getLogger(__name__)
 
-_COUNTED = ("rows", "unused", "sequences", "truncated", "answers_cut", "answers_lost", "dropped", "longest")
+_COUNTED = ("rows", "unused", "sequences", "truncated", "answers_cut", "answers_lost", "split", "dropped", "longest")
 _CHUNK = 1000  # rows tokenised together, by all cores
 
 
@@ -45,13 +46,13 @@ class Prepared:
     report: dict[str, dict[str, Any]]
     """By source (``eval/`` before held-out ones): uri, format, rows, unused (rows that decide nothing), bad_rows and
     bad_examples, sequences, tokens, learned_tokens, truncated (rows cut at max_length) with answers_cut and
-    answers_lost (none of their tokens is left), dropped (rows with nothing to learn left), longest (tokens, before
-    the cut)."""
+    answers_lost (none of their tokens is left), split (documents in pieces of max_length), dropped (rows with nothing
+    to learn left), longest (tokens, before the cut)."""
 
 
 def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, render and tokenise every source. RunError(INVALID_DATA) names file and line of up to five bad rows."""
-    renderer = Renderer(tokenizer)
+    renderer, encoded = Renderer(tokenizer), encoding(config)
     report: dict[str, dict[str, Any]] = {}
     known = vocabulary_rows(fetched.model)
     tasks: list[str] | None = getattr(config.method, "tasks", None)
@@ -64,8 +65,8 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             name,
             tokenizer,
             config.data.max_length,
-            lambda: _tokenize(source, path, name, renderer, config.data, tasks),
-            [config.data.max_bad_rows, *(tasks or [])],
+            lambda: _tokenize(source, path, name, renderer, encoded, config.data, tasks),
+            (config.stage, *encoded.version, config.data.max_bad_rows, *(tasks or [])),
         )
         if len(rows):
             check_vocabulary(int(rows.ids.max()), known, config.model.uri)
@@ -116,41 +117,46 @@ def _tokenize(
     path: Path,
     name: str,
     renderer: Renderer,
+    encoding: Encoding,
     data: Data,
     tasks: list[str] | None = None,
 ) -> tuple[Rows, dict[str, Any]]:
     """The rows of a source as tokens, and what is to be reported of them."""
-    counts: dict[str, Any] = {"uri": source.uri, "format": source.format}
-    counts |= dict.fromkeys(_COUNTED, 0)
+    counts: dict[str, Any] = {"uri": source.uri, "format": source.format, **dict.fromkeys(_COUNTED, 0)}
     bad = BadRows(source.uri, data.max_bad_rows)
     parts: list[Rows] = []
-    for texts in _chunks(source, path, renderer, counts, bad, tasks):
-        kept: list[Tokens] = []
-        for tokens in renderer.encode(texts):
-            tokens = _cut(tokens, data.max_length, counts)
-            if tokens.learned[1:].any():  # the first token has nothing before it to be predicted from
-                kept.append(tokens)
-            else:
-                counts["dropped"] += 1
+    for sketches in _chunks(source, path, renderer, encoding, counts, bad, tasks):
+        kept: list[Draft] = []
+        for row in encoding.tokenise(renderer, sketches):
+            fitting = encoding.fit(row, data.max_length)
+            _count(row, fitting, data.max_length, counts)
+            kept += fitting
         parts.append(Rows.of(name, kept))
     bad.close()
-    rows = Rows.joined(name, parts)
-    counts |= {"sequences": len(rows), "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
+    rows = encoding.whole(Rows.joined(name, parts))
+    sequences = len(rows) * rows.parts
+    counts |= {"sequences": sequences, "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
     counts |= {"bad_rows": bad.count, "bad_examples": bad.named}
     return rows, counts
 
 
-def _cut(tokens: Tokens, max_length: int, counts: dict[str, Any]) -> Tokens:
-    """At most ``max_length`` tokens, and what that costs: answers of which nothing or not all is left."""
-    counts["longest"] = max(counts["longest"], len(tokens.ids))
-    if len(tokens.ids) <= max_length:
-        return tokens
-    cut = Tokens(tokens.ids[:max_length], tokens.learned[:max_length], tokens.task)
-    left, before = _answers(cut.learned), _answers(tokens.learned)
+def _count(row: Draft, fitting: list[Draft], max_length: int, counts: dict[str, Any]) -> None:
+    """What it costs to bring a row within ``max_length``: answers of which nothing or not all is left."""
+    longest = max(len(tokens.ids) for tokens in row.sequences)
+    counts["longest"] = max(counts["longest"], longest)
+    counts["dropped"] += not fitting
+    if longest <= max_length:
+        return
+    if len(fitting) > 1:  # a document in pieces: nothing of it is lost
+        counts["split"] += 1
+        return
     counts["truncated"] += 1
-    counts["answers_lost"] += before - left
-    counts["answers_cut"] += bool(tokens.learned[max_length - 1] and tokens.learned[max_length])
-    return cut
+    before, after = (sum(_answers(t.learned) for each in rows for t in each.sequences) for rows in ([row], fitting))
+    counts["answers_lost"] += max(before - after, 0)
+    if fitting:
+        counts["answers_cut"] += sum(
+            t.learned[max_length - 1 : max_length + 1].tolist() == [True, True] for t in row.sequences
+        )
 
 
 def _answers(learned: np.ndarray) -> int:
@@ -162,16 +168,20 @@ def _chunks(
     source: DataSource,
     path: Path,
     renderer: Renderer,
+    encoding: Encoding,
     counts: dict[str, Any],
     bad: BadRows,
     tasks: list[str] | None,
-) -> Iterator[list[Rendered]]:
-    """Rendered rows, some at a time."""
-    chunk: list[Rendered] = []
-    for place, row, record in records(source, path, Conversation, bad, counts):
+) -> Iterator[list[Sketch]]:
+    """Rows as texts, some at a time."""
+    chunk: list[Sketch] = []
+    for place, row, record in records(source, path, encoding.record, bad, counts):
         try:
-            rendered = renderer.render(record)
-            chunk += [replace(text, task=_task(row, tasks)) for text in rendered] if tasks else rendered
+            sketches = encoding.sketch(renderer, record)
+            if tasks:
+                number = _task(row, tasks)
+                sketches = [replace(one, numbers={**one.numbers, "task": number}) for one in sketches]
+            chunk += sketches
         except BadRowError as error:
             bad.add(place, error)
         if len(chunk) >= _CHUNK and bad.endured:
@@ -200,6 +210,7 @@ def told(counts: dict[str, Any], max_length: int) -> str:
             f"{counts['answers_cut']} cut short)"
         )
     for key, meaning in (
+        ("split", "split into pieces of that length"),
         ("dropped", "dropped, as nothing to learn is left"),
         ("unused", "unused, as they decide nothing"),
         ("bad_rows", "left out, as they are not in the format"),
@@ -213,7 +224,10 @@ def _nothing_left(name: str, report: dict[str, dict[str, Any]], max_length: int)
     counts = report.get(name) or report[f"eval/{name}"]
     if not counts["rows"]:
         return f"{counts['uri']} holds no rows"
+    if counts["unused"] + counts["bad_rows"] == counts["rows"]:
+        return f"{counts['uri']}: none of its {counts['rows']} rows can be used ({told(counts, max_length)})"
     return (
-        f"{counts['uri']}: nothing to learn is left of its {counts['rows']} rows, because every answer begins after "
-        f"data.max_length ({max_length} tokens; the longest row has {counts['longest']}). Raise data.max_length."
+        f"{counts['uri']}: nothing to learn is left of its {counts['rows']} rows, because what is learned "
+        f"begins after, or does not fit into, data.max_length ({max_length} tokens; the longest row has "
+        f"{counts['longest']}). Raise data.max_length."
     )

@@ -38,14 +38,14 @@ def cached_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     make: Callable[[], tuple[Rows, Counts]],
-    more: list[Any] | None = None,
+    encoding: tuple[Any, ...],
 ) -> tuple[Rows, Counts]:
     """What ``make`` gives, from disk where it is there already.
 
-    ``digest`` is that of the source's content; without one, without a cache folder or with a tokenizer that cannot be
-    told by its content, ``make`` is called. ``more``: what else the tokens depend on.
+    ``encoding`` says what is learned of a record. ``digest`` is that of the source's content; without one, without a
+    cache folder or with a tokenizer that cannot be told by its content, ``make`` is called.
     """
-    key = _key(source, digest, tokenizer, max_length, more or [])
+    key = _key(source, digest, tokenizer, max_length, encoding)
     root = os.environ.get(ENV_CACHE) or os.environ.get(ENV_WORK)
     if not key or not root:
         return make()
@@ -66,7 +66,9 @@ def cached_rows(
     return _load(entry, name) or (rows, counts)
 
 
-def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, more: list[Any]) -> str:
+def _key(
+    source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, encoding: tuple[Any, ...]
+) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not digest or digest.startswith("sampled:") or backend is None:
         return ""
@@ -81,7 +83,7 @@ def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, ma
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
         max_length,
-        *more,
+        encoding,
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
@@ -90,23 +92,27 @@ def _load(entry: Path, name: str) -> tuple[Rows, Counts] | None:
     try:
         counts = json.loads((entry / "counts.json").read_text())
         ids, learned, starts = (np.load(entry / f"{part}.npy", mmap_mode="r") for part in ("ids", "learned", "starts"))
-        tasks = np.load(entry / "tasks.npy") if (entry / "tasks.npy").exists() else None
-    except (OSError, ValueError):
+        labels = np.load(entry / "labels.npy", mmap_mode="r") if (entry / "labels.npy").exists() else None
+        numbers = {path.stem: np.load(path, mmap_mode="r") for path in sorted((entry / "numbers").glob("*.npy"))}
+        parts = int(counts["parts"])
+    except (OSError, ValueError, KeyError):
         return None
     if len(ids) != len(learned) or len(ids) != counts["tokens"] or int(starts[-1]) != len(ids):
         return None
-    return Rows(name, ids, learned, starts, tasks), counts
+    del counts["parts"]
+    return Rows(name, ids, learned, starts, parts, labels, numbers), counts
 
 
 def _store(entry: Path, rows: Rows, counts: Counts) -> None:
     partial = entry.with_name(f".partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
+    (partial / "numbers").mkdir(parents=True)
     try:
-        for part in ("ids", "learned", "starts"):
-            np.save(partial / f"{part}.npy", getattr(rows, part))
-        if rows.tasks is not None:
-            np.save(partial / "tasks.npy", rows.tasks)
-        (partial / "counts.json").write_text(json.dumps(counts))
+        for part in ("ids", "learned", "starts", "labels"):
+            if getattr(rows, part) is not None:
+                np.save(partial / f"{part}.npy", getattr(rows, part))
+        for key, values in rows.numbers.items():
+            np.save(partial / "numbers" / f"{key}.npy", values)
+        (partial / "counts.json").write_text(json.dumps(counts | {"parts": rows.parts}))
         sync_folder(partial)
         shutil.rmtree(entry, ignore_errors=True)
         partial.rename(entry)

@@ -8,6 +8,7 @@ then tokenised once, and a token is learned where it lies inside an answer. Call
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,6 @@ class Rendered:
     text: str
     spans: list[tuple[int, int]]
     """[start, end) in characters of ``text``, in order, not overlapping."""
-    task: int | None = None
-    """Number of the row's task, where the method knows tasks."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Tokens:
     ids: np.ndarray
     """int32 (T,)"""
     learned: np.ndarray
-    """bool (T,): the token is part of an answer."""
-    task: int | None = None
-    """As of the text."""
+    """bool (T,): the token is learned (of a conversation: it is part of an answer)."""
+    labels: np.ndarray | None = None
+    """int32 (T,): what is learned at each token, where that is not the token itself."""
 
 
 class Renderer:
@@ -129,6 +128,18 @@ class Renderer:
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
 
+    def document(self, text: str) -> Rendered:
+        """Running text, all of it learned, with the tokenizer's token of beginning (where it writes one) and of end."""
+        begin = str(self._tokenizer.bos_token) if self._begins else ""
+        whole = f"{begin}{text}{self._tokenizer.eos_token or ''}"
+        return Rendered(whole, [(0, len(whole))])
+
+    @cached_property
+    def _begins(self) -> bool:
+        """The tokenizer puts its token of beginning before every text."""
+        first = self._tokenizer("a").input_ids[:1]
+        return self._tokenizer.bos_token_id is not None and first == [self._tokenizer.bos_token_id]
+
     def encode(self, texts: Sequence[Rendered]) -> Iterator[Tokens]:
         """Tokenise texts, many at once. Templates write special tokens themselves, so none are added."""
         if not texts:
@@ -147,7 +158,7 @@ class Renderer:
             verbose=False,
         )
         for rendered, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield Tokens(np.asarray(ids, dtype=np.int32), _mask(offsets, rendered.spans), rendered.task)
+            yield Tokens(np.asarray(ids, dtype=np.int32), _mask(offsets, rendered.spans))
 
     def _encode_slow(self, rendered: Rendered) -> Tokens:
         """Without offsets: an answer's tokens are those by which the text to its end is longer than to its start."""
@@ -156,7 +167,7 @@ class Renderer:
         for start, end in rendered.spans:
             first, last = (_common(self._ids(rendered.text[:cut]), ids) for cut in (start, end))
             learned[first:last] = True
-        return Tokens(np.asarray(ids, dtype=np.int32), learned, rendered.task)
+        return Tokens(np.asarray(ids, dtype=np.int32), learned)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -17,12 +17,15 @@ needs nothing but its configuration is a row in ``adapters.py``.
 """
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.methods import Method
 from finetune_api.run import TrainerConfig
 from finetune_trainer.hooks import NOTHING, Hooks
@@ -61,6 +64,19 @@ def hooks(model: Any, config: TrainerConfig, max_steps: int) -> Hooks:
     make = getattr(METHODS[config.method.type], "hooks", None)
     found: Hooks = make(model, config.method, max_steps) if make else NOTHING
     return found
+
+
+def switched_off(model: Any, config: TrainerConfig) -> Callable[[], AbstractContextManager[Any]] | None:
+    """Inside what it gives, the model is the one the training started from. None: there is no such way, because its own
+    weights are trained, or were changed at the start (PiSSA)."""
+    changed = getattr(model, "_first_lora", None) is not None
+    changed |= getattr(config.method, "adapter_variant", "") == "houlsby"  # it trains the model's norms
+    if COMPATIBILITY[config.method.type].whole_model or changed:
+        return None
+    if hasattr(model, "disable_adapter"):
+        off: Callable[[], AbstractContextManager[Any]] = model.disable_adapter
+        return off
+    return lambda: parts.switched_off(model)
 
 
 def load_adapter(model: Any, directory: str | Path) -> Any:

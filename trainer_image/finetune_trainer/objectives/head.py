@@ -39,21 +39,19 @@ class Head:
         finally:
             del self.module.forward
 
-    def loss_sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Scalar fp32: the summed cross-entropy of N positions; a negative target counts nothing.
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """fp32 (N,): the cross-entropy of N positions; of a negative target 0.
 
         ``hidden`` (N, width), ``targets`` (N,).
         """
         if self.frozen_weight:
             return _FrozenLinearLoss.apply(hidden, self.module.weight, targets)
-        total = hidden.new_zeros((), dtype=torch.float32)
         size = _chunk(self.module)
-        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-            total = total + checkpoint(self._chunk_loss, part, wanted, use_reentrant=False)
-        return total
+        parts = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(self._chunk_losses, part, wanted, use_reentrant=False) for part, wanted in parts])
 
-    def _chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(self.module(hidden).float(), targets, reduction="sum")
+    def _chunk_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(self.module(hidden).float(), targets, reduction="none")
 
 
 class _FrozenLinearLoss(torch.autograd.Function):
@@ -62,26 +60,26 @@ class _FrozenLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wants_gradient else None
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], size):
                 part, wanted = hidden[start : start + size], targets[start : start + size]
                 logits = linear(part.to(weight.dtype), weight).float()
-                total += cross_entropy(logits, wanted, reduction="sum")
+                losses[start : start + size] = cross_entropy(logits, wanted, reduction="none")
                 if gradient is not None:
                     share = torch.softmax(logits, -1)
                     share[torch.arange(share.shape[0], device=share.device), wanted.clamp(min=0)] -= 1.0
                     share *= (wanted >= 0).unsqueeze(-1)
                     gradient[start : start + size] = (share.to(weight.dtype) @ weight).to(hidden.dtype)
         ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None
+        return gradient * outer[0].to(gradient.dtype).unsqueeze(-1), None, None
 
 
 def _unchanged(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
