@@ -53,7 +53,15 @@ def _answer(engine: Engine, tokenizer: Any, prompt: str, max_new_tokens: int, to
             top_p=None,
             top_k=None,
             use_cache=True,
+            eos_token_id=_ends(engine.module, tokenizer),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             synced_gpus=together and engine.world.size > 1,
         )
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int] | None:
+    """The tokens that end an answer: the model's own, and the tokenizer's, which the chat template may have chosen."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return sorted({int(token) for token in ends if token is not None}) or None
