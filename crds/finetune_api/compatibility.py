@@ -24,7 +24,9 @@ class Row:
 
 WORDS = ("pretrain", "sft", "dpo", "kto", "orpo")
 """Stages that train a language model."""
-ALL = (*WORDS, "reward")
+LABELS = ("sequence_classification", "token_classification")
+"""Stages that train a classifier."""
+ALL = (*WORDS, "reward", *LABELS, "seq2seq")
 
 COMPATIBILITY: dict[str, Row] = {
     "full": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False, default_zero_stage=2, whole_model=True),
@@ -58,3 +60,10 @@ COMPATIBILITY: dict[str, Row] = {
     "unipelt": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "moelora": Row(stages=WORDS, zero_stages=(0, 1, 2, 3)),
 }
+
+CONTINUED = (
+    *("lora", "qlora", "prompt_tuning", "p_tuning_v2", "ia3", "vera", "loha", "lokr", "oft", "boft", "fourierft"),
+    *("waveft", "hra", "randlora", "c3a", "miss", "road", "delora", "gralora", "hira", "adapter", "mam", "unipelt"),
+)
+"""Methods that go on with an adapter made earlier (``model.adapters[].train``). The others' adapters are not all of
+what was trained (p_tuning, prefix_tuning, adalora, vblora, moelora), or are made of random choices (shira)."""

@@ -5,14 +5,14 @@ over HTTP (``GET /progress``) and leaves a :class:`Termination` in the container
 Only names of this module are known to both sides.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
 from finetune_api.spec import Data, Evaluation, ModelSource, Stage, Training
-from finetune_api.stages import Dpo, Kto, Orpo, Reward, Sft
+from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
 
 # Environment variables the pods get (all optional for the trainer but CONFIG).
 ENV_CONFIG = "FINETUNE_CONFIG"  # path of the trainer's configuration, a JSON file
@@ -55,6 +55,9 @@ class TrainerConfig(_Wire):
     dpo: Dpo | None = None
     kto: Kto | None = None
     orpo: Orpo | None = None
+    sequence_classification: SequenceClassification | None = None
+    token_classification: TokenClassification | None = None
+    seq2seq: Seq2Seq | None = None
     evaluation: Evaluation
     deepspeed: dict[str, Any]
     """The DeepSpeed configuration, complete but for the three batch sizes, which depend on the world."""
@@ -70,6 +73,43 @@ class TrainerConfig(_Wire):
     """Sequences per optimizer step over all processes, as planned; kept when the world changes."""
     accelerator: str = "gpu"
     """gpu: it is an error where no GPU is found. cpu: GPUs are not used."""
+
+
+Combination = Literal[
+    "cat",
+    "linear",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+"""How several LoRAs become one (PEFT's ``add_weighted_adapter``); cat and svd are exact sums."""
+
+
+class MergeConfig(_Wire):
+    """What ``finetune merge`` hands to ``finetune_trainer.merge``."""
+
+    model: ModelSource
+    """The base, and the adapters in ``adapters``."""
+    weights: list[float]
+    """One for each adapter; negative: it is taken away."""
+    combination: Combination = "cat"
+    density: float | None = None
+    """Share of the values that is kept, where a combination prunes."""
+    rank: int | None = None
+    """Of the result, where a combination decomposes."""
+    modules: str = ""
+    """A regular expression found in the names of the layers to change; empty: all."""
+    kind: Literal["model", "adapter"] = "model"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    output_uri: str
+    max_shard_size: str = "5GB"
+    seed: int = 42
 
 
 class CheckpointInfo(_Wire):

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Duration, HyperModel, KubeModel
 from finetune_api.methods import Lora, Method
-from finetune_api.stages import Dpo, Kto, Orpo, Reward, Sft
+from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
 
 Uri = Annotated[str, Field(max_length=1024)]
 # Patterns: ``schema.PATTERNS`` has the words for each.
@@ -25,7 +25,17 @@ StorageUri = Annotated[Uri, Field(pattern=STORAGE_URI)]
 Name = Annotated[str, Field(max_length=253, pattern=NAME)]
 Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
-Stage = Literal["pretrain", "sft", "reward", "dpo", "kto", "orpo"]
+Stage = Literal[
+    "pretrain",
+    "sft",
+    "reward",
+    "dpo",
+    "kto",
+    "orpo",
+    "sequence_classification",
+    "token_classification",
+    "seq2seq",
+]
 DataFormat = Literal[
     "auto",
     "alpaca",
@@ -56,6 +66,19 @@ CHAT_TEMPLATES = (
 """Names that stand for a template; the trainer's ``templates.py`` has them."""
 
 
+class AdapterSource(HyperModel):
+    """An adapter that was trained over the model earlier."""
+
+    uri: ModelUri
+    """Where the adapter lies (the folder of adapter_config.json), written as the model's uri; job://NAME: the adapter
+    that another FineTuneJob wrote."""
+    revision: str = Field("main", max_length=256)
+    """Branch, tag or commit; only for hf://."""
+    train: bool = False
+    """Train it on, instead of a new one: its parameters are those of spec.method. Only the last one. false: it is
+    merged into the model, and stays as it is."""
+
+
 class ModelSource(HyperModel):
     """The model to start from."""
 
@@ -70,6 +93,9 @@ class ModelSource(HyperModel):
     """Name of the GGUF file inside uri, where the model is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
+    adapters: list[AdapterSource] = Field(default=[], max_length=16)
+    """Adapters trained over the model earlier, in the order they were: the new one is stacked on top of them, or the
+    last one is trained on."""
 
 
 class DataSource(HyperModel):
@@ -168,6 +194,12 @@ class Evaluation(HyperModel):
     """User messages to answer, each in a conversation of its own, by greedy decoding."""
     max_new_tokens: int = Field(64, ge=1, le=8192)
     """Longest answer in tokens."""
+    predict_with_generate: bool = False
+    """With stage seq2seq: have the model write every target of the held-out rows, and report ROUGE and BLEU."""
+    generation_max_length: int = Field(0, ge=0, le=1048576)
+    """Longest target to write, in tokens; 0: seq2seq.max_target_length."""
+    generation_num_beams: int = Field(1, ge=1, le=64)
+    """Beams of the search for it; 1: greedy."""
 
 
 class ZeroOptimization(HyperModel):
@@ -256,7 +288,9 @@ class FineTuneJobSpec(KubeModel):
     stage: Stage = "sft"
     """What is learned: pretrain (continued pretraining on running text), sft (supervised fine-tuning; the loss covers
     the answers only), reward (a reward model of pairs of answers), dpo (preferences without a reward model), kto
-    (answers judged good or bad), orpo (SFT and preferences in one, without a reference)."""
+    (answers judged good or bad), orpo (SFT and preferences in one, without a reference), sequence_classification
+    (labels of texts or of pairs of texts), token_classification (a label for every word), seq2seq (texts made of texts
+    by an encoder-decoder)."""
     model: ModelSource
     """The model to start from."""
     method: Method = Lora(type="lora")
@@ -275,6 +309,12 @@ class FineTuneJobSpec(KubeModel):
     """Parameters of stage kto."""
     orpo: Orpo | None = None
     """Parameters of stage orpo."""
+    sequence_classification: Annotated[SequenceClassification | None, Field(alias="sequence_classification")] = None
+    """Parameters of stage sequence_classification."""
+    token_classification: Annotated[TokenClassification | None, Field(alias="token_classification")] = None
+    """Parameters of stage token_classification."""
+    seq2seq: Annotated[Seq2Seq | None, Field(alias="seq2seq")] = None
+    """Parameters of stage seq2seq."""
     evaluation: Evaluation = Evaluation()
     """Questions answered before and after."""
     deepspeed: DeepSpeed = DeepSpeed()

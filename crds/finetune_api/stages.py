@@ -6,7 +6,7 @@ where TRL has them. To add a stage: a row of :data:`STAGES`, a class with its pa
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -89,6 +89,36 @@ class Orpo(HyperModel):
     """Weight of the odds ratio; lambda of the paper."""
 
 
+LabelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class SequenceClassification(HyperModel):
+    """Classification of texts, and of pairs of texts."""
+
+    labels: list[LabelName] = Field(default=[], max_length=1024)
+    """Names of the labels, in the order of the model's outputs. Empty: those of the training rows, sorted."""
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
+    """One label, any number of labels, or a number (transformers' names). auto: as the training rows are: lists are
+    several labels, numbers with a fraction a regression."""
+
+
+class TokenClassification(HyperModel):
+    """Classification of words, such as named entities."""
+
+    labels: list[LabelName] = Field(default=[], max_length=1024)
+    """Names of the tags, as IOB: O, B-PER, I-PER …, in the order of the model's outputs. Empty: those of the training
+    rows, sorted."""
+
+
+class Seq2Seq(HyperModel):
+    """Texts made of texts by an encoder-decoder."""
+
+    source_prefix: str = Field("", max_length=1024)
+    """Put before every source, e.g. "summarize: "."""
+    max_target_length: int = Field(128, ge=1, le=1048576)
+    """Longest target in tokens; longer ones are cut, counted and reported. Of sources data.max_length is the limit."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """What is particular to a stage."""
@@ -117,6 +147,11 @@ STAGES: dict[str, Stage] = {
     "dpo": Stage("Preference", "preferences without a reward model", reference=True, parameters=Dpo),
     "kto": Stage("Judged", "answers judged good or bad", reference=True, parameters=Kto),
     "orpo": Stage("Preference", "SFT and preferences in one, without a reference", parameters=Orpo),
+    "sequence_classification": Stage(
+        "Labelled", "labels of texts or of pairs of texts", generates=False, parameters=SequenceClassification
+    ),
+    "token_classification": Stage("Tagged", "a label for every word", generates=False, parameters=TokenClassification),
+    "seq2seq": Stage("SourceTarget", "texts made of texts by an encoder-decoder", parameters=Seq2Seq),
 }
 SECTIONS = tuple(name for name, stage in STAGES.items() if stage.parameters is not None)
 """Stages with parameters of their own, ``spec.<stage>``."""

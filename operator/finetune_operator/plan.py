@@ -135,7 +135,15 @@ def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str
         namespace=owner.namespace,
         name=owner.name,
         stage=spec.stage,
-        model=spec.model.model_copy(update={"uri": model_uri, "dtype": dtype}),
+        model=spec.model.model_copy(
+            update={
+                "uri": model_uri,
+                "dtype": dtype,
+                "adapters": [
+                    a.model_copy(update={"uri": mounted(inputs.get(a.uri, a.uri))}) for a in spec.model.adapters
+                ],
+            }
+        ),
         method=spec.method,
         data=spec.data.model_copy(
             update={
@@ -203,9 +211,14 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def model_uris(spec: FineTuneJobSpec) -> list[str]:
+    """The model and its adapters: what may be the output of another job."""
+    return [spec.model.uri, *(adapter.uri for adapter in spec.model.adapters)]
+
+
 def claims(spec: FineTuneJobSpec, inputs: Mapping[str, str]) -> tuple[str, ...]:
     """Names of all claims the job reads or writes through pvc://."""
-    uris = [inputs.get(spec.model.uri, spec.model.uri), spec.output.uri, spec.checkpoint.uri or ""]
+    uris = [inputs.get(uri, uri) for uri in model_uris(spec)] + [spec.output.uri, spec.checkpoint.uri or ""]
     uris += [source.uri for source in (*spec.data.train, *spec.data.eval)]
     return tuple(sorted({uri[len("pvc://") :].split("/", 1)[0] for uri in uris if uri.startswith("pvc://")}))
 

@@ -22,7 +22,7 @@ from finetune_operator import manifests
 from finetune_operator.cluster import Cluster, ClusterError, Object
 from finetune_operator.decide import Decision, Facts, Inputs, decide
 from finetune_operator.observe import Observed, observe
-from finetune_operator.plan import Owner, Plan, make_plan
+from finetune_operator.plan import Owner, Plan, make_plan, model_uris
 from finetune_operator.settings import Profile, Settings
 from finetune_operator.status import Finding, events, is_true, merge_conditions
 
@@ -130,9 +130,18 @@ def _profile(settings: Settings, spec: FineTuneJobSpec | None) -> tuple[Profile 
 
 def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
     """Outputs of the jobs this one starts from."""
-    uri = spec.model.uri
-    if not uri.startswith("job://"):
-        return Inputs()
+    resolved: dict[str, str] = {}
+    for uri in model_uris(spec):
+        if uri.startswith("job://"):
+            found = _output(cluster, namespace, uri, adapter=uri != spec.model.uri)
+            if found.waiting:
+                return found
+            resolved |= found.resolved
+    return Inputs(resolved=resolved)
+
+
+def _output(cluster: Cluster, namespace: str, uri: str, *, adapter: bool) -> Inputs:
+    """What another job wrote: a whole model, or an adapter."""
     name = uri.removeprefix("job://")
     other = cluster.finetunejob(namespace, name)
     if other is None:
@@ -142,15 +151,18 @@ def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
         return Inputs(waiting=f"FineTuneJob {name} has failed; this job waits for its output.", failed=True)
     if not is_true(status, Condition.COMPLETE):
         return Inputs(waiting=f"Waiting for FineTuneJob {name} ({status.state or 'Pending'}).")
-    models = {o.kind: o.uri for o in status.outputs}
-    output = models.get("merged") or models.get("model")
-    if output is None:
-        return Inputs(
-            waiting=f"FineTuneJob {name} wrote an adapter only, not a whole model; accepted: an output of kind "
-            "model or merged. Run it again with output.merge: true.",
-            failed=True,
-        )
-    return Inputs(resolved={uri: output})
+    written = {o.kind: o.uri for o in status.outputs}
+    output = written.get("adapter") if adapter else written.get("merged") or written.get("model")
+    if output is not None:
+        return Inputs(resolved={uri: output})
+    problem = (
+        "wrote a whole model and no adapter; accepted in spec.model.adapters: an output of kind adapter. Name it in "
+        "spec.model.uri."
+        if adapter
+        else "wrote an adapter only, not a whole model; accepted: an output of kind model or merged. Run it again with "
+        "output.merge: true, or name it in spec.model.adapters beside its base."
+    )
+    return Inputs(waiting=f"FineTuneJob {name} {problem}", failed=True)
 
 
 def _progress(cluster: Cluster, observed: Observed) -> Progress | None:

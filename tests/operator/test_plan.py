@@ -214,3 +214,12 @@ def test_a_change_is_named_with_both_values_and_defaults_are_no_change() -> None
 def test_the_digest_changes_with_the_configuration_only() -> None:
     assert plan().digest == plan(recovery={"maxRestarts": 3}).digest
     assert plan().digest != plan(training={"seed": 1}).digest
+
+
+def test_adapters_are_resolved_and_their_claims_mounted() -> None:
+    adapters = [{"uri": "job://first"}, {"uri": "pvc://models/second", "train": True}]
+    spec = FineTuneJobSpec.model_validate({**GOOD_SPEC, "model": {"uri": "hf://a/b", "adapters": adapters}})
+    found = make_plan(OWNER, spec, Profile(), {"job://first": "pvc://outputs/first"})
+    uris = [adapter.uri for adapter in found.config.model.adapters]
+    assert uris == ["file:///mnt/claims/outputs/first", "file:///mnt/claims/models/second"]
+    assert {"models", "outputs"} <= set(found.claims)

@@ -16,7 +16,7 @@ from finetune_api.compatibility import COMPATIBILITY
 from finetune_trainer.methods import METHODS, hooks
 from finetune_trainer.model import load_model, load_tokenizer, parameter_counts
 from finetune_trainer.outcome import RunError
-from tests.trainer.methods_cases import CASES, GPT2, LLAMA, Case, make_gpt2
+from tests.trainer.methods_cases import CASES, GPT2, LLAMA, ONLY_GPT2, Case, make_gpt2
 from tests.trainer.tiny import make_config, make_model
 
 pytestmark = pytest.mark.trainer
@@ -25,10 +25,6 @@ CPU = torch.device("cpu")
 IDS = torch.arange(3, 35).reshape(2, 16)
 PAIRS = [(name, kind) for name, case in CASES.items() for kind in ("llama", "gpt2") if kind == "llama" or case.conv1d]
 PAIRS += [("bitfit", "gpt2"), ("bitfit of layer norms", "gpt2")]
-ONLY_GPT2 = {
-    "bitfit": Case({"type": "bitfit"}, lambda layers: sum(o for _, o in layers) + 5 * 64, merge=False),
-    "bitfit of layer norms": Case({"type": "bitfit", "bias_terms": ["layer_norm"]}, lambda _: 5 * 64, merge=False),
-}
 STEPS = 30
 
 

@@ -23,6 +23,19 @@ class Good:
 GOOD: tuple[Good, ...] = (
     Good("the least", {}),
     Good("nothing but an empty method", {"spec.method": {}}),
+    Good("an adapter to train on", {"spec.model.adapters": [{"uri": "job://first", "train": True}]}),
+    Good(
+        "an adapter on top of two",
+        {"spec.model.adapters": [{"uri": "hf://org/name", "revision": "v1"}, {"uri": "pvc://claim/second"}]},
+    ),
+    Good(
+        "full fine-tuning on top of an adapter under ZeRO-3",
+        {
+            "spec.model.adapters": [{"uri": "s3://team/first"}],
+            "spec.method": {"type": "full"},
+            "spec.deepspeed.zero_optimization.stage": 3,
+        },
+    ),
     Good("full fine-tuning", {"spec.method": {"type": "full"}, "spec.deepspeed.zero_optimization.stage": 3}),
     Good("lora by rank alone", {"spec.method": {"r": 8}}),
     Good(

@@ -117,6 +117,8 @@ class Engine:
         self._number = 0
         self._told: dict[str, tuple[int, ...]] = {}
         """Names and shapes of the objective's sums, known after the first pass."""
+        self.confusion: dict[str, list[list[int]]] = {}
+        """Of the last evaluation, by source ("" for all): how often label i was taken for j."""
         if hooks.after_update is not None:
             after = hooks.after_update
             # Called by the optimizer itself: DeepSpeed clears the gradients right after it.
@@ -285,17 +287,21 @@ class Engine:
         self._told = {name: tuple(value.shape) for name, value in sums.items()}
         if not sums:
             return torch.zeros(0, dtype=torch.float64, device=self.world.device)
-        return torch.cat([value.detach().double().reshape(-1) for value in sums.values()])
+        device = self.world.device  # what is counted on the host is there
+        return torch.cat([value.detach().to(device, torch.float64).reshape(-1) for value in sums.values()])
 
     def figures(self, flat: list[float]) -> dict[str, float]:
         """What the objective tells, of sums over whole steps."""
+        return self.objective.figures(self._sums(flat))
+
+    def _sums(self, flat: list[float]) -> Sums:
         sums: Sums = {}
         begin = 0
         for name, shape in self._told.items():
             size = math.prod(shape)
             sums[name] = torch.tensor(flat[begin : begin + size], dtype=torch.float64).reshape(shape)
             begin += size
-        return self.objective.figures(sums)
+        return sums
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of a forward pass."""
@@ -387,17 +393,20 @@ class Engine:
         Weighted as in training (by tokens, by pairs), over all processes. Collective; every process makes equally
         many passes.
         """
-        rows: list[torch.Tensor] = []
         terms = self.objective.terms
         with self._looking():
-            rows += [self._evaluate(stream, collate) for stream in sources.values()]
-        if not rows:
+            found = [self._evaluate(stream, collate) for stream in sources.values()]
+        if not found:
             return {}
-        values = torch.stack(rows)
+        values = torch.stack([total for total, _ in found])
         if self.world.size > 1:
             dist.all_reduce(values)
         figures: dict[str, float] = {}
         named = [("", values.sum(0)), *((f"/{name}", row) for name, row in zip(sources, values, strict=True))]
+        if (of_rows := self.objective.of_rows) is not None:
+            rows = [self._from_all(part) for _, part in found]
+            for name, part in zip(("", *(f"/{name}" for name in sources)), (torch.cat(rows), *rows), strict=True):
+                figures |= {f"{key}{name}": value for key, value in of_rows(part.cpu().numpy()).items()}
         for name, row in named:
             sums, weights, told = row.tolist()[:terms], row.tolist()[terms : 2 * terms], row.tolist()[2 * terms :]
             if not any(weights):
@@ -407,20 +416,42 @@ class Engine:
             if self.objective.per_token:
                 figures[f"perplexity{name}"] = math.exp(min(loss, 700.0))
             figures |= {f"{key}{name}": value for key, value in self.figures(told).items()}
+            if self.objective.labels:
+                self.confusion[name.removeprefix("/")] = self._sums(told)["confusion"].long().tolist()
         return figures
 
-    def _evaluate(self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]) -> torch.Tensor:
-        """This process's share of a source: the terms of the loss, their weights, and what the objective tells."""
+    def _evaluate(
+        self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's share of a source: the terms of the loss, their weights, and what the objective tells; and
+        what it tells of every row."""
         total: torch.Tensor | None = None
+        rows = [torch.zeros(0, device=self.world.device)]
         shared = self._before_all(stream, collate) if self.objective.before is not None else {}
         for batch, stand_in in self._eval_batches(stream, collate):
             weights = torch.tensor(self.objective.weights(batch), dtype=torch.float64, device=self.world.device)
             terms, sums = self._loss_sums(self._ready(self.objective.prepare(batch)) | shared)
+            if "rows" in sums:
+                rows += [] if stand_in else [sums["rows"]]
+                del sums["rows"]
             row = torch.cat([terms.double(), weights, self._flattened(sums)]) * (0.0 if stand_in else 1.0)
             total = row if total is None else total + row
             self.stop.beat()
         assert total is not None
-        return total
+        return total, torch.cat(rows[1:] or rows)
+
+    def _from_all(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, c) of each process as one (N, c), on all of them. Collective."""
+        if self.world.size == 1:
+            return rows
+        shape = torch.zeros(self.world.size, 2, dtype=torch.long, device=rows.device)
+        shape[self.world.rank] = torch.tensor([len(rows), rows.shape[-1] if len(rows) else 0])
+        dist.all_reduce(shape)
+        padded = torch.zeros(*shape.amax(0).tolist(), device=rows.device)
+        padded[: len(rows)] = rows.reshape(len(rows), padded.shape[1])
+        parts = [torch.zeros_like(padded) for _ in range(self.world.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, shape[:, 0].tolist(), strict=True)])
 
     def _eval_batches(
         self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]

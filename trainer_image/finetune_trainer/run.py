@@ -36,6 +36,7 @@ from finetune_api.run import (
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
 from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
+from finetune_trainer.profiling import Profile
 from finetune_trainer.stopping import Stop, leave
 from finetune_trainer.telemetry import History, Pulse, Telemetry, now
 from finetune_trainer.world import local_rank, rank, world_size
@@ -131,25 +132,28 @@ class Job:
         self._phase("loading", "loading the libraries")
         from finetune_trainer.world import join
 
-        config = self.config
-        self.world = join(config.accelerator)
+        self.world = join(self.config.accelerator)
         _quiet()
-        from finetune_trainer import data, model
+        from finetune_trainer import data, earlier, model
         from finetune_trainer.fence import claim
         from finetune_trainer.objectives import objective
         from finetune_trainer.storage import Store
 
+        config = self.config = earlier.settled(self.config, self.fetched)
         self.world.alive = self.stop.beat
-        self.pulse = Pulse(self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats)
+        self.pulse = Pulse(
+            self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats, self._lost
+        )
         if self.world.first:
             self.telemetry.watch(self.pulse.ages)
         self.telemetry.update(world_size=self.world.size)
         self.checkpoints = Store(config.checkpoint_uri)
         self.fence = self._on_first("claim", lambda: claim(self.checkpoints))
+        self.fetched = self.world.in_turn("adapters", lambda: earlier.stacked(config, self.fetched))
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
-        self.objective = objective(config)
+        self.objective = objective(config, self.tokenizer, self.prepared.labels)
         self.collate: Callable[[list[Any]], dict[str, Any]] = lambda items: self.objective.collate(
             items, self._pad_token_id()
         )
@@ -164,7 +168,7 @@ class Job:
         """The model, the method's trainable part, DeepSpeed's engine, and the newest checkpoint in it."""
         import torch
 
-        from finetune_trainer import model
+        from finetune_trainer import earlier, model
         from finetune_trainer.checkpoint import resume
         from finetune_trainer.engine import Engine, before_loading
         from finetune_trainer.feed import draw_seed
@@ -184,8 +188,10 @@ class Job:
         self._phase("loading", f"loading {config.model.uri}")
         torch.manual_seed(draw_seed(config.training.seed))  # what the method draws is the same on every process
         self.partitioning = before_loading(config, world)
-        base = model.load_model(self.fetched.model, config, world.device)
+        base = model.load_model(self.fetched.model, config, world.device, self.prepared.labels)
         trained = METHODS[config.method.type].prepare(base, config.method, config)
+        if adapter := earlier.trained_on(config, self.fetched):
+            earlier.begin_with(trained, config, adapter)
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
         added = hooks(trained, config, self.max_steps)
@@ -240,7 +246,8 @@ class Job:
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the result depends on; held-out rows do not change it."""
-        wanted = {self.config.model.uri, *(source.uri for source in self.config.data.train)}
+        model = self.config.model
+        wanted = {model.uri, *(adapter.uri for adapter in model.adapters), *(s.uri for s in self.config.data.train)}
         return {
             uri: digest
             for uri, digest in self.fetched.digests.items()
@@ -311,7 +318,7 @@ class Job:
             pin=world.device.type == "cuda",
         )
         self.position = self.resumed.position
-        trace = self._trace()
+        trace, profile = self._trace(), Profile(world.first and world.device.type == "cuda")
         batch, waited = feed.take()
         agreed = engine.agree(None, None, batch)
         save_due = False
@@ -347,6 +354,9 @@ class Job:
                 waited=waited,
             )
             self._stepped(step)
+            if sums := profile.stepped():
+                parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.4f} s" for name, seconds in sums.items())
+                self._print(f"a step on this GPU: {parts}")
             last = following is None
             self._log_if_due(step, batch.ends_epoch, last=last)
             save_due |= self.step % self.save_steps == 0
@@ -427,8 +437,8 @@ class Job:
         return {METRICS: self.history.content(), RUN: self.tally.document()}
 
     def _save(self) -> None:
-        self.saver.save(self.step, self.position, self._documents())
-        self.stop.beat()
+        with self.stop.never_leave():  # copying a large state takes longer than any step
+            self.saver.save(self.step, self.position, self._documents())
 
     def _saved(self, saved: Any) -> None:
         """From the saving thread, on rank 0."""
@@ -451,6 +461,8 @@ class Job:
             if self.step and self.saver.saved_step != self.step:
                 self.saver.save(self.step, self.position, self._documents())
             self.saver.wait(hurry=True)
+            # The first one to leave ends the pod's others, 30 s later: nobody leaves before the last upload is done.
+            self.world.barrier("saved")
             kept = self.saver.saved_step == self.step or not self.world.first
             message = f"Stopped on request after step {self.step}" + (
                 ", which is saved." if kept else f"; it could not be saved: {self.saver.last_problem}"
@@ -590,6 +602,15 @@ class Job:
     def _note_end(self, facts: dict[str, Any]) -> None:
         with suppress(RunError):
             self.fence.note("ended", facts)
+
+    def _lost(self, silent: int, seconds: float) -> None:
+        """From the pulse's thread: a peer is silent, and the main thread may wait for it without end."""
+        if not self.stop.busy:  # a last save is finished, or killed
+            message = (
+                f"Process {silent} has not been heard of for {seconds:.0f} s: it is frozen, or its node or the network "
+                "to it is gone."
+            )
+            leave(failed(RunError(Cause.COMMUNICATION_ERROR, message), self))
 
     def memory_settings(self) -> str:
         """The settings that decide over memory, in words."""

@@ -1,11 +1,13 @@
 """From files to the sequences a run trains and evaluates on.
 
-``sources.py`` reads rows (``files.py``) and what is in them (``formats.py``, ``records.py``), ``encode.py`` says what
-the stage learns of that, ``render.py`` makes text and tokens, ``stream.py`` puts them in order. Called by ``run.py``.
+``sources.py`` reads rows (``files.py``) and finds what is in them (``formats.py``: ``records.py``), ``encode.py`` and
+``targets.py`` say what a stage learns of that, ``render.py`` makes text and tokens, ``stream.py`` puts them in order.
+Called by ``run.py``.
 """
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,11 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
-from finetune_api.spec import Data, DataSource
+from finetune_api.spec import DataSource
+from finetune_trainer.data import targets
 from finetune_trainer.data.cache import cached_rows
 from finetune_trainer.data.encode import Encoding, Sketch, encoding
+from finetune_trainer.data.labels import Labels
 from finetune_trainer.data.records import BadRowError
-from finetune_trainer.data.render import Renderer, check_vocabulary
+from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary
 from finetune_trainer.data.sources import BadRows, records
 from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, collate
 from finetune_trainer.fetch import Fetched, data_kind, source_key, split_pattern
@@ -48,11 +52,15 @@ class Prepared:
     bad_examples, sequences, tokens, learned_tokens, truncated (rows cut at max_length) with answers_cut and
     answers_lost (none of their tokens is left), split (documents in pieces of max_length), dropped (rows with nothing
     to learn left), longest (tokens, before the cut)."""
+    labels: Labels | None = None
+    """What a classifier is to tell apart."""
 
 
 def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, render and tokenise every source. RunError(INVALID_DATA) names file and line of up to five bad rows."""
-    renderer, encoded = Renderer(tokenizer), encoding(config)
+    labels = targets.find_labels(config, _records(config, fetched), fetched.model)
+    renderer = Renderer(tokenizer)
+    encoded = targets.encoding(config, labels) if config.stage in targets.RECORDS else encoding(config)
     report: dict[str, dict[str, Any]] = {}
     known = vocabulary_rows(fetched.model)
     tasks: list[str] | None = getattr(config.method, "tasks", None)
@@ -65,7 +73,7 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             name,
             tokenizer,
             config.data.max_length,
-            lambda: _tokenize(source, path, name, renderer, encoded, config.data, tasks),
+            lambda: _tokenize(source, path, name, renderer, encoded, config, tasks),
             (config.stage, *encoded.version, config.data.max_bad_rows, *(tasks or [])),
         )
         if len(rows):
@@ -91,7 +99,16 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             for name, rows in held_out.items()
         },
         report=report,
+        labels=labels,
     )
+
+
+def _records(config: TrainerConfig, fetched: Fetched) -> Iterator[Any]:
+    """The records of the training rows, before anything is made of them. Bad ones are told when they are."""
+    for source, path in zip(config.data.train, fetched.train, strict=True):
+        unheard = BadRows(source.uri, sys.maxsize)
+        for _, _, record in records(source, path, targets.RECORDS[config.stage], unheard, {"rows": 0, "unused": 0}):
+            yield record
 
 
 def source_names(sources: list[DataSource]) -> list[str]:
@@ -118,18 +135,19 @@ def _tokenize(
     name: str,
     renderer: Renderer,
     encoding: Encoding,
-    data: Data,
+    config: TrainerConfig,
     tasks: list[str] | None = None,
 ) -> tuple[Rows, dict[str, Any]]:
     """The rows of a source as tokens, and what is to be reported of them."""
-    counts: dict[str, Any] = {"uri": source.uri, "format": source.format, **dict.fromkeys(_COUNTED, 0)}
-    bad = BadRows(source.uri, data.max_bad_rows)
+    counts: dict[str, Any] = {"uri": source.uri, "format": source.format}
+    counts |= dict.fromkeys(_COUNTED, 0)
+    bad = BadRows(source.uri, config.data.max_bad_rows)
     parts: list[Rows] = []
     for sketches in _chunks(source, path, renderer, encoding, counts, bad, tasks):
         kept: list[Draft] = []
         for row in encoding.tokenise(renderer, sketches):
-            fitting = encoding.fit(row, data.max_length)
-            _count(row, fitting, data.max_length, counts)
+            fitting = encoding.fit(row, config.data.max_length)
+            _count(counts, row, fitting, config.data.max_length)
             kept += fitting
         parts.append(Rows.of(name, kept))
     bad.close()
@@ -140,27 +158,32 @@ def _tokenize(
     return rows, counts
 
 
-def _count(row: Draft, fitting: list[Draft], max_length: int, counts: dict[str, Any]) -> None:
-    """What it costs to bring a row within ``max_length``: answers of which nothing or not all is left."""
+def _count(counts: dict[str, Any], row: Draft, fitting: list[Draft], max_length: int) -> None:
+    """What it costs a row to be brought within ``max_length``: answers of which nothing or not all is left."""
     longest = max(len(tokens.ids) for tokens in row.sequences)
     counts["longest"] = max(counts["longest"], longest)
     counts["dropped"] += not fitting
-    if longest <= max_length:
-        return
-    if len(fitting) > 1:  # a document in pieces: nothing of it is lost
-        counts["split"] += 1
+    counts["split"] += len(fitting) > 1
+    before, left = _sequences([row]), _sequences(fitting)
+    shrunk = sum(len(tokens.ids) for tokens in left) < sum(len(tokens.ids) for tokens in before)
+    if not shrunk or (not fitting and longest <= max_length):
         return
     counts["truncated"] += 1
-    before, after = (sum(_answers(t.learned) for each in rows for t in each.sequences) for rows in ([row], fitting))
-    counts["answers_lost"] += max(before - after, 0)
-    if fitting:
+    counts["answers_lost"] += max(0, sum(map(_answers, before)) - sum(map(_answers, left)))
+    if len(left) == len(before):
         counts["answers_cut"] += sum(
-            t.learned[max_length - 1 : max_length + 1].tolist() == [True, True] for t in row.sequences
+            bool(len(now.ids) < len(then.ids) and then.learned[len(now.ids) - 1] and then.learned[len(now.ids)])
+            for then, now in zip(before, left, strict=True)
         )
 
 
-def _answers(learned: np.ndarray) -> int:
+def _sequences(rows: list[Draft]) -> list[Tokens]:
+    return [tokens for row in rows for tokens in row.sequences]
+
+
+def _answers(tokens: Tokens) -> int:
     """Runs of learned tokens."""
+    learned = tokens.learned
     return int(np.count_nonzero(learned[1:] > learned[:-1])) + bool(len(learned) and learned[0])
 
 

@@ -24,6 +24,8 @@ class Sketch:
 
     texts: tuple[Rendered, ...]
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    raw: tuple[Any, ...] = ()
+    """What the tokenizer puts together itself: two texts, words and their tags."""
 
 
 def _tokenised(renderer: Renderer, sketches: list[Sketch]) -> Iterator[Draft]:

@@ -44,7 +44,7 @@ class Renderer:
     """Conversations to tokens, for one tokenizer. Give it a chat template first (``templates.py``)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._ends = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
 
     def render(self, conversation: Conversation) -> list[Rendered]:
@@ -70,7 +70,7 @@ class Renderer:
 
     def _check_tools(self, messages: list[Message], tools: list[Any]) -> None:
         """BadRowError where the template would leave out functions or calls without a word."""
-        template = str(self._tokenizer.chat_template)
+        template = str(self.tokenizer.chat_template)
         called = any(message.get("tool_calls") for message in messages)
         for used, field in ((bool(tools), "tools"), (called, "tool_calls")):
             if used and field not in template:
@@ -108,7 +108,7 @@ class Renderer:
         if not rendered.spans:
             return rendered
         start, end = rendered.spans[-1]
-        eos = self._tokenizer.eos_token
+        eos = self.tokenizer.eos_token
         if not eos or rendered.text[end:].strip() or rendered.text[:end].endswith(self._ends):
             return rendered
         text = rendered.text[:end] + str(eos)
@@ -118,7 +118,7 @@ class Renderer:
         plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         try:
             return str(
-                self._tokenizer.apply_chat_template(
+                self.tokenizer.apply_chat_template(
                     plain, tools=tools or None, tokenize=False, add_generation_prompt=asking
                 )
             )
@@ -130,25 +130,25 @@ class Renderer:
 
     def document(self, text: str) -> Rendered:
         """Running text, all of it learned, with the tokenizer's token of beginning (where it writes one) and of end."""
-        begin = str(self._tokenizer.bos_token) if self._begins else ""
-        whole = f"{begin}{text}{self._tokenizer.eos_token or ''}"
+        begin = str(self.tokenizer.bos_token) if self._begins else ""
+        whole = f"{begin}{text}{self.tokenizer.eos_token or ''}"
         return Rendered(whole, [(0, len(whole))])
 
     @cached_property
     def _begins(self) -> bool:
         """The tokenizer puts its token of beginning before every text."""
-        first = self._tokenizer("a").input_ids[:1]
-        return self._tokenizer.bos_token_id is not None and first == [self._tokenizer.bos_token_id]
+        first = self.tokenizer("a").input_ids[:1]
+        return self.tokenizer.bos_token_id is not None and first == [self.tokenizer.bos_token_id]
 
     def encode(self, texts: Sequence[Rendered]) -> Iterator[Tokens]:
         """Tokenise texts, many at once. Templates write special tokens themselves, so none are added."""
         if not texts:
             return
-        if not self._tokenizer.is_fast:
+        if not self.tokenizer.is_fast:
             for rendered in texts:
                 yield self._encode_slow(rendered)
             return
-        encoded = self._tokenizer(
+        encoded = self.tokenizer(
             [rendered.text for rendered in texts],
             add_special_tokens=False,
             return_offsets_mapping=True,
@@ -170,7 +170,7 @@ class Renderer:
         return Tokens(np.asarray(ids, dtype=np.int32), learned)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _learned(message: Message) -> bool:

@@ -85,10 +85,14 @@ def load_adapter(model: Any, directory: str | Path) -> Any:
     >>> model = AutoModelForCausalLM.from_pretrained(base)
     >>> load_adapter(model, "output").generate(...)
 
+    Of a classifier the folder knows the labels: ``AutoModelForSequenceClassification.from_pretrained(base,
+    config=AutoConfig.from_pretrained("output"))``.
+
     RunError(INVALID_CONFIGURATION) where it belongs to another model.
     """
     described = json.loads((Path(directory) / parts.CONFIG).read_text())
     method: Any = TypeAdapter(Method).validate_python(described["finetune_method"])
     METHODS[method.type].inject(model, method)
+    parts.train_head(model, described.get("modules_to_save", []))
     parts.read(model, Path(directory))
     return model

@@ -24,6 +24,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_trainer.methods.adapters import base_name
 from finetune_trainer.methods.places import Attention, Stack
+from finetune_trainer.model import head_of, kind_of
 from finetune_trainer.outcome import RunError
 
 CONFIG = "adapter_config.json"
@@ -318,17 +319,30 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             part.off = False
 
 
-# --- the model's own norms --------------------------------------------------------------------------------------
+# --- modules of the model's own that are trained ----------------------------------------------------------------
 
 
 def train_norms(layer: nn.Module, stack: Stack) -> None:
-    """Train a layer's norms, in float32; they answer in the number format they are asked in."""
+    """Train a layer's norms."""
     for path in stack.norms:
-        norm = layer.get_submodule(path)
-        for name, parameter in list(norm.named_parameters(recurse=False)):
-            with _whole(parameter):
-                norm.register_parameter(name, nn.Parameter(parameter.detach().float().clone()))
-        _compute_in_float32(norm)
+        _train(layer.get_submodule(path))
+
+
+def train_head(model: nn.Module, modules: list[str]) -> None:
+    """Train the modules of these names, a classifier's head."""
+    for path in modules:
+        for module in model.get_submodule(path).modules():
+            _train(module)
+
+
+def _train(module: nn.Module) -> None:
+    """Train a module's own weights, in float32; it answers in the number format it is asked in."""
+    weights = list(module.named_parameters(recurse=False))
+    for name, parameter in weights:
+        with _whole(parameter):
+            module.register_parameter(name, nn.Parameter(parameter.detach().float().clone()))
+    if weights:
+        _compute_in_float32(module)
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
@@ -374,8 +388,12 @@ def write(
         "finetune_method": method | ({"prefix_projection": False} if "prefix_projection" in method else {}),
         "base_model_name_or_path": base_name(config),
         "revision": config.model.revision if config.model.uri.startswith("hf://") else None,
+        "modules_to_save": head_of(model),
         "load_with": "finetune_trainer.methods.load_adapter(model, directory)",
     }
+    if kind_of(config.stage).new_head:
+        described_model: Any = model.config
+        described_model.save_pretrained(directory)
     (directory / CONFIG).write_text(json.dumps(described, indent=1))
     tokenizer.save_pretrained(directory)
 

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from finetune_api.run import TrainerConfig
 from finetune_api.stages import Dpo, Kto, Orpo, Reward
+from finetune_trainer.data.labels import Labels
 from finetune_trainer.data.stream import collate
-from finetune_trainer.objectives import dpo, kto, orpo, reward, sft
+from finetune_trainer.objectives import classification, dpo, kto, orpo, reward, seq2seq, sft
 from finetune_trainer.objectives.head import Head
 
 Sums = dict[str, Any]
@@ -51,6 +54,11 @@ class Objective:
     gradients before the first backward pass; ``batch["before"]`` is their sum over all batches and processes."""
     precompute: bool = False
     """``reference`` is asked once for every row, before training."""
+    of_rows: Callable[[np.ndarray], dict[str, float]] | None = None
+    """Figures of an evaluation that need all rows at once (rank correlations): of what ``loss_sums`` gives as ``rows``,
+    (B, c) of a batch, which is not added up."""
+    labels: tuple[str, ...] = ()
+    """Of an evaluation's sum ``confusion`` (K, K): how often label i was taken for j."""
     terms: int = 1
     """K"""
     per_token: bool = False
@@ -82,6 +90,10 @@ OBJECTIVES: dict[str, Callable[[TrainerConfig], Objective]] = {
 """By stage."""
 
 
-def objective(config: TrainerConfig) -> Objective:
-    """What the run minimises."""
+def objective(config: TrainerConfig, tokenizer: Any = None, labels: Labels | None = None) -> Objective:
+    """What the run minimises. ``labels``: of stages that have some; those and seq2seq ask the tokenizer."""
+    if labels is not None:
+        return Objective(**classification.functions(config.stage, labels, tokenizer))
+    if config.stage == "seq2seq":
+        return Objective(**seq2seq.functions(config, tokenizer), per_token=True)
     return OBJECTIVES[config.stage](config)

@@ -115,7 +115,8 @@ def find_head(model: Any) -> Head | None:
     try:
         words = int(base.get_input_embeddings().weight.shape[0])
         ids = (torch.arange(16, device=next(model.parameters()).device) * 7919 % words)[None]
-        logits = model(input_ids=ids, use_cache=False).logits
+        decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
+        logits = model(input_ids=ids, **decoder, use_cache=False).logits
     finally:
         del module.forward
         model.train(was_training)

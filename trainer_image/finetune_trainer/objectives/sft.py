@@ -53,20 +53,25 @@ def loss_sums(
 
 
 def token_losses(model: Any, batch: dict[str, Any], head: Head | None = None) -> torch.Tensor:
-    """fp32 (N,): the cross-entropy in nats at each of the N places of a prepared batch.
+    """fp32 (N,): the cross-entropy in nats at each of the N places of a prepared batch."""
+    inputs = {key: batch[key] for key in _FORWARD if batch.get(key) is not None}
+    return losses_at(model, inputs, batch["input_ids"].shape[-1], batch["places"], batch["wanted"], head)
+
+
+def losses_at(
+    model: Any, inputs: dict[str, Any], width: int, places: torch.Tensor, wanted: torch.Tensor, head: Head | None
+) -> torch.Tensor:
+    """fp32 (N,): the cross-entropy of ``wanted`` at ``places`` of the model's flattened (B x ``width``) outputs.
 
     ``head``: the model's output layer, where it may be applied after the model, to the label tokens only.
     """
-    inputs = {key: batch[key] for key in _FORWARD if batch.get(key) is not None}
-    width = batch["input_ids"].shape[-1]
     if head is None:
         outputs = model(**inputs, use_cache=False).logits
     else:
         with head.left_out():
             outputs = model(**inputs, use_cache=False).logits
     # Prompt methods put virtual tokens before the sequence; nothing is learned there.
-    outputs = outputs[..., -width:, :].reshape(-1, outputs.shape[-1])[batch["places"]]
-    wanted = batch["wanted"]
+    outputs = outputs[..., -width:, :].reshape(-1, outputs.shape[-1])[places]
     if head is None:
         return cross_entropy(outputs.float(), wanted, ignore_index=IGNORED, reduction="none")
     return head.losses(outputs, wanted)
