@@ -67,7 +67,7 @@ def sketched(renderer: Renderer, record: Any) -> list[list[str]]:
         Preference: preference,
         Judged: judged,
     }.get(type(record), lambda *_: [])(renderer, record)
-    tokenizer = renderer._tokenizer
+    tokenizer = renderer.tokenizer
     return [
         learned(tokenizer, tokens)  # type: ignore[arg-type]
         for sketch in sketches

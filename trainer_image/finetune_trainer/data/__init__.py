@@ -21,7 +21,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import DataSource
 from finetune_trainer.data import targets
-from finetune_trainer.data.cache import cached_rows
+from finetune_trainer.data.cache import Spool, cached_rows
 from finetune_trainer.data.encode import Encoding, Sketch, encoding
 from finetune_trainer.data.labels import Labels
 from finetune_trainer.data.records import BadRowError
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _COUNTED = ("rows", "unused", "sequences", "truncated", "answers_cut", "answers_lost", "split", "dropped", "longest")
 _CHUNK = 1000  # rows tokenised together, by all cores
+_CHUNK_TEXT = 2**20  # characters, where rows are long: a token takes some 300 bytes while it is made
 
 
 @dataclass(frozen=True)
@@ -142,16 +143,16 @@ def _tokenize(
     counts: dict[str, Any] = {"uri": source.uri, "format": source.format}
     counts |= dict.fromkeys(_COUNTED, 0)
     bad = BadRows(source.uri, config.data.max_bad_rows)
-    parts: list[Rows] = []
+    spool = Spool(name)
     for sketches in _chunks(source, path, renderer, encoding, counts, bad, tasks):
         kept: list[Draft] = []
         for row in encoding.tokenise(renderer, sketches):
             fitting = encoding.fit(row, config.data.max_length)
             _count(counts, row, fitting, config.data.max_length)
             kept += fitting
-        parts.append(Rows.of(name, kept))
+        spool.add(Rows.of(name, kept))
     bad.close()
-    rows = encoding.whole(Rows.joined(name, parts))
+    rows = encoding.whole(spool.rows())
     sequences = len(rows) * rows.parts
     counts |= {"sequences": sequences, "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
     counts |= {"bad_rows": bad.count, "bad_examples": bad.named}
@@ -198,6 +199,7 @@ def _chunks(
 ) -> Iterator[list[Sketch]]:
     """Rows as texts, some at a time."""
     chunk: list[Sketch] = []
+    size = 0
     for place, row, record in records(source, path, encoding.record, bad, counts):
         try:
             sketches = encoding.sketch(renderer, record)
@@ -205,11 +207,12 @@ def _chunks(
                 number = _task(row, tasks)
                 sketches = [replace(one, numbers={**one.numbers, "task": number}) for one in sketches]
             chunk += sketches
+            size += sum(len(text.text) for one in sketches for text in one.texts)
         except BadRowError as error:
             bad.add(place, error)
-        if len(chunk) >= _CHUNK and bad.endured:
+        if (len(chunk) >= _CHUNK or size >= _CHUNK_TEXT) and bad.endured:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk and bad.endured:
         yield chunk
 
