@@ -8,6 +8,7 @@ class Row:
     """What one method goes with."""
 
     stages: tuple[str, ...]
+    """Which it trains, of ``stages.py``."""
     zero_stages: tuple[int, ...]
     packing: bool = True
     gradient_checkpointing: bool = True
@@ -21,22 +22,26 @@ class Row:
     """The model's own weights are trained: the result is a model, not an adapter."""
 
 
-SFT = ("sft",)
+WORDS = ("pretrain", "sft", "dpo", "kto", "orpo")
+"""Stages that train a language model."""
+LABELS = ("sequence_classification", "token_classification")
+"""Stages that train a classifier."""
+ALL = (*WORDS, "reward", *LABELS, "seq2seq")
 
 COMPATIBILITY: dict[str, Row] = {
-    "full": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False, default_zero_stage=2, whole_model=True),
-    "freeze": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False, whole_model=True),
-    "bitfit": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False, whole_model=True),
-    "lora": Row(stages=SFT, zero_stages=(0, 1, 2, 3)),
+    "full": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False, default_zero_stage=2, whole_model=True),
+    "freeze": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False, whole_model=True),
+    "bitfit": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False, whole_model=True),
+    "lora": Row(stages=ALL, zero_stages=(0, 1, 2, 3)),
     # DeepSpeed cannot partition packed 4-bit weights.
-    "qlora": Row(stages=SFT, zero_stages=(0, 1, 2), quantized=True),
+    "qlora": Row(stages=ALL, zero_stages=(0, 1, 2), quantized=True),
     # Its allocation reads whole gradients beside whole weights, right after the optimizer's step.
-    "adalora": Row(stages=SFT, zero_stages=(0,)),
+    "adalora": Row(stages=ALL, zero_stages=(0,)),
     # Prefixes are a cache, which gradient checkpointing drops; virtual tokens belong to a row of their own.
-    "prefix_tuning": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
-    "p_tuning_v2": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
-    "prompt_tuning": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, merge=False),
-    "p_tuning": Row(stages=SFT, zero_stages=(0, 1, 2), packing=False, merge=False),
+    "prefix_tuning": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
+    "p_tuning_v2": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
+    "prompt_tuning": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, merge=False),
+    "p_tuning": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, merge=False),
     # ZeRO-3 breaks some of these (LoHa, LN tuning, trainable tokens), and would write others without the random
     # matrices they keep as buffers; LoRA is there for models that need it.
     **dict.fromkeys(
@@ -44,16 +49,16 @@ COMPATIBILITY: dict[str, Row] = {
             *("ia3", "loha", "lokr", "oft", "boft", "fourierft", "waveft", "hra", "randlora", "vblora", "shira"),
             *("c3a", "miss", "road", "gralora", "hira", "ln_tuning", "trainable_tokens"),
         ),
-        Row(stages=SFT, zero_stages=(0, 1, 2)),
+        Row(stages=ALL, zero_stages=(0, 1, 2)),
     ),
     # They hold float32 constants beside their weights, and DeepSpeed's bf16 section turns only one of the two round.
-    "vera": Row(stages=SFT, zero_stages=(0,)),
-    "delora": Row(stages=SFT, zero_stages=(0,)),
+    "vera": Row(stages=ALL, zero_stages=(0,)),
+    "delora": Row(stages=ALL, zero_stages=(0,)),
     # Not linear in their input, so there is nothing to fold into weights.
-    "adapter": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False),
-    "mam": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False),
-    "unipelt": Row(stages=SFT, zero_stages=(0, 1, 2, 3), merge=False),
-    "moelora": Row(stages=SFT, zero_stages=(0, 1, 2, 3)),
+    "adapter": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
+    "mam": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
+    "unipelt": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
+    "moelora": Row(stages=WORDS, zero_stages=(0, 1, 2, 3)),
 }
 
 CONTINUED = (

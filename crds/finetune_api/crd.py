@@ -15,6 +15,7 @@ import yaml
 
 from finetune_api.rules import IMMUTABLE, NEW_JOB, RULES, Rule, told
 from finetune_api.schema import PATTERNS, PRESERVE, spec_schema, status_schema
+from finetune_api.stages import SECTIONS
 
 GROUP, VERSION, KIND, PLURAL = "finetune.dev", "v1alpha1", "FineTuneJob", "finetunejobs"
 PATH = Path(__file__).resolve().parents[1] / f"{GROUP}_{PLURAL}.yaml"
@@ -185,7 +186,8 @@ def _transitions(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _leaves(path: str, node: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The fields that are compared one by one. An object with keys unknown to the schema is compared whole:
     the API server then looks at those too."""
-    whole = node.get(PRESERVE) or "properties" not in node
+    optional = "properties" in node and "default" not in node and "." in path and path.rpartition(".")[2] in SECTIONS
+    whole = node.get(PRESERVE) or "properties" not in node or optional
     if whole or any("type" not in child for child in node["properties"].values()):
         if "type" in node:
             yield path, node

@@ -461,7 +461,9 @@ def _targets(subject: _Object, at: str) -> list[tuple[str, Any]]:
             targets = [(f"{path}[{i}]", item) for path, items in targets for i, item in enumerate(items)]
         else:
             targets = [
-                (f"{path}.{part}".strip("."), getattr(target, part)) for path, target in targets if part in vars(target)
+                (f"{path}.{part}".strip("."), getattr(target, part))
+                for path, target in targets
+                if vars(target).get(part) is not None
             ]
     return targets
 

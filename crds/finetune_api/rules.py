@@ -17,6 +17,8 @@ from typing import Any
 from finetune_api.base import seconds
 from finetune_api.compatibility import COMPATIBILITY, CONTINUED, Row
 from finetune_api.schema import METHOD_PARAMETERS, spec_schema
+from finetune_api.spec import CHAT_TEMPLATES
+from finetune_api.stages import SECTIONS, STAGES
 
 NAME_LENGTH = 63 - len("-a99999") - len("-9999")
 """Pods are called ``<name>-a<attempt>-<index>``, and that is their hostname: 63 characters at most."""
@@ -142,6 +144,49 @@ def compatibility_rules(table: Mapping[str, Row], stages: tuple[str, ...]) -> li
     return rules
 
 
+def _parameters_of_stages() -> list[Rule]:
+    """``spec.<stage>`` goes with that stage only."""
+    return [
+        Rule(
+            at="spec",
+            field=section,
+            holds=lambda self, section=section: self.stage == section or getattr(self, section) is None,  # type: ignore[misc]
+            cel=f"!has(self.{section}) || self.stage == '{section}'",
+            problem="it is there although spec.stage is another one",
+            accepted=f"{section} with spec.stage: {section}",
+            remedy=f"remove it, or set spec.stage: {section}",
+        )
+        for section in SECTIONS
+    ]
+
+
+def _what_stages_exclude() -> list[Rule]:
+    packed = tuple(name for name, stage in STAGES.items() if stage.packing)
+    writing = tuple(name for name, stage in STAGES.items() if stage.generates)
+    return [
+        Rule(
+            at="spec",
+            field="data.packing",
+            holds=lambda self: not self.data.packing or self.stage in packed,
+            cel=f"!self.data.packing || self.stage in {list(packed)}",
+            accepted=f"false but with spec.stage {' or '.join(packed)}",
+            remedy="leave it out: the rows of this stage are not single texts",
+        ),
+        Rule(
+            at="spec",
+            field="evaluation.prompts",
+            holds=lambda self: not self.evaluation.prompts or self.stage in writing,
+            cel=f"size(self.evaluation.prompts) == 0 || self.stage in {list(writing)}",
+            problem="there are questions, but the model of this stage writes no text",
+            accepted=f"none but with spec.stage {', '.join(writing)}",
+            remedy="remove them; name held-out rows in spec.data.eval",
+        ),
+    ]
+
+
+_SMOOTHED = ("sigmoid", "robust", "exo_pair")
+"""The losses of dpo that know label_smoothing."""
+
 _WITHOUT_MERGE = {
     True: "leave it out: the output is a whole model already",
     False: "leave it out: what this method adds is no part of any weight; it is loaded beside the model",
@@ -166,7 +211,7 @@ def _claim(at: str, field: str = "uri", optional: bool = False) -> Rule:
     )
 
 
-_OTHER_FORMATS = r"\.(csv|tsv|txt|arrow|xlsx|ya?ml|gz|bz2|xz|zst|zip|tar|tgz)$"
+_OTHER_FORMATS = r"\.(xlsx?|ods|ya?ml|zip|tar|tgz|7z|rar|tar\.(gz|bz2|xz|zst)|(parquet|arrow)\.(gz|bz2|xz|zst))$"
 
 
 def _source_rules(at: str) -> list[Rule]:
@@ -188,8 +233,8 @@ def _source_rules(at: str) -> list[Rule]:
             field="uri",
             holds=lambda self: re.search(_OTHER_FORMATS, self.uri) is None,
             cel=f"!self.uri.matches(r'{_OTHER_FORMATS}')",
-            accepted="a file whose name ends in .jsonl, .json or .parquet, or a folder of such files",
-            remedy="convert the rows to JSON lines, not compressed",
+            accepted="a file that ends in .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow, or a folder of such",
+            remedy="unpack archives, save tables as .csv; .parquet and .arrow are compressed inside",
         ),
         _claim(at),
         *(
@@ -448,6 +493,25 @@ RULES: tuple[Rule, ...] = (
         remedy="choose both so that every expert has a whole rank, r / num_experts",
     ),
     *compatibility_rules(COMPATIBILITY, tuple(spec_schema()["properties"]["stage"]["enum"])),
+    # ---- the stage
+    *_parameters_of_stages(),
+    *_what_stages_exclude(),
+    Rule(
+        at="spec.dpo",
+        field="label_smoothing",
+        holds=lambda self: self.loss_type != "exo_pair" or self.label_smoothing > 0,
+        cel="self.loss_type != 'exo_pair' || self.label_smoothing > 0.0",
+        accepted="greater than 0 with loss_type: exo_pair",
+        remedy="set it, e.g. to 0.001 as its paper does",
+    ),
+    Rule(
+        at="spec.dpo",
+        field="label_smoothing",
+        holds=lambda self: self.loss_type in _SMOOTHED or self.label_smoothing == 0,
+        cel=f"self.loss_type in {list(_SMOOTHED)} || self.label_smoothing == 0.0",
+        accepted=f"0 but with loss_type {' or '.join(_SMOOTHED)}",
+        remedy="leave it out, or set loss_type: robust",
+    ),
     # ---- the data
     *_source_rules("spec.data.train[]"),
     *_source_rules("spec.data.eval[]"),
@@ -464,10 +528,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         at="spec.data",
         field="chat_template",
-        holds=lambda self: self.chat_template == "" or "messages" in self.chat_template,
-        cel="self.chat_template == '' || self.chat_template.contains('messages')",
-        accepted="a Jinja template that renders the variable messages",
-        remedy="paste the template's text here (not its name or path), or leave it out for the tokenizer's own",
+        holds=lambda self: self.chat_template in ("", *CHAT_TEMPLATES) or "messages" in self.chat_template,
+        cel=f"self.chat_template in {['', *CHAT_TEMPLATES]} || self.chat_template.contains('messages')",
+        accepted=", ".join(CHAT_TEMPLATES) + "; or a Jinja template that renders the variable messages",
+        remedy="choose a name, paste the template's text (not its path), or leave it out for the tokenizer's own",
     ),
     # ---- the optimisation
     Rule(
@@ -545,6 +609,7 @@ IMMUTABLE: tuple[str, ...] = (
     "spec.method",
     "spec.data",
     "spec.training",
+    *(f"spec.{section}" for section in SECTIONS),
     "spec.evaluation",
     "spec.deepspeed",
     "spec.checkpoint.uri",

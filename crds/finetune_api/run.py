@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
 from finetune_api.spec import Data, Evaluation, ModelSource, Stage, Training
+from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
 
 # Environment variables the pods get (all optional for the trainer but CONFIG).
 ENV_CONFIG = "FINETUNE_CONFIG"  # path of the trainer's configuration, a JSON file
@@ -48,6 +49,15 @@ class TrainerConfig(_Wire):
     method: Method
     data: Data
     training: Training
+    sft: Sft | None = None
+    """The stage's own parameters, as ``spec.<stage>``; of other stages None."""
+    reward: Reward | None = None
+    dpo: Dpo | None = None
+    kto: Kto | None = None
+    orpo: Orpo | None = None
+    sequence_classification: SequenceClassification | None = None
+    token_classification: TokenClassification | None = None
+    seq2seq: Seq2Seq | None = None
     evaluation: Evaluation
     deepspeed: dict[str, Any]
     """The DeepSpeed configuration, complete but for the three batch sizes, which depend on the world."""

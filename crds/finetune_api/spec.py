@@ -9,6 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Duration, HyperModel, KubeModel
 from finetune_api.methods import Lora, Method
+from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
 
 Uri = Annotated[str, Field(max_length=1024)]
 # Patterns: ``schema.PATTERNS`` has the words for each.
@@ -24,8 +25,45 @@ StorageUri = Annotated[Uri, Field(pattern=STORAGE_URI)]
 Name = Annotated[str, Field(max_length=253, pattern=NAME)]
 Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
-Stage = Literal["sft"]
-DataFormat = Literal["alpaca", "messages"]
+Stage = Literal[
+    "pretrain",
+    "sft",
+    "reward",
+    "dpo",
+    "kto",
+    "orpo",
+    "sequence_classification",
+    "token_classification",
+    "seq2seq",
+]
+DataFormat = Literal[
+    "auto",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "chatml",
+    "chatglm",
+    "claude",
+    "guanaco",
+    "prompt_completion",
+    "prompt",
+    "preference",
+    "hh_rlhf",
+    "rm_static",
+    "shp",
+    "oasst",
+    "ranked",
+    "kto",
+    "text",
+    "labelled",
+    "source_target",
+    "conll",
+]
+CHAT_TEMPLATES = (
+    *("chatml", "alpaca", "guanaco", "chatglm", "claude", "vicuna", "zephyr", "llama-2", "llama-3"),
+    *("qwen", "mistral", "gemma", "phi"),
+)
+"""Names that stand for a template; the trainer's ``templates.py`` has them."""
 
 
 class AdapterSource(HyperModel):
@@ -65,10 +103,14 @@ class DataSource(HyperModel):
 
     uri: DataUri
     """Where the rows lie: hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH,
-    file:///PATH. A file (.jsonl, .json or .parquet, as told by its ending) or a folder of such files."""
-    format: DataFormat = "alpaca"
-    """How a row is written: alpaca (instruction, input, output, optional system and history)
-    or messages (a list of role and content, as OpenAI's)."""
+    file:///PATH. A file (.jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow; all but the last two also .gz, .bz2, .xz
+    or .zst), a folder of such files, or a pattern of them (*, ?, [a-z]; ** for folders)."""
+    format: DataFormat = "auto"
+    """How a row is written (docs/data.md). auto: told by the first rows; the log and the report say which it is."""
+    columns: dict[str, Annotated[str, Field(max_length=128)]] = Field(default={}, max_length=64)
+    """Columns with other names than the format's: {yours: the format's}, e.g. {question: instruction}."""
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What of a .txt file is one row: a line, what stands between blank lines, or the file."""
     weight: float = Field(1.0, gt=0, le=1000)
     """How often the rows of this source are seen in one epoch: 2 is twice, 0.5 a fresh half each epoch.
     Training only."""
@@ -91,7 +133,11 @@ class Data(HyperModel):
     """Fill sequences of max_length with several rows. Rows never see each other: attention and positions
     stop at their boundaries."""
     chat_template: str = Field("", max_length=65536)
-    """A Jinja chat template used in place of the tokenizer's own."""
+    """Used in place of the tokenizer's own: the name of a known one (chatml, alpaca, guanaco, chatglm, claude, vicuna,
+    zephyr, llama-2, llama-3, qwen, mistral, gemma, phi) or the text of a Jinja template. Written to the output."""
+    max_bad_rows: int = Field(0, ge=0, le=1000000000)
+    """How many rows of each source may be unlike their format: they are left out, counted and reported.
+    One more ends the job before anything is trained."""
 
 
 class Training(HyperModel):
@@ -148,6 +194,12 @@ class Evaluation(HyperModel):
     """User messages to answer, each in a conversation of its own, by greedy decoding."""
     max_new_tokens: int = Field(64, ge=1, le=8192)
     """Longest answer in tokens."""
+    predict_with_generate: bool = False
+    """With stage seq2seq: have the model write every target of the held-out rows, and report ROUGE and BLEU."""
+    generation_max_length: int = Field(0, ge=0, le=1048576)
+    """Longest target to write, in tokens; 0: seq2seq.max_target_length."""
+    generation_num_beams: int = Field(1, ge=1, le=64)
+    """Beams of the search for it; 1: greedy."""
 
 
 class ZeroOptimization(HyperModel):
@@ -234,7 +286,11 @@ class FineTuneJobSpec(KubeModel):
     """What to train, on what, how, with which machines, and where the result goes."""
 
     stage: Stage = "sft"
-    """What is learned: sft (supervised fine-tuning; the loss covers the answers only)."""
+    """What is learned: pretrain (continued pretraining on running text), sft (supervised fine-tuning; the loss covers
+    the answers only), reward (a reward model of pairs of answers), dpo (preferences without a reward model), kto
+    (answers judged good or bad), orpo (SFT and preferences in one, without a reference), sequence_classification
+    (labels of texts or of pairs of texts), token_classification (a label for every word), seq2seq (texts made of texts
+    by an encoder-decoder)."""
     model: ModelSource
     """The model to start from."""
     method: Method = Lora(type="lora")
@@ -243,6 +299,22 @@ class FineTuneJobSpec(KubeModel):
     """The training and evaluation rows."""
     training: Training = Training()
     """The optimisation."""
+    sft: Sft | None = None
+    """Parameters of stage sft."""
+    reward: Reward | None = None
+    """Parameters of stage reward."""
+    dpo: Dpo | None = None
+    """Parameters of stage dpo."""
+    kto: Kto | None = None
+    """Parameters of stage kto."""
+    orpo: Orpo | None = None
+    """Parameters of stage orpo."""
+    sequence_classification: Annotated[SequenceClassification | None, Field(alias="sequence_classification")] = None
+    """Parameters of stage sequence_classification."""
+    token_classification: Annotated[TokenClassification | None, Field(alias="token_classification")] = None
+    """Parameters of stage token_classification."""
+    seq2seq: Annotated[Seq2Seq | None, Field(alias="seq2seq")] = None
+    """Parameters of stage seq2seq."""
     evaluation: Evaluation = Evaluation()
     """Questions answered before and after."""
     deepspeed: DeepSpeed = DeepSpeed()

@@ -15,6 +15,7 @@ from finetune_api.base import seconds
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.stages import SECTIONS, STAGES
 from finetune_operator.settings import Profile
 
 CLAIM_ROOT = "/mnt/claims"
@@ -66,7 +67,7 @@ class Plan:
         return "sha256:" + hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()
 
 
-RESULT_FIELDS = ("stage", "model", "method", "data", "training", "evaluation", "deepspeed", "output")
+RESULT_FIELDS = ("stage", "model", "method", "data", "training", *SECTIONS, "evaluation", "deepspeed", "output")
 """Top-level fields of the spec that change the result of a run, or where it lies."""
 
 
@@ -151,6 +152,7 @@ def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str
             }
         ),
         training=training,
+        **stage_parameters(spec),
         evaluation=spec.evaluation,
         deepspeed=deepspeed_config(spec, dtype),
         checkpoint_uri=mounted(checkpoint_uri(owner, spec)),
@@ -163,6 +165,12 @@ def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str
         global_batch_size=training.per_device_train_batch_size * training.gradient_accumulation_steps * processes,
         accelerator="gpu" if on_gpu else "cpu",
     )
+
+
+def stage_parameters(spec: FineTuneJobSpec) -> dict[str, Any]:
+    """``spec.<stage>``, with its defaults where the user wrote none."""
+    made = STAGES[spec.stage].parameters
+    return {} if made is None else {spec.stage: getattr(spec, spec.stage) or made()}
 
 
 def checkpoint_uri(owner: Owner, spec: FineTuneJobSpec) -> str:

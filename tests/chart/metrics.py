@@ -56,8 +56,10 @@ TRAINER: dict[str, tuple[str, ...]] = {
     "finetune_train_checkpoint_failures_total": _RUN,
     "finetune_train_checkpoint_bytes": _RUN,
     "finetune_train_method": (*_RUN, "figure"),
+    "finetune_train_figure": (*_RUN, "figure"),
     "finetune_eval_loss": (*_RUN, "source"),
     "finetune_eval_perplexity": (*_RUN, "source"),
+    "finetune_eval_figure": (*_RUN, "figure", "source"),
     "finetune_train_heartbeat_age_seconds": (*_RUN, "rank"),
     "finetune_train_info": (*_RUN, "stage", "method", "model", "world_size"),
 }
@@ -169,9 +171,11 @@ def _trainer(since: int, age: int) -> Iterator[Sample]:
     yield "finetune_train_step_seconds_count", run, steps
     yield "finetune_train_step_seconds_sum", run, ran
     yield "finetune_train_method", {**run, "figure": "rank_mean"}, 8
+    yield "finetune_train_figure", {**run, "figure": "accuracy"}, 0.7
     for source in ("all", "heldout"):
         yield "finetune_eval_loss", {**run, "source": source}, 3.1 - age / 6000
         yield "finetune_eval_perplexity", {**run, "source": source}, math.exp(3.1 - age / 6000)
+        yield "finetune_eval_figure", {**run, "figure": "accuracy", "source": source}, 0.7
 
 
 def openmetrics(since: int, now: int) -> str:

@@ -41,7 +41,7 @@ def test_the_trainer_tells_these_metrics() -> None:
     own = Metrics("chat")
     own.memory("rss", 1.0)
     own.heartbeat("0", 0.0)
-    own.evaluation({"loss": 1.0, "perplexity": 2.7})
+    own.evaluation({"loss": 1.0, "perplexity": 2.7, "accuracy": 0.9})
     own.info("sft", "lora", "hf://org/model", 1)
     assert told(own.registry) == set(metrics.TRAINER)
     for name, found in labels(own.registry).items():

@@ -23,8 +23,9 @@ def main(path: str) -> None:
     from finetune_trainer import data, fetch, model
     from finetune_trainer.engine import Engine, before_loading
     from finetune_trainer.feed import Feed, draw_seed
+    from finetune_trainer.logbook import mean_loss
     from finetune_trainer.methods import METHODS, hooks
-    from finetune_trainer.objectives import OBJECTIVES
+    from finetune_trainer.objectives import objective
     from finetune_trainer.schedule import learning_rate
     from finetune_trainer.stopping import Stop
     from finetune_trainer.world import join
@@ -45,12 +46,12 @@ def main(path: str) -> None:
             base = model.load_model(fetched.model, config, world.device)
             trained = METHODS[config.method.type].prepare(base, config.method, config)
             engine = Engine(
-                trained, config, world, OBJECTIVES["sft"], Stop(), hooks(trained, config, config.training.max_steps)
+                trained, config, world, objective(config), Stop(), hooks(trained, config, config.training.max_steps)
             )
             feed = Feed(
                 prepared.train,
-                lambda sequences, pad=tokenizer.pad_token_id: data.collate(sequences, pad),
-                OBJECTIVES["sft"],
+                lambda items, pad=tokenizer.pad_token_id: data.collate(items, pad),
+                objective(config),
                 rank=world.rank,
                 size=world.size,
                 per_device=config.training.per_device_train_batch_size,
@@ -61,13 +62,13 @@ def main(path: str) -> None:
             )
             losses, rate = [], learning_rate(config, config.training.max_steps)
             batch, _ = feed.take()
-            weight = engine.agree(None, None, batch).next_weight
+            weights = engine.agree(None, None, batch).next_weights
             while batch is not None:
-                outcome = engine.step(batch, weight, rate(batch.step - 1))
+                outcome = engine.step(batch, weights, rate(batch.step - 1))
                 following, _ = feed.take()
                 agreed = engine.agree(outcome, batch, following)
-                losses.append(agreed.loss_sum / weight)
-                batch, weight = following, agreed.next_weight
+                losses.append(mean_loss(agreed.loss_sums, weights))
+                batch, weights = following, agreed.next_weights
             results[name] = losses
         except Exception:  # a process alone: the others wait for it in vain, so it ends the gang
             traceback.print_exc()

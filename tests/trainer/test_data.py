@@ -54,7 +54,7 @@ def test_long_rows_are_cut_and_rows_without_an_answer_left_are_dropped_and_both_
     assert counts["longest"] == 9 + 9 + 4
     assert counts["tokens"] == 6 + 16 + 16
     assert counts["learned_tokens"] == 2 + 4 + 1
-    assert max(len(made.train.sequence(0, index)) for index in range(3)) == 16
+    assert max(len(made.train.item(0, index)) for index in range(3)) == 16
 
 
 def test_sources_keep_their_order_names_and_weights(model, tmp_path, cache):
@@ -68,10 +68,10 @@ def test_sources_keep_their_order_names_and_weights(model, tmp_path, cache):
         train=[{"uri": first, "weight": 0.5}, {"uri": second, "weight": 2}],
         eval=[{"uri": second}],
     )
-    assert made.train.sequences(0) == 2 + 6
+    assert made.train.items(0) == 2 + 6
     assert list(made.report) == ["one", "one-2", "eval/one"]
     assert list(made.eval) == ["one"]
-    assert [made.eval["one"].sequence(0, index).rows for index in range(3)] == [((0, 0),), ((0, 1),), ((0, 2),)]
+    assert [made.eval["one"].item(0, index).rows for index in range(3)] == [((0, 0),), ((0, 1),), ((0, 2),)]
 
 
 def test_names_of_sources():
@@ -95,7 +95,7 @@ def test_several_bad_rows_are_named_at_once(model, tmp_path, cache):
         ([], "holds no rows"),
         (
             [row("red " * 20, "blue")],
-            r"every answer begins after data.max_length \(16 tokens; the longest row has 25\)",
+            r"begins after, or does not fit into, data.max_length \(16 tokens; the longest row has 25\)",
         ),
     ],
 )
@@ -124,7 +124,9 @@ def test_tokens_are_made_once_and_mapped_from_the_cache(model, tmp_path, cache, 
         patch.setattr("finetune_trainer.data._tokenize", lambda *_: pytest.fail("tokenised again"))
         again = prepared(model, tmp_path, rows)
     assert again.report == first.report
-    assert again.train.sequence(0, 0).input_ids.tolist() == first.train.sequence(0, 0).input_ids.tolist()
+    assert (
+        again.train.item(0, 0).sequences[0].input_ids.tolist() == first.train.item(0, 0).sequences[0].input_ids.tolist()
+    )
 
 
 @pytest.mark.parametrize("change", ["rows", "max_length", "chat_template"])
@@ -145,7 +147,7 @@ def test_two_files_of_one_hub_repository_are_two_entries(model, tmp_path, cache)
         config = make_config(tmp_path, model={"uri": f"file://{model}"}, data={"train": [{"uri": uri}]})
         fetched = Fetched(model, [tmp_path / name], [], {f"{uri}@main": "git:abc"})
         made = prepare(config, fetched, load_tokenizer(model, config))
-        learned.append(made.train.sequence(0, 0).input_ids.tolist())
+        learned.append(made.train.item(0, 0).sequences[0].input_ids.tolist())
     assert learned[0] != learned[1]
 
 

@@ -14,9 +14,10 @@ pytest.importorskip("transformers", reason="needs the trainer extra")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from finetune_trainer.data.formats import BadRowError, Conversation
-from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary, ensure_chat_template
+from finetune_trainer.data.records import BadRowError, Conversation, Message
+from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary
 from finetune_trainer.outcome import RunError
+from finetune_trainer.templates import use_template
 
 TEXT = [
     "Who are you? I am a small assistant. What is the capital of France? Paris is the capital of France.",
@@ -106,16 +107,16 @@ def metaspace(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def conversation(*turns: str, system: str = "") -> Conversation:
+def conversation(*turns: str, system: str = "") -> list[Message]:
     """Alternating user and assistant turns."""
     roles = ("user", "assistant")
     head = [{"role": "system", "content": system}] if system else []
     return head + [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
-def tokens(tokenizer: PreTrainedTokenizerFast, messages: Conversation) -> list[Tokens]:
+def tokens(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[Tokens]:
     renderer = Renderer(tokenizer)
-    return list(renderer.encode(renderer.render(messages)))
+    return list(renderer.encode(renderer.render(Conversation(messages))))
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, row: Tokens) -> list[str]:
@@ -195,7 +196,7 @@ def test_a_base_model_gets_a_plain_template_and_a_log_line(caplog):
     tokenizer = byte_level("x")
     tokenizer.chat_template = None
     with caplog.at_level(logging.WARNING):
-        ensure_chat_template(tokenizer)
+        use_template(tokenizer, "")
     assert "no chat template" in caplog.text
     [row] = tokens(tokenizer, MULTI)
     assert learned(tokenizer, row) == ["I am  you.\n\nAnd?</s>", "巴黎。</s>", "yes</s>"]
@@ -229,7 +230,7 @@ def test_a_tokenizer_without_offsets_learns_the_same():
     fast = byte_level(CHATML)
     renderer = Renderer(fast)
     for messages in (SINGLE, CHINESE, MULTI):
-        texts = renderer.render(messages)
+        texts = renderer.render(Conversation(messages))
         [quick] = renderer.encode(texts)
         slow = renderer._encode_slow(texts[0])
         assert slow.ids.tolist() == quick.ids.tolist()

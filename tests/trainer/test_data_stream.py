@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.data.render import Tokens
-from finetune_trainer.data.stream import IGNORED, Rows, Stream, collate, pack, permutation
+from finetune_trainer.data.stream import IGNORED, Draft, Rows, Stream, collate, pack, permutation
 
 
 def rows(name: str, lengths: list[int], first: int = 0) -> Rows:
     """Row r is the token first + r, repeated; all but the first token are learned."""
     made = []
     for number, length in enumerate(lengths):
-        made.append(Tokens(np.full(length, first + number, np.int32), np.arange(length) > 0))
+        made.append(Draft((Tokens(np.full(length, first + number, np.int32), np.arange(length) > 0),)))
     return Rows.of(name, made)
 
 
@@ -26,7 +26,7 @@ def lengths(count: int, seed: int = 0, low: int = 2, high: int = 60) -> list[int
 
 
 def seen(stream: Stream, epoch: int) -> list[tuple[tuple[int, int], ...]]:
-    return [stream.sequence(epoch, index).rows for index in range(stream.sequences(epoch))]
+    return [stream.item(epoch, index).rows for index in range(stream.items(epoch))]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -37,7 +37,7 @@ def test_the_order_is_a_pure_function_of_seed_epoch_and_index(packing):
     straight = make()
     order = [seen(straight, epoch) for epoch in range(4)]
     late = make()  # a resumed run asks for the last epoch first, and for one place only
-    assert late.sequence(3, 7).rows == order[3][7]
+    assert late.item(3, 7).rows == order[3][7]
     assert [seen(late, epoch) for epoch in (2, 0, 3, 1)] == [order[epoch] for epoch in (2, 0, 3, 1)]
     assert seen(make(seed=2), 0) != order[0]
     assert order[0] != order[1]
@@ -96,17 +96,17 @@ def test_half_a_weight_shows_the_other_half_in_the_next_epoch():
 
 def test_a_source_too_small_for_its_weight_still_comes():
     stream = Stream([rows("a", [4] * 10), rows("b", [4] * 3)], [1.0, 0.01], 0, False, 64)
-    assert stream.sequences(0) == 11
+    assert stream.items(0) == 11
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_position_finds_its_epoch_and_index(packing):
     stream = Stream([rows("a", lengths(45))], [1.0], 0, packing, 64)
-    places = [(epoch, index) for epoch in range(3) for index in range(stream.sequences(epoch))]
+    places = [(epoch, index) for epoch in range(3) for index in range(stream.items(epoch))]
     fresh = Stream([rows("a", lengths(45))], [1.0], 0, packing, 64)
     assert [fresh.locate(position) for position in range(len(places))] == places
     with pytest.raises(IndexError, match="epoch 0 has"):
-        stream.sequence(0, stream.sequences(0))
+        stream.item(0, stream.items(0))
 
 
 @given(st.lists(st.integers(1, 100), max_size=300))
@@ -130,14 +130,17 @@ def test_packs_are_shuffled_and_so_is_what_is_packed_together():
     first, second = seen(stream, 0), seen(stream, 1)
     again = {frozenset(places) for places in first if len(places) > 1} & {frozenset(places) for places in second}
     assert len(again) < len(first) / 20
-    fill = [len(stream.sequence(0, index)) for index in range(stream.sequences(0))]
+    fill = [len(stream.item(0, index)) for index in range(stream.items(0))]
     assert abs(np.mean(fill[: len(fill) // 2]) - np.mean(fill[len(fill) // 2 :])) < 4
 
 
 def test_a_pack_restarts_positions_and_never_learns_a_first_token():
-    made = [Tokens(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in ([1, 2, 3], [4, 5], [6, 7, 8])]
+    made = [
+        Draft((Tokens(np.array(ids, np.int32), np.ones(len(ids), bool)),)) for ids in ([1, 2, 3], [4, 5], [6, 7, 8])
+    ]
     stream = Stream([Rows.of("a", made)], [1.0], 0, True, 8, shuffle=False)
-    [sequence] = [stream.sequence(0, index) for index in range(stream.sequences(0))]
+    [item] = [stream.item(0, index) for index in range(stream.items(0))]
+    [sequence] = item.sequences
     assert sequence.input_ids.tolist() == [1, 2, 3, 6, 7, 8, 4, 5]
     assert sequence.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert sequence.labels.tolist() == [IGNORED, 2, 3, IGNORED, 7, 8, IGNORED, 5]
@@ -145,7 +148,7 @@ def test_a_pack_restarts_positions_and_never_learns_a_first_token():
 
 def test_a_batch_of_rows_is_padded_on_the_right():
     stream = Stream([rows("a", [3, 5], first=10)], [1.0], 0, False, 64, shuffle=False)
-    batch = collate([stream.sequence(0, 0), stream.sequence(0, 1)], pad_token_id=0)
+    batch = collate([stream.item(0, 0), stream.item(0, 1)], pad_token_id=0)
     assert batch["input_ids"].tolist() == [[10, 10, 10, 0, 0, 0, 0, 0], [11, 11, 11, 11, 11, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]
     assert batch["labels"][0].tolist() == [IGNORED, 10, 10] + [IGNORED] * 5
@@ -155,11 +158,38 @@ def test_a_batch_of_rows_is_padded_on_the_right():
 
 def test_padding_of_a_pack_is_a_row_of_its_own():
     stream = Stream([rows("a", [3, 2])], [1.0], 0, True, 64, shuffle=False)
-    batch = collate([stream.sequence(0, 0)], pad_token_id=9)
+    batch = collate([stream.item(0, 0)], pad_token_id=9)
     assert "attention_mask" not in batch
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert batch["num_tokens"] == 5
-    assert collate([stream.sequence(0, 0)], 9, multiple_of=64)["input_ids"].shape == (1, 64)
+    assert collate([stream.item(0, 0)], 9, multiple_of=64)["input_ids"].shape == (1, 64)
+
+
+def test_an_item_of_several_sequences_and_its_numbers():
+    """As a preference has them; batches hold all first sequences, then all second ones."""
+    made = [
+        Draft(
+            tuple(Tokens(np.full(length, 10 * row + part, np.int32), np.arange(length) > 0) for part in (0, 1)),
+            {"margin": float(row), "task": row % 2, "scores": [row, row + 1]},
+        )
+        for row, length in enumerate((3, 5, 4))
+    ]
+    halves = [Rows.of("a", made[:2]), Rows.of("a", made[2:])]
+    joined = Rows.joined("a", [Rows.of("a", []), *halves])
+    assert (len(joined), joined.parts, joined.lengths.tolist()) == (3, 2, [6, 10, 8])
+    stream = Stream([joined], [1.0], 0, False, 64, shuffle=False)
+    batch = collate([stream.item(0, 1), stream.item(0, 2)], pad_token_id=0)
+    assert batch["input_ids"][:, 3].tolist() == [10, 20, 11, 21]
+    assert batch["attention_mask"].sum(-1).tolist() == [5, 4, 5, 4]
+    assert batch["margin"].dtype == torch.float32 and batch["margin"].tolist() == [1.0, 2.0]
+    assert batch["scores"].tolist() == [[1, 2], [2, 3]]
+    assert "task" not in batch and batch["tasks"][:, 0].tolist() == [1, 0, 1, 0]
+
+
+def test_labels_may_be_other_than_the_tokens():
+    tags = Tokens(np.array([4, 5, 6], np.int32), np.array([True, False, True]), np.array([1, 0, 2], np.int32))
+    stream = Stream([Rows.of("a", [Draft((tags,))])], [1.0], 0, False, 64)
+    assert stream.item(0, 0).sequences[0].labels.tolist() == [1, IGNORED, 2]
 
 
 def test_300_thousand_rows_are_packed_in_seconds():
@@ -169,5 +199,5 @@ def test_300_thousand_rows_are_packed_in_seconds():
     big = Rows("a", np.zeros(int(starts[-1]), np.int32), np.ones(int(starts[-1]), bool), starts)
     stream = Stream([big], [1.0], 0, True, 2048)
     begin = time.process_time()
-    assert stream.sequences(0) > 60_000
+    assert stream.items(0) > 60_000
     assert time.process_time() - begin < 10

@@ -28,7 +28,7 @@ def first_step(root: Path) -> dict[str, Any]:
     from finetune_trainer.engine import Engine
     from finetune_trainer.feed import Feed
     from finetune_trainer.methods import METHODS
-    from finetune_trainer.objectives import OBJECTIVES
+    from finetune_trainer.objectives import objective
     from finetune_trainer.stopping import Stop
     from finetune_trainer.world import join
 
@@ -38,11 +38,11 @@ def first_step(root: Path) -> dict[str, Any]:
     tokenizer = model.load_tokenizer(fetched.model, config)
     prepared = data.prepare(config, fetched, tokenizer)
     trained = METHODS["full"].prepare(model.load_model(fetched.model, config, world.device), config.method, config)
-    engine = Engine(trained, config, world, OBJECTIVES["sft"], Stop())
+    engine = Engine(trained, config, world, objective(config), Stop())
     feed = Feed(
         prepared.train,
-        lambda sequences: data.collate(sequences, tokenizer.pad_token_id),
-        OBJECTIVES["sft"],
+        lambda items: data.collate(items, tokenizer.pad_token_id),
+        objective(config),
         rank=0,
         size=1,
         per_device=2,
@@ -61,10 +61,10 @@ def first_step(root: Path) -> dict[str, Any]:
         return clip()
 
     engine._clip = spy  # type: ignore[method-assign]
-    outcome = engine.step(batch, batch.weight, 1e-3)
-    rows = [prepared.train.sequence(*prepared.train.locate(position)) for position in range(4)]
+    outcome = engine.step(batch, batch.weights, 1e-3)
+    rows = [prepared.train.item(*prepared.train.locate(position)).sequences[0] for position in range(4)]
     return {
-        "loss": float(outcome.loss_sum) / batch.weight,
+        "loss": float(outcome.loss_sums[0]) / batch.weights[0],
         "norm": float(outcome.grad_norm),
         "gradients": gradients,
         "batch": batch,
@@ -219,7 +219,7 @@ def test_the_first_token_of_a_packed_row_is_nobodys_next_one() -> None:
         "position_ids": torch.tensor([[0, 1, 0, 1, 2]]),
     }
     assert sft.targets(batch).tolist() == [[6, -100, 8, 9]]
-    assert sft.weight(batch) == 3
+    assert sft.weights(batch) == (3,)
 
 
 def tiny_model(kind: str, **more: Any) -> Any:
@@ -277,7 +277,7 @@ def test_the_loss_in_chunks_is_the_loss(trained: str, monkeypatch: pytest.Monkey
     results = []
     for layer in (None, found):
         model.zero_grad()
-        loss = sft.loss_sum(model, batch, layer)
+        loss = sft.loss_sums(model, batch, layer)[0].sum()
         (loss * 0.37).backward()
         results.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     (loss, gradients), (chunked, theirs) = results
@@ -298,7 +298,7 @@ def test_a_model_that_changes_its_logits_keeps_its_head(kind: str, more: dict[st
     assert find_head(tiny_model(kind, **more)) is None
 
 
-def test_a_stand_in_adds_nothing_but_a_graph() -> None:
+def test_a_batch_without_labels_adds_nothing_but_a_graph() -> None:
     import torch
 
     from finetune_trainer.objectives import sft
@@ -307,9 +307,9 @@ def test_a_stand_in_adds_nothing_but_a_graph() -> None:
     model = tiny_model("llama")
     model.lm_head.requires_grad_(False)
     batch = sft.prepare(prepared_batch() | {"labels": torch.full((2, 12), -100)})
-    assert sft.weight(batch) == 0
+    assert sft.weights(batch) == (0,)
     for layer in (None, find_head(model)):
-        loss = sft.loss_sum(model, batch, layer)
+        loss = sft.loss_sums(model, batch, layer)[0].sum()
         loss.backward()
         assert float(loss.detach()) == 0.0
         assert all(p.grad is None or not p.grad.any() for p in model.parameters())

@@ -20,7 +20,7 @@ pytest.importorskip("obstore", reason="needs the trainer extra")
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE, ENV_CONFIG, ENV_TERMINATION_LOG, EXIT_FAILED, EXIT_USER, Termination
 from finetune_trainer import fetch as fetching
-from finetune_trainer.fetch import fetch
+from finetune_trainer.fetch import fetch, local_files, split_pattern
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store, file_digest, local_path
 from tests.trainer.test_storage import no_credentials, s3, s3_server
@@ -305,9 +305,23 @@ def test_a_folder_that_holds_no_readable_model_says_what_it_holds(tmp_path, buck
     assert cause is None or error.value.cause is cause
 
 
+def test_a_pattern_fetches_what_it_matches_and_nothing_else(tmp_path, bucket):
+    bucket.put("b/rows", dict.fromkeys(("1.jsonl", "2.jsonl.gz", "x/3.jsonl", "4.csv", "README.txt"), b"{}"))
+    for pattern, found in (
+        ("s3://b/rows/*.jsonl*", ["1.jsonl", "2.jsonl.gz"]),
+        ("s3://b/rows/**/[0-3].jsonl", ["1.jsonl", "x/3.jsonl"]),
+        ("s3://b/rows", ["1.jsonl", "2.jsonl.gz", "4.csv", "x/3.jsonl"]),
+    ):
+        [path] = fetch(config_for(tmp_path, train=pattern), tmp_path / "cache").train
+        root = Path(split_pattern(str(path))[0])
+        assert [str(file.relative_to(root)) for file in local_files(path)] == found
+    with pytest.raises(RunError, match=r"holds no data"):
+        fetch(config_for(tmp_path, train="s3://b/rows/*.parquet"), tmp_path / "cache")
+
+
 def test_a_folder_without_data_says_what_is_looked_for(tmp_path, bucket):
-    with pytest.raises(RunError, match=r"ends in \.jsonl, \.json, \.parquet among a\.txt") as error:
-        bucket.put("b/other", {"a.txt": b""})
+    with pytest.raises(RunError, match=r"ends in \.jsonl, \.json, .*\.arrow among a\.md") as error:
+        bucket.put("b/other", {"a.md": b""})
         fetch(config_for(tmp_path, train="s3://b/other"), tmp_path / "cache")
     assert error.value.cause is Cause.DATA_NOT_FOUND
 

@@ -23,7 +23,7 @@ from finetune_api.causes import Cause
 from finetune_api.methods import BottleneckAdapter, Mam, Unipelt
 from finetune_trainer import data
 from finetune_trainer.data import collate
-from finetune_trainer.data.stream import Sequence
+from finetune_trainer.data.stream import Item, Sequence
 from finetune_trainer.fetch import fetch
 from finetune_trainer.methods import METHODS, load_adapter, parts
 from finetune_trainer.methods.places import FAMILIES
@@ -560,13 +560,12 @@ def test_packed_rows_keep_their_own_tasks(root: Path, checkpointing: bool) -> No
     shaken(model)
     apart = [logits(model, input_ids=IDS[n : n + 1], tasks=of_task(n)[:1]) for n in (0, 1)]
     rows = [
-        Sequence(IDS[n].numpy(), IDS[n].numpy(), torch.arange(16).numpy(), True, (), of_task(n)[0].numpy())
-        for n in (0, 1)
+        Sequence(IDS[n].numpy(), IDS[n].numpy(), torch.arange(16).numpy(), True, of_task(n)[0].numpy()) for n in (0, 1)
     ]
     pack = Sequence(
-        *(sum_of(rows, name) for name in ("input_ids", "labels", "position_ids")), True, (), sum_of(rows, "tasks")
+        *(sum_of(rows, name) for name in ("input_ids", "labels", "position_ids")), True, sum_of(rows, "tasks")
     )
-    batch = collate([pack], 0)
+    batch = collate([Item((pack,), ())], 0)
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "tasks")}
     assert far(logits(model, use_cache=False, **inputs), torch.cat(apart, 1)) < 1e-5
     if checkpointing:
@@ -591,7 +590,7 @@ def test_rows_know_their_tasks_also_out_of_the_cache(root: Path, monkeypatch: py
         config = tiny.make_config(root, method=method)
         fetched = fetch(config, root / "cache")
         rows = data.prepare(config, fetched, load_tokenizer(root / "model", config)).train.rows[0]
-        assert (rows.tasks is None) if tasks is None else (rows.tasks is not None and rows.tasks.tolist() == tasks)
+        assert {name: each.tolist() for name, each in rows.numbers.items()} == ({"task": tasks} if tasks else {})
     assert len(list((root / "cache" / "tokens").glob("*/ids.npy"))) == 2
 
 

@@ -86,7 +86,7 @@ def ours(root: Path, method: dict[str, Any]) -> tuple[list[float], list[dict[str
     from finetune_trainer import data, fetch, model
     from finetune_trainer.engine import Engine
     from finetune_trainer.feed import Feed, draw_seed
-    from finetune_trainer.objectives import OBJECTIVES
+    from finetune_trainer.objectives import objective
     from finetune_trainer.stopping import Stop
     from finetune_trainer.world import join
 
@@ -99,11 +99,11 @@ def ours(root: Path, method: dict[str, Any]) -> tuple[list[float], list[dict[str
     rows = data.prepare(config, fetched, tokenizer).train
     torch.manual_seed(draw_seed(config.training.seed))
     trained = METHODS[config.method.type].prepare(load_model(fetched.model, config, CPU), config.method, config)
-    engine = Engine(trained, config, world, OBJECTIVES["sft"], Stop(), hooks(trained, config, STEPS))
+    engine = Engine(trained, config, world, objective(config), Stop(), hooks(trained, config, STEPS))
     feed = Feed(
         rows,
-        lambda sequences: data.collate(sequences, tokenizer.pad_token_id),
-        OBJECTIVES["sft"],
+        lambda items: data.collate(items, tokenizer.pad_token_id),
+        objective(config),
         rank=0,
         size=1,
         per_device=4,
@@ -114,7 +114,7 @@ def ours(root: Path, method: dict[str, Any]) -> tuple[list[float], list[dict[str
     )
     losses, batches = [], []
     while (batch := feed.take()[0]) is not None:
-        losses.append(float(engine.step(batch, batch.weight, RATE).loss_sum) / batch.weight)
+        losses.append(float(engine.step(batch, batch.weights, RATE).loss_sums[0]) / batch.weights[0])
         batches.append(batch.slots[0].batch)
     return losses, batches, engine
 

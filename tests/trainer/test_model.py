@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE
+from finetune_trainer.data.records import Conversation
 from finetune_trainer.data.render import Renderer, Tokens
-from finetune_trainer.data.stream import IGNORED, Rows, Stream, collate
+from finetune_trainer.data.stream import IGNORED, Draft, Rows, Stream, collate
 from finetune_trainer.model import (
     assert_packing_isolated,
     dtype_of,
@@ -86,7 +87,7 @@ def test_packed_rows_give_the_logits_the_loss_and_the_gradients_of_the_rows_alon
     made = []
     for length in (9, 5, 7, 12, 3, 8):
         ids = torch.randint(3, 64, (length,), generator=draw).to(torch.int32).numpy()
-        made.append(Tokens(ids, torch.arange(length).numpy() >= length // 2))
+        made.append(Draft((Tokens(ids, torch.arange(length).numpy() >= length // 2),)))
     packed = Stream([Rows.of("a", made)], [1.0], 0, True, 24)
     single = Stream([Rows.of("a", made)], [1.0], 0, False, 24)
 
@@ -95,8 +96,8 @@ def test_packed_rows_give_the_logits_the_loss_and_the_gradients_of_the_rows_alon
         model.zero_grad()
         total, rows = 0.0, {}
         for start in range(0, count, 2):
-            sequences = [stream.sequence(0, index) for index in range(start, min(start + 2, count))]
-            batch = collate(sequences, pad_token_id=0)
+            items = [stream.item(0, index) for index in range(start, min(start + 2, count))]
+            batch = collate(items, pad_token_id=0)
             del batch["num_tokens"]
             labels = batch.pop("labels")
             out = model(**batch).logits
@@ -105,17 +106,17 @@ def test_packed_rows_give_the_logits_the_loss_and_the_gradients_of_the_rows_alon
             )
             loss.backward()
             total += float(loss.detach())
-            for line, sequence in zip(out.detach(), sequences, strict=True):
+            for line, item in zip(out.detach(), items, strict=True):
                 begin = 0
-                for _, row in sequence.rows:
-                    length = len(made[row].ids)
+                for _, row in item.rows:
+                    length = len(made[row].sequences[0].ids)
                     rows[row] = line[begin : begin + length]
                     begin += length
         return total, torch.cat([p.grad.flatten() for p in model.parameters()]), rows
 
-    loss, gradient, alone = run(single, single.sequences(0))
-    packed_loss, packed_gradient, together = run(packed, packed.sequences(0))
-    assert packed.sequences(0) < single.sequences(0)
+    loss, gradient, alone = run(single, single.items(0))
+    packed_loss, packed_gradient, together = run(packed, packed.items(0))
+    assert packed.items(0) < single.items(0)
     assert max(float((alone[row] - together[row]).abs().max()) for row in alone) <= 1e-5
     assert abs(loss - packed_loss) / loss <= 1e-5
     assert float((gradient - packed_gradient).abs().max() / gradient.abs().max()) <= 1e-5
@@ -342,7 +343,7 @@ def test_a_gguf_model_speaks_and_is_saved_as_an_ordinary_one(smollm, tmp_path, m
     )
     chat = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是小助手 (a helper)."}]
     renderer = Renderer(tokenizer)
-    [row] = renderer.encode(renderer.render(chat))
+    [row] = renderer.encode(renderer.render(Conversation(chat)))
     assert tokenizer.decode(row.ids[row.learned]) == "我是小助手 (a helper).<|im_end|>"
     model.eval()
     answer = model.generate(**asked, max_new_tokens=12, do_sample=False)

@@ -83,6 +83,41 @@ def make_rows(path: Path, count: int, seed: int = 0, tasks: tuple[str, ...] = ()
     return path
 
 
+def make_texts(path: Path, count: int, seed: int = 0, words: tuple[int, int] = (3, 40)) -> Path:
+    """Documents that count through the vocabulary, so that the next word follows from the last one."""
+    import random
+
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        first, length = draw.randrange(len(WORDS)), draw.randint(*words)
+        rows.append({"text": " ".join(WORDS[(first + number) % len(WORDS)] for number in range(length))})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_preferences(path: Path, count: int, seed: int = 0, verdicts: bool = False) -> Path:
+    """Pairs of answers: the better one repeats the question's words backwards, the worse one is of other words.
+
+    ``verdicts``: single answers judged good or bad instead, in turn.
+    """
+    import random
+
+    draw = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        words = [draw.choice(WORDS) for _ in range(draw.randint(2, 6))]
+        good = " ".join(words[::-1])
+        bad = " ".join(draw.choice(WORDS) for _ in range(draw.randint(2, 6)))
+        row: dict[str, Any] = {"prompt": "say " + " ".join(words)}
+        if verdicts:
+            rows.append(row | {"completion": bad if number % 2 else good, "label": number % 2 == 0})
+        else:
+            rows.append(row | {"chosen": good, "rejected": bad, "margin": number % 3 / 2})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def make_config(root: Path, **changes: Any) -> TrainerConfig:
     """A configuration over ``root/model`` and ``root/train.jsonl``; ``changes`` as in ``merge``."""
     document: dict[str, Any] = {

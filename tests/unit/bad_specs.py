@@ -14,6 +14,7 @@ from typing import Any
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.methods import METHODS
 from finetune_api.schema import spec_schema
+from finetune_api.stages import STAGES
 
 GOOD: dict[str, Any] = {
     "apiVersion": "finetune.dev/v1alpha1",
@@ -267,9 +268,7 @@ BAD: tuple[Bad, ...] = (
     # ---- choices
     Bad("an unknown stage", {"spec.stage": "sftt"}, "spec.stage", "did you mean sft?", SCHEMA, "Unsupported value"),
     Bad("an unknown method", {"spec.method.type": "lorra"}, "spec.method.type", "did you mean lora?", SCHEMA),
-    Bad(
-        "an unknown format", {"spec.data.train[0].format": "sharegpt"}, "spec.data.train[0].format", "messages", SCHEMA
-    ),
+    Bad("an unknown format", {"spec.data.train[0].format": "openai"}, "spec.data.train[0].format", "messages", SCHEMA),
     Bad(
         "an unknown schedule",
         {"spec.training.lr_scheduler_type": "cosin"},
@@ -327,12 +326,12 @@ BAD: tuple[Bad, ...] = (
     ),
     Bad("a GGUF file as the folder", {"spec.model.uri": "s3://a/m.gguf"}, "spec.model.uri", "the file in gguf_file"),
     Bad("a model as data", {"spec.data.train[0].uri": "hf://a/b"}, "spec.data.train[0].uri", "datasets/ after hf://"),
-    Bad("a table", {"spec.data.train[0].uri": "s3://a/rows.csv"}, "spec.data.train[0].uri", "to JSON lines"),
+    Bad("a spreadsheet", {"spec.data.train[0].uri": "s3://a/rows.xlsx"}, "spec.data.train[0].uri", "tables as .csv"),
     Bad(
-        "compressed held-out rows",
-        {"spec.data.eval": [{"uri": "s3://a/b.jsonl"}, {"uri": "s3://a/rows.jsonl.gz"}]},
+        "an archive of held-out rows",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl"}, {"uri": "s3://a/rows.tar.gz"}]},
         "spec.data.eval[1].uri",
-        "not compressed",
+        "unpack archives",
     ),
     Bad(
         "a claim no volume can have", {"spec.model.uri": "pvc://My_Claim/x"}, "spec.model.uri", "PersistentVolumeClaim"
@@ -403,10 +402,10 @@ BAD: tuple[Bad, ...] = (
         "for training rows only",
     ),
     Bad(
-        "the name of a template",
-        {"spec.data.chat_template": "chatml"},
+        "the path of a template",
+        {"spec.data.chat_template": "templates/mine.jinja"},
         "spec.data.chat_template",
-        "template's text here",
+        "the template's text (not its path)",
     ),
     # ---- the method
     Bad(
@@ -1017,7 +1016,60 @@ BAD: tuple[Bad, ...] = (
         "cache.claimName of a profile",
         CONDITION,
     ),
+    # ---- the stages
+    Bad(
+        "exo_pair without smoothing",
+        {"spec.stage": "dpo", "spec.dpo": {"loss_type": "exo_pair"}},
+        "spec.dpo.label_smoothing",
+        "set it, e.g. to 0.001",
+    ),
+    Bad(
+        "a smoothed hinge",
+        {"spec.stage": "dpo", "spec.dpo": {"loss_type": "hinge", "label_smoothing": 0.1}},
+        "spec.dpo.label_smoothing",
+        "set loss_type: robust",
+    ),
+    Bad(
+        "half of the preferences wrong",
+        {"spec.stage": "dpo", "spec.dpo": {"label_smoothing": 0.5}},
+        "spec.dpo.label_smoothing",
+        "less than 0.5",
+        SCHEMA,
+    ),
+    Bad(
+        "an unknown loss",
+        {"spec.stage": "dpo", "spec.dpo": {"loss_type": "aot"}},
+        "spec.dpo.loss_type",
+        "one of sigmoid, hinge",
+        SCHEMA,
+        "Unsupported value",
+    ),
+    Bad("beta of nothing", {"spec.stage": "kto", "spec.kto": {"beta": 0}}, "spec.kto.beta", "greater than 0", SCHEMA),
 )
+
+
+def _of_other_stages() -> Iterator[Bad]:
+    """Every stage's own parameters, with another stage; and what the table of stages excludes."""
+    prompts = {"spec.evaluation.prompts": ["Who are you?"]}
+    for name, stage in STAGES.items():
+        if stage.parameters is not None:
+            other = "sft" if name != "sft" else "dpo"
+            at = f"spec.{name}"
+            yield Bad(f"{name} for {other}", {"spec.stage": other, at: {}}, at, f"set spec.stage: {name}")
+        if not stage.packing:
+            at = "spec.data.packing"
+            yield Bad(
+                f"packing with {name}", {"spec.stage": name, at: True}, at, "leave it out: the rows of this stage"
+            )
+        if not stage.generates:
+            at = "spec.evaluation.prompts"
+            yield Bad(
+                f"prompts with {name}", {"spec.stage": name} | prompts, at, "the model of this stage writes no text"
+            )
+        for method, row in COMPATIBILITY.items():
+            if name not in row.stages:
+                change = {"spec.stage": name, "spec.method": {"type": method, **ENOUGH.get(method, {})}}
+                yield Bad(f"{method} with {name}", change, "spec.stage", f"with spec.method.type: {method}")
 
 
 def _of_other_methods() -> Iterator[Bad]:
@@ -1037,9 +1089,8 @@ def _of_other_methods() -> Iterator[Bad]:
 def _of_the_table() -> Iterator[Bad]:
     """Everything that a row of the compatibility table excludes."""
     fields = {"packing": "spec.data", "gradient_checkpointing": "spec.training", "merge": "spec.output"}
-    enough: dict[str, dict[str, Any]] = {"trainable_tokens": {"token_indices": [1]}, "moelora": {"tasks": ["a"]}}
     for name, row in COMPATIBILITY.items():
-        method = {"type": name, **enough.get(name, {})}
+        method = {"type": name, **ENOUGH.get(name, {})}
         for field, section in fields.items():
             if not getattr(row, field):
                 at = f"{section}.{field}"
@@ -1049,4 +1100,6 @@ def _of_the_table() -> Iterator[Bad]:
             yield Bad(f"ZeRO-{stage} with {name}", {"spec.method": method, at: stage}, at, f"spec.method.type: {name}")
 
 
-BAD += (*_of_other_methods(), *_of_the_table())
+ENOUGH: dict[str, dict[str, Any]] = {"trainable_tokens": {"token_indices": [1]}, "moelora": {"tasks": ["a"]}}
+"""What these methods cannot do without."""
+BAD += (*_of_other_methods(), *_of_the_table(), *_of_other_stages())

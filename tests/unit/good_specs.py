@@ -109,15 +109,19 @@ GOOD: tuple[Good, ...] = (
                     {"uri": "pvc://claim/rows.json"},
                     {"uri": "file:///data/rows.parquet"},
                     {"uri": "gs://bucket/folder/"},
+                    {"uri": "s3://bucket/rows/**/part-[0-9]*.csv.zst", "columns": {"question": "instruction"}},
+                    {"uri": "s3://bucket/books/*.txt", "format": "text", "sample_by": "document"},
                 ],
                 "eval": [{"uri": "az://container/rows.jsonl", "format": "messages"}],
                 "max_length": 4096,
                 "packing": True,
+                "max_bad_rows": 100,
                 "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
             },
             "spec.training.eval_steps": 50,
         },
     ),
+    Good("the name of a template", {"spec.data.chat_template": "llama-2"}),
     Good(
         "every number of the training",
         {
@@ -191,4 +195,23 @@ GOOD: tuple[Good, ...] = (
     Good("the longest name", {"metadata.name": "x" * 51}),
     Good("null for what is optional", {"spec.training": None, "spec.checkpoint": {"uri": None}}),
     Good("whole floats for integers", {"spec.workers.replicas": 2.0, "spec.training.max_steps": 10.0}),
+    Good("continued pretraining, packed", {"spec.stage": "pretrain", "spec.data.packing": True}),
+    Good("the last answers only", {"spec.stage": "sft", "spec.sft": {"loss_on": "last_answer"}}),
+    Good(
+        "dpo in all words",
+        {
+            "spec.stage": "dpo",
+            "spec.dpo": {
+                "loss_type": "sigmoid_norm",
+                "beta": 0.2,
+                "rpo_alpha": 1,
+                "ld_alpha": 0.5,
+                "precompute_ref_log_probs": True,
+            },
+        },
+    ),
+    Good("dpo in few words", {"spec.stage": "dpo"}),
+    Good("an empty section", {"spec.stage": "orpo", "spec.orpo": {}}),
+    Good("a centred reward", {"spec.stage": "reward", "spec.reward": {"center_rewards_coefficient": 0.01}}),
+    Good("kto with weights", {"spec.stage": "kto", "spec.kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5}}),
 )

@@ -72,7 +72,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
             "spec.model": {"uri": "a/b", "revision": 3},
             "spec.method": {"type": "full", "r": 8, "target_modules": ["a"]},
             "spec.data.train[0].weight": 0,
-            "spec.data.train[1]": {"uri": "s3://a/b.csv"},
+            "spec.data.train[1]": {"uri": "s3://a/b.xlsx"},
             "spec.data.evl": [],
             "spec.training": {"learning_rate": -1, "max_steps": 0, "eval_steps": 5, "warmup_steps": 1.5},
             "spec.deepspeed": {"gradient_clipping": 2, "scheduler": {}, "zero_optimization": {"stage": 9}},

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune_api.causes import Cause
 from finetune_api.run import CheckpointInfo, TrainerConfig
+from finetune_api.stages import SECTIONS
 from finetune_trainer.fence import Fence
 from finetune_trainer.outcome import RunError
 from finetune_trainer.state import TrainableState
@@ -131,6 +132,7 @@ def identity(config: TrainerConfig) -> dict[str, Any]:
     """What the result of a run depends on, by dotted name (``training.learning_rate``)."""
     document = config.model_dump(mode="json")
     kept = {key: document[key] for key in ("stage", "model", "method", "data", "training", "deepspeed")}
+    kept |= {section: document[section] for section in SECTIONS if document[section] is not None}
     for section, steering in _STEERING.items():
         kept[section] = {key: value for key, value in kept[section].items() if key not in steering}
     kept["global_batch_size"] = config.global_batch_size

@@ -1,7 +1,7 @@
 """The training step over a DeepSpeed engine: one path for one CPU process and for many GPUs, ZeRO 0 to 3.
 
 DeepSpeed partitions, reduces and updates. What it would average is undone here: the loss of a step is the sum over
-the whole global batch divided by the label tokens of the whole global batch, however the batch is cut into
+the whole global batch divided by its weight (the label tokens) in the whole global batch, however the batch is cut into
 processes and forward passes. Every random draw of a pass is seeded by (seed, step, slot).
 
 Called by ``run.py``. ``checkpoint.py`` and ``saving.py`` see the engine through ``state.py``.
@@ -15,17 +15,18 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
-from finetune_trainer.data import Sequence, Stream
+from finetune_trainer.data import Item, Stream
 from finetune_trainer.feed import Slot, StepBatch, draw_seed
 from finetune_trainer.hooks import NOTHING, Hooks
-from finetune_trainer.objectives import Objective
+from finetune_trainer.logbook import mean_loss
+from finetune_trainer.objectives import Objective, Sums
 from finetune_trainer.objectives.head import find_head
-from finetune_trainer.objectives.sft import IGNORED
 from finetune_trainer.outcome import RunError
 from finetune_trainer.stopping import Stop
 from finetune_trainer.world import World
@@ -38,11 +39,14 @@ ENV_COMPILE = "FINETUNE_COMPILE"
 class Agreed:
     """What all processes know after a step."""
 
-    loss_sum: float
+    loss_sums: list[float]
+    """The terms of the loss, summed over the global batch."""
     tokens: int
     pairs: int
-    next_weight: int
-    """Label tokens of the next global batch."""
+    next_weights: list[float]
+    """Of the next global batch, see ``StepBatch.weights``."""
+    sums: list[float]
+    """What the objective tells of the step: its ``Sums``, flattened (:meth:`Engine.figures` reads them)."""
     stop: bool
     """Some process was asked to stop."""
     fatal: bool
@@ -55,8 +59,10 @@ class Agreed:
 class StepOutcome:
     """One process's view of a step, still on the device."""
 
-    loss_sum: torch.Tensor
-    """Scalar: this process's summed loss."""
+    loss_sums: torch.Tensor
+    """float64 (K,): this process's sums of the terms of the loss."""
+    sums: torch.Tensor
+    """float64: this process's flattened sums of what the objective tells."""
     grad_norm: torch.Tensor | float
     """L2 norm of the whole gradient before clipping."""
     applied: bool
@@ -74,12 +80,15 @@ class Engine:
         objective: Objective,
         stop: Stop,
         hooks: Hooks = NOTHING,
+        switched_off: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
+        """``switched_off``: inside it the model is the one the training started from; None where there is no such."""
         self.config = config
         self.world = world
         self.objective = objective
         self.stop = stop
         self.hooks = hooks
+        self.switched_off = switched_off
         self.zero_stage = zero_stage(config)
         self.plain = is_plain(config)
         """No ZeRO and no precision section: the optimizer is ours, so are the gradient's norm and clipping."""
@@ -90,9 +99,6 @@ class Engine:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
             raise RunError(Cause.INVALID_CONFIGURATION, "The method leaves no parameter to train.")
-        # ZeRO-3 gathers a layer's weights where the layer is called: it stays where the model calls it.
-        with torch.autocast(world.device.type, dtype=mixed, enabled=mixed is not None):
-            self.head = find_head(model) if self.zero_stage < 3 else None
         import deepspeed
 
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -103,9 +109,16 @@ class Engine:
         )
         self.module = self.engine.module
         _forget_dry_run(self.optimizer)
+        # After DeepSpeed has hung on to the model: under ZeRO-3 its hooks bring a layer's weights together.
+        with torch.autocast(world.device.type, dtype=mixed, enabled=mixed is not None):
+            self.head = find_head(self.module)
         if self.plain and world.size == 1:
             self.engine.enable_backward_allreduce = False  # it would flatten and copy every gradient
         self._number = 0
+        self._told: dict[str, tuple[int, ...]] = {}
+        """Names and shapes of the objective's sums, known after the first pass."""
+        self.confusion: dict[str, list[list[int]]] = {}
+        """Of the last evaluation, by source ("" for all): how often label i was taken for j."""
         if hooks.after_update is not None:
             after = hooks.after_update
             # Called by the optimizer itself: DeepSpeed clears the gradients right after it.
@@ -141,28 +154,35 @@ class Engine:
 
     # The step
 
-    def step(self, batch: StepBatch, weight: int, learning_rate: float) -> StepOutcome:
+    def step(self, batch: StepBatch, weights: list[float], learning_rate: float) -> StepOutcome:
         """Forward and backward over this process's slots, then the update.
 
-        ``weight``: label tokens of the whole global batch, over all processes.
+        ``weights``: of the whole global batch, over all processes.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
         self._number = batch.step
         self.module.train()
         # DeepSpeed averages gradients over the processes; the loss is a sum over all of them.
-        scale = self.world.size / max(weight, 1)
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for number, slot in enumerate(batch.slots):
+        scales = [self.world.size / max(weight, 1) for weight in weights]
+        total = torch.zeros(len(weights), dtype=torch.float64, device=self.world.device)
+        told: torch.Tensor | None = None
+        ready: Iterable[dict[str, Any]] = (self._ready(slot.batch) for slot in batch.slots)
+        if self.objective.before is not None:
+            ready = self._with_before(list(ready), [slot.stand_in for slot in batch.slots])
+        for number, (slot, inputs) in enumerate(zip(batch.slots, ready, strict=True)):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(batch.slots))
-            inputs = self.to_device(slot)
             self._seed(batch.step, slot, inputs)
-            loss = self._loss_sum(inputs)
-            whole = loss * scale
+            terms, sums = self._loss_sums(inputs)
+            if slot.stand_in:
+                terms = terms * 0.0
+            whole = sum(term * scale for term, scale in zip(terms.unbind(), scales, strict=True))
             if self.hooks.extra_loss is not None:  # a share in each pass, and the same on all processes
                 whole = whole + self.hooks.extra_loss() / len(batch.slots)
             self.engine.backward(whole, scale_wrt_gas=False)
-            total += loss.detach().double()
+            total += terms.detach().double()
+            flat = self._flattened(sums) * (0.0 if slot.stand_in else 1.0)
+            told = flat if told is None else told + flat
             self.stop.beat()
         norm: torch.Tensor | float
         if self.plain:
@@ -171,14 +191,117 @@ class Engine:
         if not self.plain:
             norm = self.engine.get_global_grad_norm()
             norm = math.inf if norm is None else norm
-        return StepOutcome(total, norm, bool(self.engine.was_step_applied()))
+        assert told is not None
+        return StepOutcome(total, told, norm, bool(self.engine.was_step_applied()))
 
-    def _loss_sum(self, inputs: dict[str, Any]) -> torch.Tensor:
+    def _call(self, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """A function of the objective on (model, batch, output layer), in the precision of the run."""
         if not self.plain:
-            return self.objective.loss_sum(self.engine, inputs, self.head)
+            return function(self.engine, inputs, self.head)
         # DeepSpeed's forward would switch autocast off; without ZeRO it does nothing else that is needed here.
         with self.autocast():
-            return self.objective.loss_sum(self.module, inputs, self.head)
+            return function(self.module, inputs, self.head)
+
+    def _loss_sums(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Sums]:
+        terms, sums = self._call(self.objective.loss_sums, inputs)
+        return terms, sums
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Inside, passes leave no graph and draw nothing (no dropout)."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(training)
+
+    def _ready(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A prepared batch on the device, with what the reference says of it."""
+        inputs = move(batch, self.world.device)
+        if self.objective.reference is not None and "reference" not in inputs:
+            assert self.switched_off is not None
+            with self._looking(), self.switched_off():
+                inputs["reference"] = self._call(self.objective.reference, inputs)
+        return inputs
+
+    def _with_before(self, ready: list[dict[str, Any]], stand_ins: list[bool]) -> list[dict[str, Any]]:
+        """The batches, each with the objective's ``before`` summed over all of them, on all processes."""
+        assert self.objective.before is not None
+        total: torch.Tensor | None = None
+        with self._looking():
+            for inputs, stand_in in zip(ready, stand_ins, strict=True):
+                part = self._call(self.objective.before, inputs) * (0.0 if stand_in else 1.0)
+                total = part if total is None else total + part
+        assert total is not None
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return [inputs | {"before": total} for inputs in ready]
+
+    @property
+    def needs_references(self) -> bool:
+        """What the reference says must be known before training: it cannot be asked later, or is not to be."""
+        if self.objective.reference is None:
+            return False
+        return self.objective.precompute or self.switched_off is None
+
+    def references(
+        self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]], used: list[np.ndarray] | None = None
+    ) -> None:
+        """Have the model say of every row (``used``: of these, by source) what the objective's ``reference`` asks, and
+        add it to the stream. To be called while the model is the one the training starts from. Collective.
+
+        What a pass holds does not depend on the number of processes: they give the same numbers in any number.
+        """
+        assert self.objective.reference is not None
+        per_device = self.config.training.per_device_eval_batch_size
+        found: list[np.ndarray] = []
+        with self._looking():
+            for source, rows in enumerate(stream.rows):
+                alone = Stream([rows], [1.0], 0, False, stream.max_length, shuffle=False)
+                wanted = np.arange(len(rows)) if used is None else used[source]
+                values = torch.zeros(len(rows), rows.parts, dtype=torch.float32, device=self.world.device)
+                for places, stand_in in self._shared_out(len(wanted), per_device):
+                    numbers = [int(wanted[place]) for place in places]
+                    batch = self.objective.prepare(collate([alone.item(0, number) for number in numbers]))
+                    said = self._call(self.objective.reference, move(batch, self.world.device))
+                    if not stand_in:
+                        values[numbers] = said.float()
+                    self.stop.beat()
+                if self.world.size > 1:
+                    dist.all_reduce(values)
+                found.append(values.cpu().numpy())
+        stream.add_numbers("reference", found)
+
+    def _shared_out(self, count: int, per_device: int) -> Iterator[tuple[range, bool]]:
+        """This process's slots of ``count`` places, and whether each is only there to keep the others company."""
+        slots = -(-count // per_device)
+        for turn in range(-(-slots // self.world.size)):
+            number = turn * self.world.size + self.world.rank
+            first = number * per_device
+            mine = number < slots
+            yield (range(first, min(first + per_device, count)) if mine else range(1)), not mine
+
+    def _flattened(self, sums: Sums) -> torch.Tensor:
+        self._told = {name: tuple(value.shape) for name, value in sums.items()}
+        if not sums:
+            return torch.zeros(0, dtype=torch.float64, device=self.world.device)
+        device = self.world.device  # what is counted on the host is there
+        return torch.cat([value.detach().to(device, torch.float64).reshape(-1) for value in sums.values()])
+
+    def figures(self, flat: list[float]) -> dict[str, float]:
+        """What the objective tells, of sums over whole steps."""
+        return self.objective.figures(self._sums(flat))
+
+    def _sums(self, flat: list[float]) -> Sums:
+        sums: Sums = {}
+        begin = 0
+        for name, shape in self._told.items():
+            size = math.prod(shape)
+            sums[name] = torch.tensor(flat[begin : begin + size], dtype=torch.float64).reshape(shape)
+            begin += size
+        return sums
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of a forward pass."""
@@ -197,18 +320,12 @@ class Engine:
         """Everything that draws in this pass (dropout, noise) draws by (seed, step, slot)."""
         import random
 
-        import numpy as np
-
         seed = draw_seed(self.config.training.seed, step, slot.number)
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         if self._noise is not None:
             self._noise.prepare(draw_seed(seed, 1), inputs)
-
-    def to_device(self, slot: Slot) -> dict[str, Any]:
-        """A slot's tensors on this process's device."""
-        return move(slot.batch, self.world.device)
 
     def agree(
         self,
@@ -223,24 +340,36 @@ class Engine:
 
         Collective. ``batch`` is the one just done, ``following`` the next one.
         """
-        loss = outcome.loss_sum if outcome is not None else torch.zeros((), device=self.world.device)
+        terms = self.objective.terms
+        device = self.world.device
         counts = torch.tensor(
             [
                 batch.tokens if batch else 0,
                 batch.pairs if batch else 0,
-                following.weight if following else 0,
                 self.stop.requested,
                 fatal,
                 saving,
+                *(following.weights if following else [0.0] * terms),
             ],
             dtype=torch.float64,
         )
-        words = torch.cat([loss.double().reshape(1), counts.to(self.world.device)])
+        losses = outcome.loss_sums if outcome is not None else torch.zeros(terms, dtype=torch.float64, device=device)
+        parts = [counts.to(device), losses]
+        if outcome is not None:
+            parts.append(outcome.sums)
+        words = torch.cat(parts)
         if self.world.size > 1:
             dist.all_reduce(words)
-        values = words.tolist()
+        tokens, pairs, stop, gone, busy, *values = words.tolist()
         return Agreed(
-            values[0], int(values[1]), int(values[2]), int(values[3]), values[4] > 0, values[5] > 0, values[6] > 0
+            loss_sums=values[terms : 2 * terms],
+            tokens=int(tokens),
+            pairs=int(pairs),
+            next_weights=values[:terms],
+            sums=values[2 * terms :],
+            stop=stop > 0,
+            fatal=gone > 0,
+            saving=busy > 0,
         )
 
     def check_finite(self, step: int, loss: float, norm: float, applied: bool, learning_rate: float) -> None:
@@ -257,54 +386,93 @@ class Engine:
 
     # Evaluation
 
-    def evaluate(
-        self, sources: dict[str, Stream], collate: Callable[[list[Sequence]], dict[str, Any]]
-    ) -> dict[str, float]:
-        """Loss (nats per label token) and perplexity: ``loss``, ``perplexity`` and, per source, ``loss/NAME``.
+    def evaluate(self, sources: dict[str, Stream], collate: Callable[[list[Item]], dict[str, Any]]) -> dict[str, float]:
+        """Loss, perplexity (of language models) and what the objective tells: ``loss`` … over all sources and, per
+        source, ``loss/NAME`` ….
 
-        Weighted by tokens, over all processes. Collective; every process makes equally many passes.
+        Weighted as in training (by tokens, by pairs), over all processes. Collective; every process makes equally
+        many passes.
         """
-        per_device = self.config.training.per_device_eval_batch_size
-        sums = torch.zeros(len(sources), 2, dtype=torch.float64, device=self.world.device)
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                for row, stream in enumerate(sources.values()):
-                    for batch in self._eval_batches(stream, per_device, collate):
-                        weight = self.objective.weight(batch)
-                        loss = self._loss_sum(move(self.objective.prepare(batch), self.world.device))
-                        sums[row, 0] += loss.double()
-                        sums[row, 1] += weight
-                        self.stop.beat()
-        finally:
-            self.module.train()
+        terms = self.objective.terms
+        with self._looking():
+            found = [self._evaluate(stream, collate) for stream in sources.values()]
+        if not found:
+            return {}
+        values = torch.stack([total for total, _ in found])
         if self.world.size > 1:
-            dist.all_reduce(sums)
+            dist.all_reduce(values)
         figures: dict[str, float] = {}
-        values = sums.tolist()
-        whole = [sum(column) for column in zip(*values, strict=True)] if values else [0.0, 0.0]
-        named = [("", whole), *((f"/{name}", value) for name, value in zip(sources, values, strict=True))]
-        for name, (loss_sum, weight_sum) in named:
-            if weight_sum:
-                mean = loss_sum / weight_sum
-                figures[f"loss{name}"] = mean
-                figures[f"perplexity{name}"] = math.exp(min(mean, 700.0))
+        named = [("", values.sum(0)), *((f"/{name}", row) for name, row in zip(sources, values, strict=True))]
+        if (of_rows := self.objective.of_rows) is not None:
+            rows = [self._from_all(part) for _, part in found]
+            for name, part in zip(("", *(f"/{name}" for name in sources)), (torch.cat(rows), *rows), strict=True):
+                figures |= {f"{key}{name}": value for key, value in of_rows(part.cpu().numpy()).items()}
+        for name, row in named:
+            sums, weights, told = row.tolist()[:terms], row.tolist()[terms : 2 * terms], row.tolist()[2 * terms :]
+            if not any(weights):
+                continue
+            loss = mean_loss(sums, weights)
+            figures[f"loss{name}"] = loss
+            if self.objective.per_token:
+                figures[f"perplexity{name}"] = math.exp(min(loss, 700.0))
+            figures |= {f"{key}{name}": value for key, value in self.figures(told).items()}
+            if self.objective.labels:
+                self.confusion[name.removeprefix("/")] = self._sums(told)["confusion"].long().tolist()
         return figures
 
+    def _evaluate(
+        self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's share of a source: the terms of the loss, their weights, and what the objective tells; and
+        what it tells of every row."""
+        total: torch.Tensor | None = None
+        rows = [torch.zeros(0, device=self.world.device)]
+        shared = self._before_all(stream, collate) if self.objective.before is not None else {}
+        for batch, stand_in in self._eval_batches(stream, collate):
+            weights = torch.tensor(self.objective.weights(batch), dtype=torch.float64, device=self.world.device)
+            terms, sums = self._loss_sums(self._ready(self.objective.prepare(batch)) | shared)
+            if "rows" in sums:
+                rows += [] if stand_in else [sums["rows"]]
+                del sums["rows"]
+            row = torch.cat([terms.double(), weights, self._flattened(sums)]) * (0.0 if stand_in else 1.0)
+            total = row if total is None else total + row
+            self.stop.beat()
+        assert total is not None
+        return total, torch.cat(rows[1:] or rows)
+
+    def _from_all(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, c) of each process as one (N, c), on all of them. Collective."""
+        if self.world.size == 1:
+            return rows
+        shape = torch.zeros(self.world.size, 2, dtype=torch.long, device=rows.device)
+        shape[self.world.rank] = torch.tensor([len(rows), rows.shape[-1] if len(rows) else 0])
+        dist.all_reduce(shape)
+        padded = torch.zeros(*shape.amax(0).tolist(), device=rows.device)
+        padded[: len(rows)] = rows.reshape(len(rows), padded.shape[1])
+        parts = [torch.zeros_like(padded) for _ in range(self.world.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, shape[:, 0].tolist(), strict=True)])
+
     def _eval_batches(
-        self, stream: Stream, per_device: int, collate: Callable[[list[Sequence]], dict[str, Any]]
-    ) -> Iterator[dict[str, Any]]:
-        count = stream.sequences(0)
-        slots = -(-count // per_device)
-        for turn in range(-(-slots // self.world.size)):
-            number = turn * self.world.size + self.world.rank
-            if number < slots:
-                first = number * per_device
-                yield collate([stream.sequence(0, i) for i in range(first, min(first + per_device, count))])
-            else:
-                batch = collate([stream.sequence(0, 0)])
-                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-                yield batch
+        self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]
+    ) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Collated batches, and whether each is only there to keep the other processes company."""
+        for places, stand_in in self._shared_out(stream.items(0), self.config.training.per_device_eval_batch_size):
+            yield collate([stream.item(0, index) for index in places]), stand_in
+
+    def _before_all(self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The objective's ``before`` over a whole source."""
+        assert self.objective.before is not None
+        total: torch.Tensor | None = None
+        for batch, stand_in in self._eval_batches(stream, collate):
+            inputs = self._ready(self.objective.prepare(batch))
+            part = self._call(self.objective.before, inputs) * (0.0 if stand_in else 1.0)
+            total = part if total is None else total + part
+            self.stop.beat()
+        assert total is not None
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return {"before": total}
 
     # The result
 
@@ -396,9 +564,9 @@ class Noise:
         self.lengths = document_lengths(batch)
 
     def _add(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if self.lengths is None or not module.training or output.shape[:2] != self.lengths.shape:
+        if self.lengths is None or not module.training or output.shape[1] != self.lengths.shape[1]:
             return None
-        lengths, self.lengths = self.lengths, None  # once per pass
+        lengths, self.lengths = self.lengths[: output.shape[0]], None  # once per pass
         noise = torch.empty_like(output).uniform_(-1.0, 1.0, generator=self.generator)
         amount = self.alpha / torch.sqrt(lengths * output.shape[-1])
         return output + noise * amount.unsqueeze(-1).to(output.dtype)

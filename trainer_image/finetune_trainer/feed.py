@@ -1,9 +1,9 @@
 """The batches of this process, in the order that (seed, epoch, position) gives, prepared while the model works.
 
-A step uses the next ``global_batch_size`` sequences of the stream, cut into slots of ``per_device_train_batch_size``;
+A step uses the next ``global_batch_size`` items of the stream, cut into slots of ``per_device_train_batch_size``;
 slot s goes to process s mod world. What a slot holds, and its random numbers, depend on the step and the slot only:
 any number of processes continues the same stream with the same draws. Where slots do not fill all processes (a ragged
-or last batch), the rest get a stand-in whose tokens carry no label, because ZeRO needs every process in every pass.
+or last batch), the rest get a stand-in whose loss counts nothing, because ZeRO needs every process in every pass.
 
 Called by ``run.py`` and ``engine.py``. One thread reads ahead; errors of the data surface in ``take``.
 """
@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from finetune_trainer.data import Sequence, Stream
+from finetune_trainer.data import Item, Stream
 from finetune_trainer.objectives import Objective
-from finetune_trainer.objectives.sft import IGNORED
 
 AHEAD = 2
 """Steps prepared in advance."""
@@ -32,7 +31,9 @@ class Slot:
     number: int
     """Within the global batch."""
     batch: dict[str, Any]
-    """Collated tensors, (B, T) each."""
+    """Collated tensors."""
+    stand_in: bool = False
+    """Made to keep the other processes company; counts nothing."""
 
 
 @dataclass
@@ -42,13 +43,13 @@ class StepBatch:
     step: int
     """Number of the step it is for, from 1."""
     position: int
-    """Sequences used after this step, over all processes."""
+    """Items used after this step, over all processes."""
     epoch: float
     """After this step: whole and part of an epoch."""
     ends_epoch: bool
     slots: list[Slot]
-    weight: int
-    """Terms of this process's share of the loss (label tokens)."""
+    weights: list[float]
+    """Over how many (label tokens, pairs …) this process's share of each term of the loss is a mean."""
     tokens: int
     """This process's tokens, padding excluded."""
     pairs: int
@@ -63,7 +64,7 @@ class Feed:
     def __init__(
         self,
         stream: Stream,
-        collate: Callable[[list[Sequence]], dict[str, Any]],
+        collate: Callable[[list[Item]], dict[str, Any]],
         objective: Objective,
         *,
         rank: int,
@@ -134,7 +135,7 @@ class Feed:
     def _step(self, step: int, position: int, count: int) -> StepBatch:
         slot_count = -(-count // self.per_device)
         passes = -(-slot_count // self.size)
-        result = StepBatch(step, position + count, 0.0, False, [], 0, 0, 0, [])
+        result = StepBatch(step, position + count, 0.0, False, [], [0.0] * self.objective.terms, 0, 0, [])
         for turn in range(passes):
             number = turn * self.size + self.rank
             stand_in = number >= slot_count
@@ -143,13 +144,13 @@ class Feed:
                 self.stream.locate(position + offset)
                 for offset in range(first, 1 if stand_in else min(first + self.per_device, count))
             ]
-            sequences = [self.stream.sequence(*place) for place in places]
-            batch = self.collate(sequences)
-            if stand_in:
-                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-            else:
-                result.rows += [row for sequence in sequences for row in sequence.rows]
-                result.weight += self.objective.weight(batch)
+            items = [self.stream.item(*place) for place in places]
+            batch = self.collate(items)
+            if not stand_in:
+                sequences = [sequence for item in items for sequence in item.sequences]
+                result.rows += [row for item in items for row in item.rows]
+                weights = self.objective.weights(batch)
+                result.weights = [a + b for a, b in zip(result.weights, weights, strict=True)]
                 result.tokens += sum(len(sequence) for sequence in sequences)
                 result.pairs += sum(int((sequence.position_ids + 1).sum()) for sequence in sequences)
             batch = self.objective.prepare(batch)
@@ -158,9 +159,9 @@ class Feed:
                     key: value.pin_memory() if isinstance(value, torch.Tensor) else value
                     for key, value in batch.items()
                 }
-            result.slots.append(Slot(number, batch))
+            result.slots.append(Slot(number, batch, stand_in))
         epoch, index = self.stream.locate(position + count - 1)
-        length = self.stream.sequences(epoch)
+        length = self.stream.items(epoch)
         result.epoch = epoch + (index + 1) / length
         result.ends_epoch = index + 1 == length or self.stream.locate(position)[0] != epoch
         return result

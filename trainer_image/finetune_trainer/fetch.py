@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -34,7 +35,10 @@ from finetune_trainer.storage import Store, file_digest, local_path
 
 log = logging.getLogger(__name__)
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+DATA_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_COLUMNS = (".parquet", ".arrow")  # compressed inside
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what datasets writes beside
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _MODEL_PARTS = (
     "*.json",  # configuration, tokenizer, index of the shards
@@ -218,17 +222,67 @@ def _adapter_files(adapter: AdapterSource) -> Select:
 def _data_files(source: DataSource) -> Select:
     def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
         del read
-        chosen = [name for name in names if name.endswith(DATA_SUFFIXES) and not name.startswith(".")]
+        _, pattern = split_pattern(source.uri)
+        chosen = data_files(names, pattern)
         if source.uri.startswith("hf://"):  # says which file belongs to which split
             chosen += [name for name in names if name == "README.md"]
         if not chosen:
             raise RunError(
                 Cause.DATA_NOT_FOUND,
-                f"{source.uri} holds no data: no file that ends in {', '.join(DATA_SUFFIXES)} among {_some(names)}",
+                f"{source.uri} holds no data: no file that ends in {', '.join(DATA_KINDS)} among {_some(names)}",
             )
         return sorted(chosen)
 
     return select
+
+
+def data_kind(name: str) -> str:
+    """The ending that tells how a file is read, without that of its compression; "" where it is no data file."""
+    path = PurePosixPath(name)
+    packed = path.suffix in _PACKED
+    ending = PurePosixPath(path.stem).suffix if packed else path.suffix
+    return ending if ending in DATA_KINDS and not (packed and ending in _COLUMNS) else ""
+
+
+def data_files(names: Iterable[str], pattern: str = "") -> list[str]:
+    """The data files among names relative to a folder, sorted: those ``pattern`` matches, or all.
+
+    Hidden ones are none. Of all, texts count only where there is nothing else: they tend to be licences and notes.
+    """
+    chosen = sorted(name for name in names if data_kind(name) and not any(p.startswith(".") for p in name.split("/")))
+    if pattern:
+        wanted = _glob(pattern)
+        return [name for name in chosen if wanted.fullmatch(name)]
+    chosen = [name for name in chosen if PurePosixPath(name).name not in _NO_ROWS]
+    return [name for name in chosen if data_kind(name) != ".txt"] or chosen
+
+
+def split_pattern(uri: str) -> tuple[str, str]:
+    """``s3://b/rows/*.jsonl`` → (``s3://b/rows``, ``*.jsonl``); without a pattern the URI and ""."""
+    parts = uri.split("/")
+    first = next((number for number, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    return "/".join(parts[:first]), "/".join(parts[first:])
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """As a shell's: * and ? stop at /, ** does not, [a-z] is one of these."""
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]/]+\])", pattern)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile(
+        "".join(
+            meaning.get(piece) or (piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece))
+            for piece in pieces
+        )
+    )
+
+
+def local_files(path: Path) -> list[Path]:
+    """The data files that a file's, a folder's or a pattern's path means."""
+    if path.is_file():
+        return [path]
+    root, pattern = (str(path), "") if path.is_dir() else split_pattern(str(path))
+    names = (str(file.relative_to(root)) for file in Path(root).rglob("*") if file.is_file())
+    return [Path(root, name) for name in data_files(names, pattern)]
 
 
 # --- one source -------------------------------------------------------------------------------------------------
@@ -260,8 +314,11 @@ def _source(
             record = _renew(uri, source.revision, select, missing, cache, home)
     digests[name] = record.digest
     folder = Path(record.folder)
-    one_file = isinstance(source, DataSource) and _single_file(uri)
-    return folder / next(iter(record.files)) if one_file else folder
+    if not isinstance(source, DataSource):
+        return folder
+    if _single_file(uri):
+        return folder / next(iter(record.files))
+    return folder / (_parse_hub(uri)[2] if uri.startswith("hf://") else split_pattern(uri)[1])
 
 
 def _renew(uri: str, revision: str, select: Select, missing: Cause, cache: Path, home: Path) -> _Record:
@@ -295,8 +352,11 @@ def source_key(source: ModelSource | AdapterSource | DataSource) -> str:
 
 def _in_place(uri: str, missing: Cause, digests: dict[str, str], cache: Path, *, sample: bool) -> Path:
     path = local_path(uri)
+    pattern = "" if sample or path.exists() else split_pattern(str(path))[1]
     try:
-        if path.is_dir():
+        if pattern:
+            files, root = local_files(path), Path(split_pattern(str(path))[0])
+        elif path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
             root = path
         else:
@@ -319,6 +379,8 @@ def _in_place(uri: str, missing: Cause, digests: dict[str, str], cache: Path, *,
         ) from error
     except OSError as error:
         raise RunError(Cause.STORAGE_UNAVAILABLE, f"{uri} cannot be read: {error}. Check the mount.") from error
+    if pattern and not files:
+        raise RunError(missing, f"{uri}: no data file in {root} has such a name ({', '.join(DATA_KINDS)})")
     if path.is_dir() and not files:
         raise RunError(missing, f"{uri} is an empty folder")
     digests[uri] = ("sampled:" if sampled else "sha256:") + hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -359,7 +421,7 @@ def _content_digest(file: Path, cache: Path, sample: bool) -> tuple[str, bool]:
 
 
 def _single_file(uri: str) -> bool:
-    return uri.endswith(DATA_SUFFIXES)
+    return bool(data_kind(uri)) and not split_pattern(uri)[1]
 
 
 # --- object storage ---------------------------------------------------------------------------------------------
@@ -368,6 +430,8 @@ def _single_file(uri: str) -> bool:
 def _fetch_store(uri: str, select: Select, missing: Cause, home: Path, cached: _Record | None) -> _Record:
     """Download a folder, or one file, of an object store into ``home/<version>``."""
     folder_uri, _, only = uri.rpartition("/") if _single_file(uri) else (uri, "", "")
+    if missing is Cause.DATA_NOT_FOUND:  # the name of a model's folder is never a pattern
+        folder_uri, _ = split_pattern(folder_uri)
     store = Store(folder_uri)
     try:
         entries = {entry.path: entry for entry in store.list(only)}
@@ -450,9 +514,9 @@ def _fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: P
         )
 
     if inside:
-        if inside not in names:
+        wanted = [inside] if inside in names else _inside(names, inside)
+        if not wanted:
             raise RunError(missing, f"{uri} (revision {revision}): no file {inside!r} there, but {_some(names)}")
-        wanted = [inside]
     else:
         wanted = select(names, lambda name: one(name).read_bytes())
     log.info("fetching %d files of %s at commit %s", len(wanted), uri, commit)
@@ -463,6 +527,13 @@ def _fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: P
         root = root.parent
     files = {name: [path.stat().st_size, 0, _blob_digest(path)] for name, path in paths.items()}
     return _Record(uri, str(root), f"git:{commit}", files)
+
+
+def _inside(names: Names, inside: str) -> list[str]:
+    """The data files of a folder of a repository, or those a pattern matches."""
+    folder, pattern = split_pattern(inside)
+    before = f"{folder}/" if folder else ""
+    return [before + name for name in data_files((n[len(before) :] for n in names if n.startswith(before)), pattern)]
 
 
 def _parse_hub(uri: str) -> tuple[str, str, str]:

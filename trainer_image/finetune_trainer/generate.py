@@ -1,18 +1,21 @@
 """What the model answers, before and after: greedy decoding of ``evaluation.prompts``.
 
-Called by ``run.py``. Without ZeRO-3 the prompts are shared out over the processes; with it every process takes part
+Called by ``run.py``, and by ``objectives/seq2seq.py`` (:func:`written`). Without ZeRO-3 the prompts are shared out over the processes; with it every process takes part
 in every answer, because each holds a part of every weight.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
-from finetune_trainer.engine import Engine
 from finetune_trainer.world import World
 
+if TYPE_CHECKING:
+    from finetune_trainer.engine import Engine
 
-def answers(engine: Engine, tokenizer: Any, prompts: list[str], max_new_tokens: int, world: World) -> list[str]:
+
+def answers(engine: "Engine", tokenizer: Any, prompts: list[str], max_new_tokens: int, world: World) -> list[str]:
     """One answer per prompt, on every process. Draws nothing at random. Collective."""
     together = engine.zero_stage == 3
     mine: dict[int, str] = {}
@@ -30,8 +33,11 @@ def answers(engine: Engine, tokenizer: Any, prompts: list[str], max_new_tokens: 
     return [collected[str(number)] for number in range(len(prompts))]
 
 
-def _answer(engine: Engine, tokenizer: Any, prompt: str, max_new_tokens: int, together: bool) -> str:
-    if getattr(tokenizer, "chat_template", None):
+def _answer(engine: "Engine", tokenizer: Any, prompt: str, max_new_tokens: int, together: bool) -> str:
+    seq2seq = engine.config.seq2seq
+    if engine.config.stage == "seq2seq":
+        inputs = tokenizer((seq2seq.source_prefix if seq2seq else "") + prompt, return_tensors="pt")
+    elif getattr(tokenizer, "chat_template", None):
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
@@ -43,17 +49,27 @@ def _answer(engine: Engine, tokenizer: Any, prompt: str, max_new_tokens: int, to
     inputs = {
         key: value.to(engine.world.device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")
     }
+    with engine.autocast():
+        output = written(engine.module, tokenizer, inputs, together, max_new_tokens=max_new_tokens)
+    new = output[0] if engine.module.config.is_encoder_decoder else output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+@torch.no_grad()
+def written(model: Any, tokenizer: Any, inputs: dict[str, Any], together: bool, **options: Any) -> torch.Tensor:
+    """Token numbers (B, T) that the model writes, drawing nothing at random. ``together``: every process holds a part
+    of every weight."""
     # Every token has another length of the cache: compiled layers would be compiled anew for each.
-    with torch.no_grad(), engine.autocast(), torch.compiler.set_stance("force_eager"):
-        output = engine.module.generate(
+    with torch.compiler.set_stance("force_eager"):
+        output: torch.Tensor = model.generate(
             **inputs,
-            max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            synced_gpus=together and engine.world.size > 1,
+            synced_gpus=together and dist.is_initialized() and dist.get_world_size() > 1,
+            **options,
         )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return output

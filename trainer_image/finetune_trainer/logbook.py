@@ -5,6 +5,7 @@ Filled by ``run.py``; every number is one that all processes agreed on. The :cla
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,12 @@ class Step:
 
     number: int
     epoch: float
-    loss_sum: float
-    weight: int
-    """Label tokens: what the loss is a mean over."""
+    loss_sums: list[float]
+    """The terms of the loss."""
+    weights: list[float]
+    """Label tokens, pairs …: what each term is a mean over."""
+    sums: list[float]
+    """What the objective tells, as ``Engine.figures`` reads it."""
     tokens: int
     """Useful ones, padding excluded."""
     pairs: int
@@ -33,16 +37,17 @@ class Step:
 
     @property
     def loss(self) -> float:
-        """Mean over the label tokens."""
-        return self.loss_sum / max(self.weight, 1)
+        """The sum of its terms, each a mean."""
+        return mean_loss(self.loss_sums, self.weights)
 
 
 @dataclass
 class Window:
     """What has gathered since the last line of metrics.jsonl."""
 
-    loss_sum: float = 0.0
-    weight: int = 0
+    loss_sums: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    sums: list[float] = field(default_factory=list)
     tokens: int = 0
     pairs: int = 0
     steps: int = 0
@@ -51,13 +56,19 @@ class Window:
 
     def add(self, step: Step) -> None:
         """One step more."""
-        self.loss_sum += step.loss_sum
-        self.weight += step.weight
+        for name in ("loss_sums", "weights", "sums"):
+            mine, more = getattr(self, name), getattr(step, name)
+            setattr(self, name, [a + b for a, b in zip(mine or [0.0] * len(more), more, strict=True)])
         self.tokens += step.tokens
         self.pairs += step.pairs
         self.steps += 1
         self.seconds += step.seconds
         self.waited += step.waited
+
+
+def mean_loss(sums: list[float], weights: list[float]) -> float:
+    """The sum of a loss's terms, each a mean over its weight."""
+    return sum(total / max(weight, 1) for total, weight in zip(sums, weights, strict=True))
 
 
 @dataclass
@@ -95,14 +106,17 @@ class Logbook:
         cost: ModelCost,
         peak: float | None,
         device: Any,
+        figures: Callable[[list[float]], dict[str, float]] = lambda sums: {},
     ) -> None:
-        """``peak``: FLOP/s of all GPUs together, None where it is not known."""
+        """``peak``: FLOP/s of all GPUs together, None where it is not known. ``figures``: what the objective tells, of
+        its summed sums."""
         self.telemetry = telemetry
         self.tally = tally
         self.max_steps = max_steps
         self.cost = cost
         self.peak = peak
         self.device = device
+        self.figures = figures
         self._pace: float | None = None
 
     def note(self, step: Step) -> None:
@@ -149,7 +163,8 @@ class Logbook:
         return {
             "step": step.number,
             "epoch": round(step.epoch, 6),
-            "loss": window.loss_sum / max(window.weight, 1),
+            "loss": mean_loss(window.loss_sums, window.weights),
+            **self._objective(window),
             "learning_rate": step.learning_rate,
             "grad_norm": step.grad_norm,
             "tokens": self.tally.tokens,
@@ -160,6 +175,12 @@ class Logbook:
             "mfu": mfu,
             "time": now(),
         }
+
+    def _objective(self, window: Window) -> dict[str, float]:
+        figures = self.figures(window.sums)
+        for name, value in figures.items():
+            self.telemetry.metrics.figure(name, value)
+        return figures
 
     def evaluated(self, step: int, figures: dict[str, float]) -> dict[str, float]:
         """Evaluation figures of a step; as they stand in metrics.jsonl."""

@@ -11,13 +11,14 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -27,6 +28,10 @@ from finetune_api.run import TrainerConfig
 from finetune_trainer.fetch import no_safetensors
 from finetune_trainer.gguf import converted
 from finetune_trainer.outcome import RunError
+from finetune_trainer.templates import use_template
+
+if TYPE_CHECKING:
+    from finetune_trainer.data.labels import Labels
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +44,44 @@ def dtype_of(config: TrainerConfig, device: torch.device) -> torch.dtype:
     if config.model.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.model.dtype]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What kind of model a stage trains."""
+
+    auto: str
+    """The class of transformers that loads it."""
+    task: str
+    """PEFT's ``task_type``."""
+    words: str
+    """As it is called in messages."""
+    new_head: bool = False
+    """Published models have no such head: where it is missing it begins with random weights, and it is trained and
+    saved with every method."""
+    outputs: int | None = None
+    """How many numbers the head gives, where the labels do not say."""
+
+
+LANGUAGE_MODEL = Kind("AutoModelForCausalLM", "CAUSAL_LM", "causal language model")
+KINDS: dict[str, Kind] = {
+    "sequence_classification": Kind(
+        "AutoModelForSequenceClassification", "SEQ_CLS", "model for sequence classification", new_head=True
+    ),
+    "token_classification": Kind(
+        "AutoModelForTokenClassification", "TOKEN_CLS", "model for token classification", new_head=True
+    ),
+    "reward": Kind(
+        "AutoModelForSequenceClassification", "SEQ_CLS", "model for sequence classification", new_head=True, outputs=1
+    ),
+    "seq2seq": Kind("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "encoder-decoder"),
+}
+"""By stage; all others train a causal language model."""
+
+
+def kind_of(stage: str) -> Kind:
+    """What kind of model a stage trains."""
+    return KINDS.get(stage, LANGUAGE_MODEL)
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------
@@ -56,8 +99,10 @@ def load_tokenizer(path: Path, config: TrainerConfig) -> PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=config.model.trust_remote_code
         )
-    if config.data.chat_template:
-        tokenizer.chat_template = config.data.chat_template
+        if config.stage == "token_classification" and not getattr(tokenizer, "add_prefix_space", True):
+            # GPT-2's and RoBERTa's take words one by one only so.
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, add_prefix_space=True)
+    use_template(tokenizer, config.data.chat_template)
     rows = vocabulary_rows(path)
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         stand_in = tokenizer.eos_token or tokenizer.unk_token
@@ -85,27 +130,43 @@ def vocabulary_rows(path: Path) -> int | None:
 # --- model ------------------------------------------------------------------------------------------------------
 
 
-def load_model(path: Path, config: TrainerConfig, device: torch.device) -> PreTrainedModel:
-    """The model on ``device`` (partitioned under ZeRO-3), in training mode, all weights as they were published.
+def load_model(
+    path: Path, config: TrainerConfig, device: torch.device, labels: "Labels | None" = None
+) -> PreTrainedModel:
+    """The stage's kind of model on ``device`` (partitioned under ZeRO-3), in training mode, all weights as they were
+    published. A classifier's head for ``labels`` may be new: it is drawn by torch's generator (:func:`head_of`).
 
     Only safetensors and GGUF are read. ``qlora``: linear layers in 4 bits. With ``data.packing`` it is proven
     that packed rows do not see each other. RunError: MODEL_NOT_FOUND, INVALID_CONFIGURATION.
     """
     qlora = config.method if isinstance(config.method, Qlora) else None
-    model = _load(path, config, device, dtype_of(config, device), qlora)
+    described: dict[str, Any] = {}
+    if (outputs := kind_of(config.stage).outputs) is not None:
+        described["num_labels"] = outputs
+    if labels is not None:
+        described["id2label"] = dict(enumerate(labels.names))
+        described["label2id"] = {name: place for place, name in enumerate(labels.names)}
+        if labels.problem_type:
+            described["problem_type"] = labels.problem_type
+    model = _load(path, config, device, dtype_of(config, device), qlora, described)
     # A cache would switch off the detection of packed rows, and is of no use in training. save_model restores it.
-    model._published_use_cache = getattr(model.config, "use_cache", True)  # type: ignore[assignment]
-    model.config.use_cache = False
+    if hasattr(model.config, "use_cache"):
+        model._published_use_cache = model.config.use_cache  # type: ignore[assignment]
+        model.config.use_cache = False
     model.train()
     if config.data.packing and not is_deepspeed_zero3_enabled():
         assert_packing_isolated(model)
     return model
 
 
-def load_for_merge(path: Path, config: TrainerConfig) -> PreTrainedModel:
-    """A second, plain copy of the base model on the CPU: never quantised, never partitioned, for ``merge``."""
+def load_for_merge(path: Path, config: TrainerConfig, adapter: Path) -> PreTrainedModel:
+    """A second, plain copy of the base model on the CPU, with the labels of the saved ``adapter``: never quantised,
+    never partitioned, for ``merge``."""
+    described: dict[str, Any] = {}
+    if kind_of(config.stage).new_head:
+        described = {"config": AutoConfig.from_pretrained(adapter, local_files_only=True)}
     with without_zero3():
-        return _load(path, config, torch.device("cpu"), _published_dtype(config), None)
+        return _load(path, config, torch.device("cpu"), _published_dtype(config), None, described)
 
 
 def _published_dtype(config: TrainerConfig) -> torch.dtype:
@@ -133,10 +194,17 @@ def without_zero3() -> Iterator[None]:
 
 
 def _load(
-    path: Path, config: TrainerConfig, device: torch.device, dtype: torch.dtype, qlora: Qlora | None
+    path: Path,
+    config: TrainerConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    qlora: Qlora | None,
+    described: dict[str, Any],
 ) -> PreTrainedModel:
+    """``described``: further arguments of ``from_pretrained``, which say what the model's head is for."""
     _check_folder(path, config)
-    options: dict[str, Any] = {
+    kind = kind_of(config.stage)
+    options: dict[str, Any] = described | {
         "dtype": dtype,
         "attn_implementation": ATTENTION,
         "use_safetensors": True,
@@ -152,32 +220,72 @@ def _load(
             bnb_4bit_use_double_quant=qlora.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    with _explained(f"the model {config.model.uri}"):
+    if kind.new_head:  # a head for other labels is replaced
+        options["ignore_mismatched_sizes"] = True
+    with _explained(f"the model {config.model.uri}", kind):
         path = _readable(path, config)
         try:
-            model, info = _from_pretrained(path, options)
+            model, info = _from_pretrained(path, kind, options)
         except ValueError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
             log.warning("%s has no %s attention; eager attention is used", config.model.uri, ATTENTION)
-            model, info = _from_pretrained(path, options | {"attn_implementation": "eager"})
-    missing = sorted(info["missing_keys"])
-    if missing:
+            model, info = _from_pretrained(path, kind, options | {"attn_implementation": "eager"})
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    outside = _head_modules(model) if kind.new_head else []
+    lacking = [name for name in missing if not (kind.new_head and _may_be_new(name, outside))]
+    if lacking:
         # transformers would go on with random numbers in their place.
         raise RunError(
             Cause.INVALID_CONFIGURATION,
-            f"the files of {config.model.uri} lack {len(missing)} weights of {type(model).__name__}, e.g. "
-            f"{missing[0]}: it is incomplete, or not a language model. Name a causal language model in spec.model.uri.",
+            f"the files of {config.model.uri} lack {len(lacking)} weights of {type(model).__name__}, e.g. "
+            f"{lacking[0]}: it is incomplete, or another kind of model. Name a {kind.words} in spec.model.uri.",
         )
+    if kind.new_head:
+        new = sorted({name.rpartition(".")[0] for name in missing})
+        model._finetune_head = list(dict.fromkeys([*outside, *new]))  # type: ignore[assignment]
+        if new:
+            log.info("new, with random weights: %s", ", ".join(new))
+        if model.config.pad_token_id is None:  # decoders look for the last token that is not padding
+            model.config.pad_token_id = load_tokenizer(path, config).pad_token_id
     if qlora is not None:
         _guard_4bit(model)
     return model
 
 
-def _from_pretrained(path: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    found: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+def _from_pretrained(path: Path, kind: Kind, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    verbosity = transformers.logging.get_verbosity()
+    if kind.new_head:  # its report of what is missing or not used is read here
+        transformers.logging.set_verbosity_error()
+    try:
+        found: Any = getattr(transformers, kind.auto).from_pretrained(path, output_loading_info=True, **options)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     model, info = found
     return model, info
+
+
+def _head_modules(model: PreTrainedModel) -> list[str]:
+    """The modules beside the transformer: classifier, score, pre_classifier …"""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def _may_be_new(name: str, outside: list[str]) -> bool:
+    """A weight of the head, or of the pooler below it, which models trained on words alone do not have."""
+    return name.partition(".")[0] in outside or ".pooler." in name
+
+
+def head_of(model: Any) -> list[str]:
+    """The names of the modules that make a loaded model a classifier: trained and saved with every method.
+
+    Of DistilBERT ``pre_classifier`` and ``classifier``; of BERT ``classifier``, and the pooler where it was not
+    published. Empty for language models.
+    """
+    return list(getattr(model, "_finetune_head", []))
 
 
 def _guard_4bit(model: nn.Module) -> None:
@@ -219,7 +327,7 @@ def _check_folder(path: Path, config: TrainerConfig) -> None:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, kind: Kind = LANGUAGE_MODEL) -> Iterator[None]:
     """Turn what transformers raises while loading into the mistake of the user it means, where it means one."""
     try:
         yield
@@ -239,9 +347,7 @@ def _explained(what: str) -> Iterator[None]:
                 "with a newer transformers, or another model."
             )
         elif "Unrecognized configuration class" in text:
-            message = (
-                f"{what} is no causal language model ({line}). Name one that transformers' AutoModelForCausalLM loads."
-            )
+            message = f"{what} is no {kind.words} ({line}). Name one that transformers' {kind.auto} loads."
         elif type(error).__name__ == "SafetensorError" or "size mismatch" in text:
             message = f"{what} cannot be read: {line}. Its files are damaged or do not belong together."
         elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
@@ -341,13 +447,15 @@ def save_model(
 
     ``state_dict``: the weights, where the model does not hold them itself (gathered under ZeRO-3).
     """
-    use_cache = model.config.use_cache
-    model.config.use_cache = getattr(model, "_published_use_cache", use_cache)
+    use_cache = getattr(model.config, "use_cache", None)
+    if use_cache is not None:
+        model.config.use_cache = getattr(model, "_published_use_cache", use_cache)
     try:
         _mend_generation_config(model)
         model.save_pretrained(directory, state_dict=state_dict, max_shard_size=size_in_bytes(max_shard_size))
     finally:
-        model.config.use_cache = use_cache
+        if use_cache is not None:
+            model.config.use_cache = use_cache
     tokenizer.save_pretrained(directory)
 
 

@@ -34,8 +34,9 @@ from finetune_api.run import (
     TrainerConfig,
 )
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
-from finetune_trainer.logbook import Logbook, Step, Tally, for_people
+from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
+from finetune_trainer.profiling import Profile
 from finetune_trainer.stopping import Stop, leave
 from finetune_trainer.telemetry import History, Pulse, Telemetry, now
 from finetune_trainer.world import local_rank, rank, world_size
@@ -135,11 +136,14 @@ class Job:
         _quiet()
         from finetune_trainer import data, earlier, model
         from finetune_trainer.fence import claim
+        from finetune_trainer.objectives import objective
         from finetune_trainer.storage import Store
 
         config = self.config = earlier.settled(self.config, self.fetched)
         self.world.alive = self.stop.beat
-        self.pulse = Pulse(self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats)
+        self.pulse = Pulse(
+            self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats, self._lost
+        )
         if self.world.first:
             self.telemetry.watch(self.pulse.ages)
         self.telemetry.update(world_size=self.world.size)
@@ -149,8 +153,9 @@ class Job:
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
-        self.collate: Callable[[list[Any]], dict[str, Any]] = lambda sequences: data.collate(
-            sequences, self._pad_token_id()
+        self.objective = objective(config, self.tokenizer, self.prepared.labels)
+        self.collate: Callable[[list[Any]], dict[str, Any]] = lambda items: self.objective.collate(
+            items, self._pad_token_id()
         )
 
     def _pad_token_id(self) -> int:
@@ -168,15 +173,14 @@ class Job:
         from finetune_trainer.engine import Engine, before_loading
         from finetune_trainer.feed import draw_seed
         from finetune_trainer.flops import model_cost
-        from finetune_trainer.methods import METHODS, hooks
-        from finetune_trainer.objectives import OBJECTIVES
+        from finetune_trainer.methods import METHODS, hooks, switched_off
         from finetune_trainer.saving import Saver
         from finetune_trainer.schedule import learning_rate, sequences_wanted, steps_for
         from finetune_trainer.state import TrainableState
 
         config, world = self.config, self.world
         stream = self.prepared.train
-        self.wanted = sequences_wanted(config, stream.sequences)
+        self.wanted = sequences_wanted(config, stream.items)
         self.max_steps = steps_for(config, self.wanted)
         self.rate = learning_rate(config, self.max_steps)
         self.telemetry.update(max_steps=self.max_steps)
@@ -184,15 +188,17 @@ class Job:
         self._phase("loading", f"loading {config.model.uri}")
         torch.manual_seed(draw_seed(config.training.seed))  # what the method draws is the same on every process
         self.partitioning = before_loading(config, world)
-        base = model.load_model(self.fetched.model, config, world.device)
+        base = model.load_model(self.fetched.model, config, world.device, self.prepared.labels)
         trained = METHODS[config.method.type].prepare(base, config.method, config)
         if adapter := earlier.trained_on(config, self.fetched):
             earlier.begin_with(trained, config, adapter)
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
-        self.objective = OBJECTIVES[config.stage]
         added = hooks(trained, config, self.max_steps)
-        self.engine = Engine(trained, config, world, self.objective, self.stop, added)
+        off = switched_off(trained, config)
+        self.engine = Engine(trained, config, world, self.objective, self.stop, added, off)
+        if self.engine.needs_references:
+            self._references()
         self.state = TrainableState(self.engine.engine, world.rank, world.size, added.statistics)
         self._say_layout()
 
@@ -213,6 +219,7 @@ class Job:
             cost=model_cost(base, self.total, trains_all=config.method.type == "full"),
             peak=_peak(world),
             device=world.device,
+            figures=self.engine.figures,
         )
         self.saver = Saver(
             self.checkpoints,
@@ -227,6 +234,15 @@ class Job:
             leftovers=[skipped.step for skipped in self.resumed.skipped],
             on_saved=self._saved,
         )
+
+    def _references(self) -> None:
+        """While the model is the one it starts from, also where the run goes on from a checkpoint. Collective."""
+        self._phase("preparing", "asking the reference")
+        for stream, used in [
+            (self.prepared.train, self.prepared.train.used(self.wanted)),
+            *((stream, None) for stream in self.prepared.eval.values()),
+        ]:
+            self.engine.references(stream, self.collate, used)
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the result depends on; held-out rows do not change it."""
@@ -302,7 +318,7 @@ class Job:
             pin=world.device.type == "cuda",
         )
         self.position = self.resumed.position
-        trace = self._trace()
+        trace, profile = self._trace(), Profile(world.first and world.device.type == "cuda")
         batch, waited = feed.take()
         agreed = engine.agree(None, None, batch)
         save_due = False
@@ -312,11 +328,11 @@ class Job:
                 feed.close()
                 return False
             began = time.monotonic()
-            weight, rate = agreed.next_weight, self.rate(batch.step - 1)
-            outcome = engine.step(batch, weight, rate)
+            weights, rate = agreed.next_weights, self.rate(batch.step - 1)
+            outcome = engine.step(batch, weights, rate)
             following, waits = feed.take()
             agreed = engine.agree(outcome, batch, following, fatal=self.saver.fatal is not None, saving=self.saver.busy)
-            loss, norm = agreed.loss_sum / max(weight, 1), float(outcome.grad_norm)
+            loss, norm = mean_loss(agreed.loss_sums, weights), float(outcome.grad_norm)
             engine.check_finite(batch.step, loss, norm, outcome.applied, rate)
             if agreed.fatal:
                 raise self.saver.fatal or RunError(
@@ -327,8 +343,9 @@ class Job:
             step = Step(
                 number=batch.step,
                 epoch=batch.epoch,
-                loss_sum=agreed.loss_sum,
-                weight=weight,
+                loss_sums=agreed.loss_sums,
+                weights=weights,
+                sums=agreed.sums,
                 tokens=agreed.tokens,
                 pairs=agreed.pairs,
                 learning_rate=rate,
@@ -337,6 +354,9 @@ class Job:
                 waited=waited,
             )
             self._stepped(step)
+            if sums := profile.stepped():
+                parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.4f} s" for name, seconds in sums.items())
+                self._print(f"a step on this GPU: {parts}")
             last = following is None
             self._log_if_due(step, batch.ends_epoch, last=last)
             save_due |= self.step % self.save_steps == 0
@@ -417,8 +437,8 @@ class Job:
         return {METRICS: self.history.content(), RUN: self.tally.document()}
 
     def _save(self) -> None:
-        self.saver.save(self.step, self.position, self._documents())
-        self.stop.beat()
+        with self.stop.never_leave():  # copying a large state takes longer than any step
+            self.saver.save(self.step, self.position, self._documents())
 
     def _saved(self, saved: Any) -> None:
         """From the saving thread, on rank 0."""
@@ -441,6 +461,8 @@ class Job:
             if self.step and self.saver.saved_step != self.step:
                 self.saver.save(self.step, self.position, self._documents())
             self.saver.wait(hurry=True)
+            # The first one to leave ends the pod's others, 30 s later: nobody leaves before the last upload is done.
+            self.world.barrier("saved")
             kept = self.saver.saved_step == self.step or not self.world.first
             message = f"Stopped on request after step {self.step}" + (
                 ", which is saved." if kept else f"; it could not be saved: {self.saver.last_problem}"
@@ -580,6 +602,15 @@ class Job:
     def _note_end(self, facts: dict[str, Any]) -> None:
         with suppress(RunError):
             self.fence.note("ended", facts)
+
+    def _lost(self, silent: int, seconds: float) -> None:
+        """From the pulse's thread: a peer is silent, and the main thread may wait for it without end."""
+        if not self.stop.busy:  # a last save is finished, or killed
+            message = (
+                f"Process {silent} has not been heard of for {seconds:.0f} s: it is frozen, or its node or the network "
+                "to it is gone."
+            )
+            leave(failed(RunError(Cause.COMMUNICATION_ERROR, message), self))
 
     def memory_settings(self) -> str:
         """The settings that decide over memory, in words."""

@@ -1,34 +1,43 @@
 """From files to the sequences a run trains and evaluates on.
 
-``formats.py`` reads rows, ``render.py`` makes tokens of them, ``stream.py`` puts them in order. Called by ``run.py``.
+``sources.py`` reads rows (``files.py``) and finds what is in them (``formats.py``: ``records.py``), ``encode.py`` and
+``targets.py`` say what a stage learns of that, ``render.py`` makes text and tokens, ``stream.py`` puts them in order.
+Called by ``run.py``.
 """
 
 import logging
+import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import DataSource
+from finetune_trainer.data import targets
 from finetune_trainer.data.cache import cached_rows
-from finetune_trainer.data.formats import FORMATS, BadRowError, read_rows
-from finetune_trainer.data.render import Rendered, Renderer, Tokens, check_vocabulary, ensure_chat_template
-from finetune_trainer.data.stream import Rows, Sequence, Stream, collate
-from finetune_trainer.fetch import DATA_SUFFIXES, Fetched, source_key
+from finetune_trainer.data.encode import Encoding, Sketch, encoding
+from finetune_trainer.data.labels import Labels
+from finetune_trainer.data.records import BadRowError
+from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary
+from finetune_trainer.data.sources import BadRows, records
+from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, collate
+from finetune_trainer.fetch import Fetched, data_kind, source_key, split_pattern
 from finetune_trainer.model import vocabulary_rows
 from finetune_trainer.outcome import RunError
 
-__all__ = ["Prepared", "Rows", "Sequence", "Stream", "collate", "prepare"]
+__all__ = ["Item", "Prepared", "Rows", "Sequence", "Stream", "collate", "prepare"]
 
 log = logging.getLogger(__name__)
 
+_COUNTED = ("rows", "unused", "sequences", "truncated", "answers_cut", "answers_lost", "dropped", "longest")
 _CHUNK = 1000  # rows tokenised together, by all cores
-_SHOWN = 5  # bad rows named in one message
 
 
 @dataclass(frozen=True)
@@ -39,14 +48,19 @@ class Prepared:
     eval: dict[str, Stream]
     """By source, in the order of the configuration; their rows are in the order of the file."""
     report: dict[str, dict[str, Any]]
-    """By source (``eval/`` before held-out ones): uri, rows, sequences, tokens, learned_tokens, truncated (rows
-    cut at max_length), dropped (rows with nothing to learn left), longest (tokens, before the cut)."""
+    """By source (``eval/`` before held-out ones): uri, format, rows, unused (rows that decide nothing), bad_rows and
+    bad_examples, sequences, tokens, learned_tokens, truncated (rows cut at max_length) with answers_cut and
+    answers_lost (none of their tokens is left), dropped (rows with nothing to learn left), longest (tokens, before
+    the cut)."""
+    labels: Labels | None = None
+    """What a classifier is to tell apart."""
 
 
 def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, render and tokenise every source. RunError(INVALID_DATA) names file and line of up to five bad rows."""
-    ensure_chat_template(tokenizer)
+    labels = targets.find_labels(config, _records(config, fetched), fetched.model)
     renderer = Renderer(tokenizer)
+    encoded = targets.encoding(config, labels) if config.stage in targets.RECORDS else encoding(config)
     report: dict[str, dict[str, Any]] = {}
     known = vocabulary_rows(fetched.model)
     tasks: list[str] | None = getattr(config.method, "tasks", None)
@@ -59,23 +73,13 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             name,
             tokenizer,
             config.data.max_length,
-            lambda: _tokenize(source, path, name, renderer, config.data.max_length, tasks),
-            tasks,
+            lambda: _tokenize(source, path, name, renderer, encoded, config, tasks),
+            (config.stage, *encoded.version, config.data.max_bad_rows, *(tasks or [])),
         )
         if len(rows):
             check_vocabulary(int(rows.ids.max()), known, config.model.uri)
         report[name] = counts
-        log.info(
-            "%s: %d rows, %d tokens (%d learned), %d cut at %d tokens, %d dropped; %.1f s",
-            name,
-            counts["rows"],
-            counts["tokens"],
-            counts["learned_tokens"],
-            counts["truncated"],
-            config.data.max_length,
-            counts["dropped"],
-            time.monotonic() - start,
-        )
+        log.info("%s: %s; %.1f s", name, told(counts, config.data.max_length), time.monotonic() - start)
         return rows
 
     names = source_names(config.data.train)
@@ -95,15 +99,29 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
             for name, rows in held_out.items()
         },
         report=report,
+        labels=labels,
     )
 
 
+def _records(config: TrainerConfig, fetched: Fetched) -> Iterator[Any]:
+    """The records of the training rows, before anything is made of them. Bad ones are told when they are."""
+    for source, path in zip(config.data.train, fetched.train, strict=True):
+        unheard = BadRows(source.uri, sys.maxsize)
+        for _, _, record in records(source, path, targets.RECORDS[config.stage], unheard, {"rows": 0, "unused": 0}):
+            yield record
+
+
 def source_names(sources: list[DataSource]) -> list[str]:
-    """A short name per source, for metrics: its file's name without ending; a number is added where two are equal."""
+    """A short name per source, for metrics: its file's name without endings, of a pattern what is fixed of it; a number
+    is added where two are equal."""
     names: list[str] = []
     for source in sources:
-        path = PurePosixPath(source.uri.split("://", 1)[1].rstrip("/"))
-        base = path.stem if path.suffix in DATA_SUFFIXES else path.name
+        folder, pattern = split_pattern(source.uri.split("://", 1)[1].rstrip("/"))
+        path = PurePosixPath(pattern or folder)
+        base = path.name.removesuffix(path.suffix) if data_kind(path.name) else path.name
+        base = base.removesuffix(data_kind(path.name))
+        if pattern:
+            base = re.sub(r"[*?]|\[[^]]*\]", "", base).strip("-_.") or PurePosixPath(folder).name
         name, number = base, 2
         while name in names:
             name, number = f"{base}-{number}", number + 1
@@ -112,54 +130,86 @@ def source_names(sources: list[DataSource]) -> list[str]:
 
 
 def _tokenize(
-    source: DataSource, path: Path, name: str, renderer: Renderer, max_length: int, tasks: list[str] | None = None
+    source: DataSource,
+    path: Path,
+    name: str,
+    renderer: Renderer,
+    encoding: Encoding,
+    config: TrainerConfig,
+    tasks: list[str] | None = None,
 ) -> tuple[Rows, dict[str, Any]]:
     """The rows of a source as tokens, and what is to be reported of them."""
-    counts: dict[str, Any] = {"uri": source.uri, "rows": 0, "sequences": 0, "truncated": 0, "dropped": 0, "longest": 0}
+    counts: dict[str, Any] = {"uri": source.uri, "format": source.format}
+    counts |= dict.fromkeys(_COUNTED, 0)
+    bad = BadRows(source.uri, config.data.max_bad_rows)
     parts: list[Rows] = []
-    for texts in _chunks(source, path, renderer, counts, tasks):
-        kept: list[Tokens] = []
-        for tokens in renderer.encode(texts):
-            counts["longest"] = max(counts["longest"], len(tokens.ids))
-            if len(tokens.ids) > max_length:
-                counts["truncated"] += 1
-                tokens = Tokens(tokens.ids[:max_length], tokens.learned[:max_length], tokens.task)
-            if tokens.learned[1:].any():  # the first token has nothing before it to be predicted from
-                kept.append(tokens)
-            else:
-                counts["dropped"] += 1
+    for sketches in _chunks(source, path, renderer, encoding, counts, bad, tasks):
+        kept: list[Draft] = []
+        for row in encoding.tokenise(renderer, sketches):
+            fitting = encoding.fit(row, config.data.max_length)
+            _count(counts, row, fitting, config.data.max_length)
+            kept += fitting
         parts.append(Rows.of(name, kept))
-    rows = Rows.joined(name, parts)
-    counts |= {"sequences": len(rows), "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
+    bad.close()
+    rows = encoding.whole(Rows.joined(name, parts))
+    sequences = len(rows) * rows.parts
+    counts |= {"sequences": sequences, "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
+    counts |= {"bad_rows": bad.count, "bad_examples": bad.named}
     return rows, counts
 
 
+def _count(counts: dict[str, Any], row: Draft, fitting: list[Draft], max_length: int) -> None:
+    """What it costs a row to be brought within ``max_length``: answers of which nothing or not all is left."""
+    longest = max(len(tokens.ids) for tokens in row.sequences)
+    counts["longest"] = max(counts["longest"], longest)
+    counts["dropped"] += not fitting
+    before, left = _sequences([row]), _sequences(fitting)
+    shrunk = sum(len(tokens.ids) for tokens in left) < sum(len(tokens.ids) for tokens in before)
+    if not shrunk or (not fitting and longest <= max_length):
+        return
+    counts["truncated"] += 1
+    counts["answers_lost"] += max(0, sum(map(_answers, before)) - sum(map(_answers, left)))
+    if len(left) == len(before):
+        counts["answers_cut"] += sum(
+            bool(len(now.ids) < len(then.ids) and then.learned[len(now.ids) - 1] and then.learned[len(now.ids)])
+            for then, now in zip(before, left, strict=True)
+        )
+
+
+def _sequences(rows: list[Draft]) -> list[Tokens]:
+    return [tokens for row in rows for tokens in row.sequences]
+
+
+def _answers(tokens: Tokens) -> int:
+    """Runs of learned tokens."""
+    learned = tokens.learned
+    return int(np.count_nonzero(learned[1:] > learned[:-1])) + bool(len(learned) and learned[0])
+
+
 def _chunks(
-    source: DataSource, path: Path, renderer: Renderer, counts: dict[str, Any], tasks: list[str] | None
-) -> Iterator[list[Rendered]]:
-    """Rendered rows, some at a time. Bad rows are gathered, so that a user sees several at once."""
-    convert = FORMATS[source.format]
-    chunk: list[Rendered] = []
-    bad: list[str] = []
-    for place, row in read_rows(path, source.split if source.uri.startswith("hf://") else ""):
-        counts["rows"] += 1
+    source: DataSource,
+    path: Path,
+    renderer: Renderer,
+    encoding: Encoding,
+    counts: dict[str, Any],
+    bad: BadRows,
+    tasks: list[str] | None,
+) -> Iterator[list[Sketch]]:
+    """Rows as texts, some at a time."""
+    chunk: list[Sketch] = []
+    for place, row, record in records(source, path, encoding.record, bad, counts):
         try:
-            rendered = renderer.render(convert(row))
-            chunk += [replace(text, task=_task(row, tasks)) for text in rendered] if tasks else rendered
+            sketches = encoding.sketch(renderer, record)
+            if tasks:
+                number = _task(row, tasks)
+                sketches = [replace(one, numbers={**one.numbers, "task": number}) for one in sketches]
+            chunk += sketches
         except BadRowError as error:
-            bad.append(f"{place}: {error}")
-            if len(bad) == _SHOWN:
-                break
-        if len(chunk) >= _CHUNK and not bad:
+            bad.add(place, error)
+        if len(chunk) >= _CHUNK and bad.endured:
             yield chunk
             chunk = []
-    if bad:
-        more = " (and perhaps more)" if len(bad) == _SHOWN else ""
-        raise RunError(
-            Cause.INVALID_DATA,
-            f"{source.uri} is not in the format {source.format!r}, by {len(bad)} rows{more}: {'; '.join(bad)}",
-        )
-    if chunk:
+    if chunk and bad.endured:
         yield chunk
 
 
@@ -170,11 +220,33 @@ def _task(row: dict[str, Any], tasks: list[str]) -> int:
     return tasks.index(row["task"])
 
 
+def told(counts: dict[str, Any], max_length: int) -> str:
+    """What became of a source's rows, in words."""
+    words = [
+        f"format {counts['format']}, {counts['rows']} rows, {counts['tokens']} tokens "
+        f"({counts['learned_tokens']} learned)"
+    ]
+    if counts["truncated"]:
+        words.append(
+            f"{counts['truncated']} cut at {max_length} tokens ({counts['answers_lost']} answers lost, "
+            f"{counts['answers_cut']} cut short)"
+        )
+    for key, meaning in (
+        ("dropped", "dropped, as nothing to learn is left"),
+        ("unused", "unused, as they decide nothing"),
+        ("bad_rows", "left out, as they are not in the format"),
+    ):
+        if counts[key]:
+            words.append(f"{counts[key]} {meaning}")
+    return ", ".join(words)
+
+
 def _nothing_left(name: str, report: dict[str, dict[str, Any]], max_length: int) -> str:
     counts = report.get(name) or report[f"eval/{name}"]
     if not counts["rows"]:
         return f"{counts['uri']} holds no rows"
     return (
-        f"{counts['uri']}: nothing to learn is left of its {counts['rows']} rows, because every answer begins after "
-        f"data.max_length ({max_length} tokens; the longest row has {counts['longest']}). Raise data.max_length."
+        f"{counts['uri']}: nothing to learn is left of its {counts['rows']} rows, because what is learned "
+        f"begins after, or does not fit into, data.max_length ({max_length} tokens; the longest row has "
+        f"{counts['longest']}). Raise data.max_length."
     )

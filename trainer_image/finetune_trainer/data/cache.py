@@ -26,7 +26,7 @@ from finetune_trainer.storage import sync_folder
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when formats.py or render.py make other tokens of the same row
+_VERSION = 2  # raise it when formats.py or render.py make other tokens of the same row
 
 Counts = dict[str, Any]
 
@@ -38,14 +38,14 @@ def cached_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     make: Callable[[], tuple[Rows, Counts]],
-    tasks: list[str] | None = None,
+    encoding: tuple[Any, ...],
 ) -> tuple[Rows, Counts]:
     """What ``make`` gives, from disk where it is there already.
 
-    ``digest`` is that of the source's content; without one, without a cache folder or with a tokenizer that cannot be
-    told by its content, ``make`` is called.
+    ``encoding`` says what is learned of a record. ``digest`` is that of the source's content; without one, without a
+    cache folder or with a tokenizer that cannot be told by its content, ``make`` is called.
     """
-    key = _key(source, digest, tokenizer, max_length, tasks or [])
+    key = _key(source, digest, tokenizer, max_length, encoding)
     root = os.environ.get(ENV_CACHE) or os.environ.get(ENV_WORK)
     if not key or not root:
         return make()
@@ -66,7 +66,9 @@ def cached_rows(
     return _load(entry, name) or (rows, counts)
 
 
-def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, tasks: list[str]) -> str:
+def _key(
+    source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, encoding: tuple[Any, ...]
+) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not digest or digest.startswith("sampled:") or backend is None:
         return ""
@@ -74,14 +76,14 @@ def _key(source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, ma
         _VERSION,
         transformers.__version__,  # renders the template
         digest,
-        source.format,
+        [source.format, source.columns, source.sample_by],
         # a commit is the digest of a whole repository, of which uri and split choose a part
         [source.uri, source.split] if source.uri.startswith("hf://") else [],
         hashlib.sha256(backend.to_str().encode()).hexdigest(),
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
         max_length,
-        *tasks,
+        encoding,
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
@@ -90,23 +92,27 @@ def _load(entry: Path, name: str) -> tuple[Rows, Counts] | None:
     try:
         counts = json.loads((entry / "counts.json").read_text())
         ids, learned, starts = (np.load(entry / f"{part}.npy", mmap_mode="r") for part in ("ids", "learned", "starts"))
-        tasks = np.load(entry / "tasks.npy") if (entry / "tasks.npy").exists() else None
-    except (OSError, ValueError):
+        labels = np.load(entry / "labels.npy", mmap_mode="r") if (entry / "labels.npy").exists() else None
+        numbers = {path.stem: np.load(path, mmap_mode="r") for path in sorted((entry / "numbers").glob("*.npy"))}
+        parts = int(counts["parts"])
+    except (OSError, ValueError, KeyError):
         return None
     if len(ids) != len(learned) or len(ids) != counts["tokens"] or int(starts[-1]) != len(ids):
         return None
-    return Rows(name, ids, learned, starts, tasks), counts
+    del counts["parts"]
+    return Rows(name, ids, learned, starts, parts, labels, numbers), counts
 
 
 def _store(entry: Path, rows: Rows, counts: Counts) -> None:
     partial = entry.with_name(f".partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
+    (partial / "numbers").mkdir(parents=True)
     try:
-        for part in ("ids", "learned", "starts"):
-            np.save(partial / f"{part}.npy", getattr(rows, part))
-        if rows.tasks is not None:
-            np.save(partial / "tasks.npy", rows.tasks)
-        (partial / "counts.json").write_text(json.dumps(counts))
+        for part in ("ids", "learned", "starts", "labels"):
+            if getattr(rows, part) is not None:
+                np.save(partial / f"{part}.npy", getattr(rows, part))
+        for key, values in rows.numbers.items():
+            np.save(partial / "numbers" / f"{key}.npy", values)
+        (partial / "counts.json").write_text(json.dumps(counts | {"parts": rows.parts}))
         sync_folder(partial)
         shutil.rmtree(entry, ignore_errors=True)
         partial.rename(entry)

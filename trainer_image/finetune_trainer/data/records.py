@@ -1,4 +1,4 @@
-"""What a row says once its format is read: eight kinds of records, and which may stand for which.
+"""What a row says once its format is read: nine kinds of records, and which may stand for which.
 
 A format (``formats.py``) makes records of one kind, a stage learns from one kind. Where a record of another kind says
 what the stage needs, it is turned into it here: preference rows serve for SFT by their chosen answer, conversations
@@ -58,6 +58,17 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Ranked:
+    """Several answers to the same prompt, the best first; one alone where nobody wrote a second."""
+
+    prompt: list[Message]
+    answers: list[list[Message]]
+    """Each is what follows the prompt."""
+    ranks: list[float]
+    """Of each answer, ascending; equal ones decide nothing."""
+
+
+@dataclass(frozen=True)
 class Judged:
     """One answer with a verdict (KTO)."""
 
@@ -92,7 +103,21 @@ class SourceTarget:
     target: str
 
 
-Record = Text | Conversation | Prompt | Preference | Judged | Labelled | Tagged | SourceTarget
+Record = Text | Conversation | Prompt | Preference | Ranked | Judged | Labelled | Tagged | SourceTarget
+
+
+KIND_NAMES: dict[type, str] = {
+    Text: "texts",
+    Conversation: "conversations",
+    Prompt: "prompts",
+    Preference: "compared answers",
+    Ranked: "ranked answers",
+    Judged: "answers with a verdict",
+    Labelled: "texts with labels",
+    Tagged: "words with tags",
+    SourceTarget: "pairs of source and target",
+}
+"""In words, for messages."""
 
 
 def _prompt_of(record: Conversation) -> Prompt:
@@ -105,6 +130,17 @@ def _source_target_of(record: Conversation) -> SourceTarget:
     return SourceTarget("\n".join(message["content"] for message in before), answer["content"])
 
 
+def _pairs_of(record: Ranked) -> list[Preference]:
+    """Every better answer against every worse one (InstructGPT, arXiv:2203.02155, section 3.5)."""
+    placed = list(zip(record.ranks, record.answers, strict=True))
+    return [
+        Preference(record.prompt, better, worse)
+        for place, (rank, better) in enumerate(placed)
+        for other, worse in placed[place + 1 :]
+        if rank < other and better != worse
+    ]
+
+
 _TURNED: dict[tuple[type, type], Callable[[Any], list[Any]]] = {
     (Conversation, Prompt): lambda record: [_prompt_of(record)],
     (Conversation, SourceTarget): lambda record: [_source_target_of(record)],
@@ -114,6 +150,9 @@ _TURNED: dict[tuple[type, type], Callable[[Any], list[Any]]] = {
         Judged(record.prompt, record.chosen, True),
         Judged(record.prompt, record.rejected, False),
     ],
+    (Ranked, Preference): _pairs_of,
+    (Ranked, Conversation): lambda record: [Conversation([*record.prompt, *record.answers[0]])],
+    (Ranked, Prompt): lambda record: [Prompt(record.prompt)],
     (Judged, Conversation): lambda record: (
         [Conversation([*record.prompt, *record.completion])] if record.desirable else []
     ),

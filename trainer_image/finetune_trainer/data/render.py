@@ -5,29 +5,18 @@ up to after each answer; where both are beginnings of the whole text, the answer
 then tokenised once, and a token is learned where it lies inside an answer. Called by ``data/__init__.py``.
 """
 
-import logging
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.causes import Cause
-from finetune_trainer.data.formats import BadRowError, Conversation, Message
+from finetune_trainer.data.records import BadRowError, Conversation, Message
 from finetune_trainer.outcome import RunError
-
-log = logging.getLogger(__name__)
-
-FALLBACK_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
-)
-"""For models that were never taught to chat. It goes into the written tokenizer, so that the result is asked as
-it was taught."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +26,6 @@ class Rendered:
     text: str
     spans: list[tuple[int, int]]
     """[start, end) in characters of ``text``, in order, not overlapping."""
-    task: int | None = None
-    """Number of the row's task, where the method knows tasks."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +35,16 @@ class Tokens:
     ids: np.ndarray
     """int32 (T,)"""
     learned: np.ndarray
-    """bool (T,): the token is part of an answer."""
-    task: int | None = None
-    """As of the text."""
-
-
-def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer the fallback template where it has none."""
-    if not tokenizer.chat_template:
-        log.warning("the tokenizer has no chat template; using a plain one with '### User:' and '### Assistant:'")
-        tokenizer.chat_template = FALLBACK_TEMPLATE
+    """bool (T,): the token is learned (of a conversation: it is part of an answer)."""
+    labels: np.ndarray | None = None
+    """int32 (T,): what is learned at each token, where that is not the token itself."""
 
 
 class Renderer:
-    """Conversations to tokens, for one tokenizer. Give it a chat template first (:func:`ensure_chat_template`)."""
+    """Conversations to tokens, for one tokenizer. Give it a chat template first (``templates.py``)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._ends = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
 
     def render(self, conversation: Conversation) -> list[Rendered]:
@@ -74,21 +54,34 @@ class Renderer:
         system prompt) give one element per answer, each up to and including it: exactly what the model will see when
         it has to give that answer. BadRowError where the template refuses the conversation.
         """
-        answers = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
-        whole = self._apply(conversation[: answers[-1] + 1])
+        messages, tools = conversation.messages, conversation.tools
+        self._check_tools(messages, tools)
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        whole = self._apply(messages[: answers[-1] + 1], tools)
         spans = []
         for number in answers:
-            after = whole if number == answers[-1] else self._apply(conversation[: number + 1])
-            span = self._span(conversation[: number + 1], after) if whole.startswith(after.rstrip()) else None
+            after = whole if number == answers[-1] else self._apply(messages[: number + 1], tools)
+            span = self._span(messages[: number + 1], tools, after) if whole.startswith(after.rstrip()) else None
             if span is None:
-                return [self._last_answer(conversation[: n + 1]) for n in answers if _learned(conversation[n])]
-            if _learned(conversation[number]):
+                return [self._last_answer(messages[: n + 1], tools) for n in answers if _learned(messages[n])]
+            if _learned(messages[number]):
                 spans.append(span)
         return [self._closed(Rendered(whole, spans))]
 
-    def _last_answer(self, conversation: Conversation) -> Rendered:
-        whole = self._apply(conversation)
-        span = self._span(conversation, whole)
+    def _check_tools(self, messages: list[Message], tools: list[Any]) -> None:
+        """BadRowError where the template would leave out functions or calls without a word."""
+        template = str(self.tokenizer.chat_template)
+        called = any(message.get("tool_calls") for message in messages)
+        for used, field in ((bool(tools), "tools"), (called, "tool_calls")):
+            if used and field not in template:
+                raise BadRowError(
+                    f"the row has {field}, which the chat template does not write; give another data.chat_template "
+                    "(qwen writes them)"
+                )
+
+    def _last_answer(self, messages: list[Message], tools: list[Any]) -> Rendered:
+        whole = self._apply(messages, tools)
+        span = self._span(messages, tools, whole)
         if span is None:
             raise BadRowError(
                 "the chat template does not write the answer after what it writes before it, so it cannot be told what "
@@ -96,17 +89,17 @@ class Renderer:
             )
         return self._closed(Rendered(whole, [span]))
 
-    def _span(self, conversation: Conversation, after: str) -> tuple[int, int] | None:
-        """Where the last message, an answer, lies in ``after``, the conversation as text; None where it is unclear.
+    def _span(self, messages: list[Message], tools: list[Any], after: str) -> tuple[int, int] | None:
+        """Where the last message, an answer, lies in ``after``, the messages as text; None where it is unclear.
 
         White space behind an answer's end token belongs to the template, not to the answer.
         """
-        before = self._apply(conversation[:-1], asking=True) if len(conversation) > 1 else ""
+        before = self._apply(messages[:-1], tools, asking=True) if len(messages) > 1 else ""
         start, end = len(before), len(after.rstrip())
         if not after.startswith(before):
             # Some prompts end in an opening that is put into the model's mouth (<think>) and not written otherwise.
             start = _common(before, after)
-            if start < len(self._apply(conversation[:-1]).rstrip()):
+            if start < len(self._apply(messages[:-1], tools).rstrip()):
                 return None
         return (start, end) if end > start else None
 
@@ -115,31 +108,47 @@ class Renderer:
         if not rendered.spans:
             return rendered
         start, end = rendered.spans[-1]
-        eos = self._tokenizer.eos_token
+        eos = self.tokenizer.eos_token
         if not eos or rendered.text[end:].strip() or rendered.text[:end].endswith(self._ends):
             return rendered
         text = rendered.text[:end] + str(eos)
         return Rendered(text, [*rendered.spans[:-1], (start, len(text))])
 
-    def _apply(self, conversation: Conversation, asking: bool = False) -> str:
-        plain = [{"role": message["role"], "content": message["content"]} for message in conversation]
+    def _apply(self, messages: list[Message], tools: list[Any], asking: bool = False) -> str:
+        plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         try:
-            return str(self._tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=asking))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    plain, tools=tools or None, tokenize=False, add_generation_prompt=asking
+                )
+            )
         except Exception as error:  # jinja's own, and whatever a template raises by raise_exception
             raise BadRowError(
                 f"the chat template refuses the conversation ({', '.join(m['role'] for m in plain)}): "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
 
+    def document(self, text: str) -> Rendered:
+        """Running text, all of it learned, with the tokenizer's token of beginning (where it writes one) and of end."""
+        begin = str(self.tokenizer.bos_token) if self._begins else ""
+        whole = f"{begin}{text}{self.tokenizer.eos_token or ''}"
+        return Rendered(whole, [(0, len(whole))])
+
+    @cached_property
+    def _begins(self) -> bool:
+        """The tokenizer puts its token of beginning before every text."""
+        first = self.tokenizer("a").input_ids[:1]
+        return self.tokenizer.bos_token_id is not None and first == [self.tokenizer.bos_token_id]
+
     def encode(self, texts: Sequence[Rendered]) -> Iterator[Tokens]:
         """Tokenise texts, many at once. Templates write special tokens themselves, so none are added."""
         if not texts:
             return
-        if not self._tokenizer.is_fast:
+        if not self.tokenizer.is_fast:
             for rendered in texts:
                 yield self._encode_slow(rendered)
             return
-        encoded = self._tokenizer(
+        encoded = self.tokenizer(
             [rendered.text for rendered in texts],
             add_special_tokens=False,
             return_offsets_mapping=True,
@@ -149,7 +158,7 @@ class Renderer:
             verbose=False,
         )
         for rendered, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield Tokens(np.asarray(ids, dtype=np.int32), _mask(offsets, rendered.spans), rendered.task)
+            yield Tokens(np.asarray(ids, dtype=np.int32), _mask(offsets, rendered.spans))
 
     def _encode_slow(self, rendered: Rendered) -> Tokens:
         """Without offsets: an answer's tokens are those by which the text to its end is longer than to its start."""
@@ -158,10 +167,10 @@ class Renderer:
         for start, end in rendered.spans:
             first, last = (_common(self._ids(rendered.text[:cut]), ids) for cut in (start, end))
             learned[first:last] = True
-        return Tokens(np.asarray(ids, dtype=np.int32), learned, rendered.task)
+        return Tokens(np.asarray(ids, dtype=np.int32), learned)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _learned(message: Message) -> bool:

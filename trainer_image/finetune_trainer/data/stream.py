@@ -1,6 +1,7 @@
-"""Which sequence comes when: a pure function of (seed, epoch, index), on every machine and after every restart.
+"""Which item comes when: a pure function of (seed, epoch, index), on every machine and after every restart.
 
-Rows are kept as flat arrays. An epoch is a list of rows (each source as often as its weight says), shuffled; with
+Rows are kept as flat arrays; a row is one sequence of tokens or several (a preference: the better and the worse
+answer), with numbers beside them. An epoch is a list of rows (each source as often as its weight says), shuffled; with
 packing it is a list of packs of whole rows. Nothing depends on the number of processes, on time, or on the version of
 a random number library. Called by ``data/__init__.py`` (which builds it), ``feed.py`` and ``engine.py``.
 """
@@ -8,8 +9,8 @@ a random number library. Called by ``data/__init__.py`` (which builds it), ``fee
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,8 +27,17 @@ _KEPT_EPOCHS = 3  # an evaluation may look back while the next epoch is read ahe
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A row as it is put together: its sequences, and its numbers by name."""
+
+    sequences: tuple[Tokens, ...]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers, or lists of as many numbers for every row."""
+
+
+@dataclass(frozen=True)
 class Rows:
-    """The rows of one source: R rows of T tokens in all, in the order of the file."""
+    """The rows of one source: R rows of P sequences each, T tokens in all, in the order of the file."""
 
     name: str
     ids: np.ndarray
@@ -35,44 +45,54 @@ class Rows:
     learned: np.ndarray
     """bool (T,)"""
     starts: np.ndarray
-    """int64 (R + 1,): row r is ids[starts[r] : starts[r + 1]]."""
-    tasks: np.ndarray | None = None
-    """int32 (R,): number of each row's task, where the method knows tasks."""
+    """int64 (R x P + 1,): sequence p of row r is ids[starts[r x P + p] : starts[r x P + p + 1]]."""
+    parts: int = 1
+    """P, the same for all rows."""
+    labels: np.ndarray | None = None
+    """int32 (T,): what is learned at each token, where that is not the token itself (tags)."""
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
+    """(R,) or (R, k) by name: what a row says beside its sequences, e.g. its margin, its label, its task."""
 
     @staticmethod
-    def of(name: str, rows: Iterable[Tokens]) -> "Rows":
+    def of(name: str, rows: Iterable[Draft]) -> "Rows":
         """Gather tokenised rows."""
         kept = list(rows)
-        lengths = np.array([len(row.ids) for row in kept], dtype=np.int64)
+        sequences = [sequence for row in kept for sequence in row.sequences]
+        lengths = np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64)
+        tagged = bool(sequences) and sequences[0].labels is not None
         return Rows(
             name,
-            np.concatenate([row.ids for row in kept]) if kept else np.zeros(0, np.int32),
-            np.concatenate([row.learned for row in kept]) if kept else np.zeros(0, bool),
+            np.concatenate([part.ids for part in sequences]) if kept else np.zeros(0, np.int32),
+            np.concatenate([part.learned for part in sequences]) if kept else np.zeros(0, bool),
             np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-            np.array([row.task for row in kept], np.int32) if kept and kept[0].task is not None else None,
+            len(kept[0].sequences) if kept else 1,
+            np.concatenate([part.labels for part in sequences]) if tagged else None,
+            {key: _numbers([row.numbers[key] for row in kept]) for key in kept[0].numbers} if kept else {},
         )
 
     @staticmethod
     def joined(name: str, parts: "list[Rows]") -> "Rows":
         """Several pieces of one source as one."""
-        parts = parts or [Rows.of(name, [])]
-        lengths = np.concatenate([part.lengths for part in parts])
-        tasks = [part.tasks for part in parts if part.tasks is not None]
+        parts = [part for part in parts if len(part)] or [Rows.of(name, [])]
+        first = parts[0]
+        lengths = np.concatenate([np.diff(part.starts) for part in parts])
         return Rows(
             name,
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.learned for part in parts]),
             np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-            np.concatenate(tasks) if tasks else None,
+            first.parts,
+            np.concatenate([part.labels for part in parts]) if first.labels is not None else None,
+            {key: np.concatenate([part.numbers[key] for part in parts]) for key in first.numbers},
         )
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return (len(self.starts) - 1) // self.parts
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 (R,): tokens of each row."""
-        return np.diff(self.starts)
+        """int64 (R,): tokens of each row, all its sequences together."""
+        return np.diff(self.starts[:: self.parts])
 
     @property
     def learned_tokens(self) -> int:
@@ -80,19 +100,24 @@ class Rows:
         return int(self.learned.sum())
 
 
+def _numbers(values: list[Any]) -> np.ndarray:
+    """float32, or int64 where all of them are whole."""
+    made = np.array(values)
+    return made.astype(np.int64 if made.dtype.kind in "iub" else np.float32)
+
+
 @dataclass(frozen=True)
 class Sequence:
-    """What the model sees at once: one row, or several packed ones. L tokens."""
+    """What the model sees at once: one sequence of a row, or several packed rows. L tokens."""
 
     input_ids: np.ndarray
     """int32 (L,)"""
     labels: np.ndarray
-    """int32 (L,): the token itself where it is learned, else -100; not shifted. The first of a row never is."""
+    """int32 (L,): what is learned there (the token itself, or its tag), else -100; not shifted. Of a language model's
+    rows the first never is."""
     position_ids: np.ndarray
     """int32 (L,): from 0 at the start of every row."""
     packed: bool = False
-    rows: tuple[tuple[int, int], ...] = ()
-    """(source, row) of every row in it."""
     tasks: np.ndarray | None = None
     """int32 (L,): number of each token's task, where the method knows tasks."""
 
@@ -100,8 +125,23 @@ class Sequence:
         return len(self.input_ids)
 
 
+@dataclass(frozen=True)
+class Item:
+    """One place of an epoch: a row, or a pack of rows of one sequence each."""
+
+    sequences: tuple[Sequence, ...]
+    rows: tuple[tuple[int, int], ...]
+    """(source, row) of every row in it."""
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """() or (k,) by name; a pack has none."""
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return sum(len(sequence) for sequence in self.sequences)
+
+
 class Stream:
-    """The sequences of a run, epoch by epoch.
+    """The items of a run, epoch by epoch.
 
     ``weights``: how often a source's rows come in one epoch; of 0.5, epochs 0 and 1 together show every row once.
     ``shuffle=False``: rows in the order of the files (evaluation).
@@ -121,58 +161,91 @@ class Stream:
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
         self._sizes: list[int] = []
 
-    def sequences(self, epoch: int) -> int:
-        """Number of sequences in an epoch; with packing it differs from epoch to epoch by a few."""
+    def items(self, epoch: int) -> int:
+        """Number of items in an epoch; with packing it differs from epoch to epoch by a few."""
         if not self.packing:
             return sum(self._share(source) for source in range(len(self.rows)))
         while len(self._sizes) <= epoch:
             self._sizes.append(len(self._plan(len(self._sizes)).bounds) - 1)
         return self._sizes[epoch]
 
-    def sequence(self, epoch: int, index: int) -> Sequence:
-        """The sequence at a place of an epoch. IndexError where ``index`` is not below ``sequences(epoch)``."""
+    def item(self, epoch: int, index: int) -> Item:
+        """The item at a place of an epoch. IndexError where ``index`` is not below ``items(epoch)``."""
         plan = self._plan(epoch)
         if not 0 <= index < len(plan.bounds) - 1:
-            raise IndexError(f"epoch {epoch} has {len(plan.bounds) - 1} sequences, there is no {index}")
+            raise IndexError(f"epoch {epoch} has {len(plan.bounds) - 1} items, there is no {index}")
         first, last = plan.bounds[index], plan.bounds[index + 1]
         places = tuple((int(s), int(r)) for s, r in zip(plan.sources[first:last], plan.rows[first:last], strict=True))
         return self._assemble(places)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(epoch, index) of the sequence at a position counted over all epochs from 0."""
+        """(epoch, index) of the item at a position counted over all epochs from 0."""
         if not self.packing:
-            return divmod(position, self.sequences(0))
+            return divmod(position, self.items(0))
         epoch = 0
-        while position >= (size := self.sequences(epoch)):
+        while position >= (size := self.items(epoch)):
             position -= size
             epoch += 1
         return epoch, position
+
+    def used(self, end: int) -> list[np.ndarray]:
+        """By source the rows, ascending, that come before a position counted over all epochs."""
+        epoch, index = self.locate(max(end - 1, 0))
+        seen: list[set[int]] = [set() for _ in self.rows]
+        for number in range(epoch + 1):
+            plan = self._plan(number)
+            last = plan.bounds[index + 1] if number == epoch else len(plan.rows)
+            for source, found in enumerate(seen):
+                found.update(plan.rows[:last][plan.sources[:last] == source].tolist())
+            if all(len(found) == len(rows) for found, rows in zip(seen, self.rows, strict=True)):
+                break
+        return [np.array(sorted(found), np.int64) for found in seen]
+
+    def add_numbers(self, name: str, values: list[np.ndarray]) -> None:
+        """A further number of every row, (R,) or (R, k) by source."""
+        self.rows = [
+            replace(rows, numbers=rows.numbers | {name: more}) for rows, more in zip(self.rows, values, strict=True)
+        ]
 
     def tokens(self, epoch: int) -> int:
         """Tokens of all rows of an epoch."""
         plan = self._plan(epoch)
         return int(sum(self.rows[s].lengths[plan.rows[plan.sources == s]].sum() for s in range(len(self.rows))))
 
-    def _assemble(self, places: tuple[tuple[int, int], ...]) -> Sequence:
-        ids, labels, positions, tasks = [], [], [], []
-        for source, row in places:
-            rows = self.rows[source]
-            start, end = rows.starts[row], rows.starts[row + 1]
-            part = rows.ids[start:end]
-            label = np.where(rows.learned[start:end], part, IGNORED).astype(np.int32)
-            label[0] = IGNORED  # it would be predicted from the row before it
-            ids.append(part)
-            labels.append(label)
-            positions.append(np.arange(end - start, dtype=np.int32))
-            if rows.tasks is not None:
-                tasks.append(np.full(end - start, rows.tasks[row], np.int32))
-        return Sequence(
-            np.concatenate(ids),
-            np.concatenate(labels),
-            np.concatenate(positions),
-            self.packing,
+    def _assemble(self, places: tuple[tuple[int, int], ...]) -> Item:
+        if self.packing:
+            packed = [self._sequence(self.rows[source], row, row) for source, row in places]
+            tasks = [part.tasks for part in packed if part.tasks is not None]
+            whole = Sequence(
+                np.concatenate([part.input_ids for part in packed]),
+                np.concatenate([part.labels for part in packed]),
+                np.concatenate([part.position_ids for part in packed]),
+                True,
+                np.concatenate(tasks) if tasks else None,
+            )
+            return Item((whole,), places)
+        [(source, row)] = places
+        rows = self.rows[source]
+        first = row * rows.parts
+        return Item(
+            tuple(self._sequence(rows, row, first + part) for part in range(rows.parts)),
             places,
-            np.concatenate(tasks) if tasks else None,
+            {key: values[row] for key, values in rows.numbers.items()},
+        )
+
+    def _sequence(self, rows: Rows, row: int, number: int) -> Sequence:
+        start, end = rows.starts[number], rows.starts[number + 1]
+        ids = rows.ids[start:end]
+        said = ids if rows.labels is None else rows.labels[start:end]
+        labels = np.where(rows.learned[start:end], said, IGNORED).astype(np.int32)
+        if rows.labels is None:
+            labels[:1] = IGNORED  # it would be predicted from the row before it
+        tasks = rows.numbers.get("task")
+        return Sequence(
+            ids,
+            labels,
+            np.arange(end - start, dtype=np.int32),
+            tasks=None if tasks is None else np.full(end - start, tasks[row], np.int32),
         )
 
     def _share(self, source: int) -> int:
@@ -279,14 +352,16 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return packs
 
 
-def collate(sequences: list[Sequence], pad_token_id: int, multiple_of: int = 8) -> dict[str, Any]:
-    """B sequences as one batch of int64 tensors (B, L), L the longest rounded up to ``multiple_of``.
+def collate(items: list[Item], pad_token_id: int, multiple_of: int = 8) -> dict[str, Any]:
+    """B items of P sequences each as one batch of int64 tensors (P x B, L), L the longest rounded up to
+    ``multiple_of``: first the first sequences of all items, then the second ones.
 
     ``input_ids``, ``labels``, ``position_ids``; ``attention_mask`` unless the sequences are packed: then the model
     finds the rows by their positions, and padding is a row of its own (its positions start at 0 again). Padding is on
-    the right, without labels. ``num_tokens`` is an int: tokens that are not padding. ``tasks``, the number of each
-    token's task, where the method knows tasks.
+    the right, without labels. ``num_tokens`` is an int, tokens that are not padding, ``items`` is B. ``tasks``, the
+    number of each token's task, where the method knows tasks. Numbers come under their names, (B,) or (B, k).
     """
+    sequences = [item.sequences[part] for part in range(len(items[0].sequences)) for item in items]
     length = math.ceil(max(len(sequence) for sequence in sequences) / multiple_of) * multiple_of
     packed = any(sequence.packed for sequence in sequences)
     shape = (len(sequences), length)
@@ -302,6 +377,7 @@ def collate(sequences: list[Sequence], pad_token_id: int, multiple_of: int = 8) 
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(positions),
         "num_tokens": int(mask.sum()),
+        "items": len(items),
     }
     if not packed:
         batch["attention_mask"] = torch.from_numpy(mask)
@@ -309,4 +385,7 @@ def collate(sequences: list[Sequence], pad_token_id: int, multiple_of: int = 8) 
         batch["tasks"] = torch.zeros(shape, dtype=torch.int64)
         for number, sequence in enumerate(sequences):
             batch["tasks"][number, : len(sequence)] = torch.from_numpy(sequence.tasks)
+    for key in items[0].numbers:
+        if key != "task":
+            batch[key] = torch.from_numpy(np.stack([item.numbers[key] for item in items]))
     return batch

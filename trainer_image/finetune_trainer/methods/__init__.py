@@ -17,12 +17,15 @@ needs nothing but its configuration is a row in ``adapters.py``.
 """
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.methods import Method
 from finetune_api.run import TrainerConfig
 from finetune_trainer.hooks import NOTHING, Hooks
@@ -63,16 +66,33 @@ def hooks(model: Any, config: TrainerConfig, max_steps: int) -> Hooks:
     return found
 
 
+def switched_off(model: Any, config: TrainerConfig) -> Callable[[], AbstractContextManager[Any]] | None:
+    """Inside what it gives, the model is the one the training started from. None: there is no such way, because its own
+    weights are trained, or were changed at the start (PiSSA)."""
+    changed = getattr(model, "_first_lora", None) is not None
+    changed |= getattr(config.method, "adapter_variant", "") == "houlsby"  # it trains the model's norms
+    if COMPATIBILITY[config.method.type].whole_model or changed:
+        return None
+    if hasattr(model, "disable_adapter"):
+        off: Callable[[], AbstractContextManager[Any]] = model.disable_adapter
+        return off
+    return lambda: parts.switched_off(model)
+
+
 def load_adapter(model: Any, directory: str | Path) -> Any:
     """The transformers model with an ``adapter``, ``mam`` or ``unipelt`` that a run has written to ``directory``.
 
     >>> model = AutoModelForCausalLM.from_pretrained(base)
     >>> load_adapter(model, "output").generate(...)
 
+    Of a classifier the folder knows the labels: ``AutoModelForSequenceClassification.from_pretrained(base,
+    config=AutoConfig.from_pretrained("output"))``.
+
     RunError(INVALID_CONFIGURATION) where it belongs to another model.
     """
     described = json.loads((Path(directory) / parts.CONFIG).read_text())
     method: Any = TypeAdapter(Method).validate_python(described["finetune_method"])
     METHODS[method.type].inject(model, method)
+    parts.train_head(model, described.get("modules_to_save", []))
     parts.read(model, Path(directory))
     return model

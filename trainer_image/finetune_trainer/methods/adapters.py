@@ -34,12 +34,13 @@ from peft import (
     WaveFTConfig,
     get_peft_model,
 )
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
-from finetune_trainer.model import enable_gradient_checkpointing, load_for_merge, save_model
+from finetune_trainer.model import enable_gradient_checkpointing, head_of, kind_of, load_for_merge, save_model
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import local_path
 
@@ -65,6 +66,8 @@ CONFIGS: dict[str, type[PeftConfig]] = {
     "ln_tuning": LNTuningConfig,
     "trainable_tokens": TrainableTokensConfig,
 }
+IA3_PLACES: dict[str, tuple[list[str], list[str]]] = {"distilbert": (["k_lin", "v_lin", "lin2"], ["lin2"])}
+"""By ``config.model_type``: target_modules and feedforward_modules that PEFT does not know."""
 
 
 def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Module:
@@ -72,6 +75,8 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
     chosen = method.model_dump(exclude={"type"})
     if method.type == "ia3":
         chosen["feedforward_modules"] = chosen["feedforward_modules"] or _unless_auto(method, [])
+        if method.target_modules == "auto" and (places := IA3_PLACES.get(model.config.model_type)):
+            chosen["target_modules"], chosen["feedforward_modules"] = places
     elif method.type == "ln_tuning":
         chosen["target_modules"] = norm_names(model)  # PEFT knows them for some model types only
     elif method.type == "shira":
@@ -82,7 +87,8 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
 
 
 def attach(model: PreTrainedModel, kind: type[PeftConfig], chosen: dict[str, Any], config: TrainerConfig) -> PeftModel:
-    """The model with an adapter of PEFT. ``chosen``: the method's parameters, by PEFT's names.
+    """The model with an adapter of PEFT. ``chosen``: the method's parameters, by PEFT's names. A classifier's head is
+    trained and saved with it.
 
     Adapter weights are float32 also beside a bfloat16 model: AdamW's steps of 1e-4 of a weight would be lost in
     the 8 bits of a bfloat16 mantissa, and they are less than a hundredth of the memory.
@@ -93,10 +99,13 @@ def attach(model: PreTrainedModel, kind: type[PeftConfig], chosen: dict[str, Any
     targets = chosen.get("target_modules")
     if targets == "auto":
         chosen = chosen | {"target_modules": None}
-    if "modules_to_save" in chosen:
-        chosen = chosen | {"modules_to_save": chosen["modules_to_save"] or None}
+    if saved := [*chosen.get("modules_to_save", ()), *head_of(model)]:
+        chosen = chosen | {"modules_to_save": saved}
+    else:
+        chosen = {name: value for name, value in chosen.items() if name != "modules_to_save"}
+    task = kind_of(config.stage).task
     try:
-        adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **chosen), autocast_adapter_dtype=True)
+        adapted = get_peft_model(model, kind(task_type=task, **chosen), autocast_adapter_dtype=True)
     except (ValueError, TypeError, KeyError, AssertionError, ZeroDivisionError) as error:
         raise _misfit(model, targets, config, error) from error
     for p in adapted.parameters():
@@ -117,8 +126,10 @@ def save(
     state_dict: dict[str, torch.Tensor] | None,
     config: TrainerConfig,
 ) -> None:
-    """Write adapter and tokenizer into ``directory``, for ``PeftModel.from_pretrained``."""
-    del config
+    """Write adapter and tokenizer into ``directory``, for ``PeftModel.from_pretrained``; of a classifier the model's
+    configuration too, which knows the labels."""
+    if kind_of(config.stage).new_head:
+        model.get_base_model().config.save_pretrained(directory)
     # "auto" would ask the hub whether the embedding was resized; it never is.
     model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
     tokenizer.save_pretrained(directory)
@@ -131,9 +142,18 @@ def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerCon
     """
     from transformers import AutoTokenizer
 
-    model = load_for_merge(model_path, config)
-    merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload(safe_merge=True)
+    model = load_for_merge(model_path, config, adapter_dir)
+    merged = merged_into(model, adapter_dir)
     save_model(merged, AutoTokenizer.from_pretrained(adapter_dir), out_dir, config.max_shard_size)
+
+
+def merged_into(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
+    """The model with a saved adapter, and the modules saved with it, folded into its own weights."""
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload(safe_merge=True)
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # LN tuning leaves them
+            merged.set_submodule(name, module.modules_to_save[module.active_adapter])
+    return merged
 
 
 def base_name(config: TrainerConfig) -> str:

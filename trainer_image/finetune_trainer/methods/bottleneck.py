@@ -14,7 +14,7 @@ from finetune_api.methods import BottleneckAdapter
 from finetune_api.run import TrainerConfig
 from finetune_trainer.methods import parts
 from finetune_trainer.methods.places import layers
-from finetune_trainer.model import enable_gradient_checkpointing
+from finetune_trainer.model import enable_gradient_checkpointing, head_of
 from finetune_trainer.outcome import RunError
 
 save = parts.write
@@ -25,6 +25,7 @@ def prepare(model: PreTrainedModel, method: BottleneckAdapter, config: TrainerCo
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     inject(model, method)
+    parts.train_head(model, head_of(model))
     return model
 
 

@@ -16,6 +16,7 @@ from finetune_trainer.hooks import NOTHING, Hooks
 from finetune_trainer.methods import adapters
 from finetune_trainer.methods.adapters import attach, linear_names
 from finetune_trainer.methods.adapters import merge as merge
+from finetune_trainer.model import kind_of
 from finetune_trainer.outcome import RunError
 
 KEPT = ("default", "gaussian", "orthogonal")
@@ -75,6 +76,8 @@ def save(
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
+    if kind_of(config.stage).new_head:
+        model.get_base_model().config.save_pretrained(directory)
     last = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
     save_file(plain_weights(first, last), directory / "adapter_model.safetensors", metadata={"format": "pt"})
     trained: Any = model.peft_config["default"]

@@ -11,7 +11,7 @@ from finetune_api.methods import Mam, Unipelt
 from finetune_api.run import TrainerConfig
 from finetune_trainer.methods import bottleneck, parts
 from finetune_trainer.methods.places import layers
-from finetune_trainer.model import enable_gradient_checkpointing
+from finetune_trainer.model import enable_gradient_checkpointing, head_of
 
 save = parts.write
 merge = bottleneck.merge
@@ -22,6 +22,7 @@ def prepare(model: PreTrainedModel, method: Mam, config: TrainerConfig) -> nn.Mo
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     inject(model, method)
+    parts.train_head(model, head_of(model))
     return model
 
 

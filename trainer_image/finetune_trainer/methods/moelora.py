@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.methods import Lora, MoeLora
 from finetune_api.run import TrainerConfig
 from finetune_trainer.methods import lora
+from finetune_trainer.methods.adapters import merged_into
 from finetune_trainer.model import load_for_merge, save_model
 
 
@@ -47,7 +47,8 @@ class TaskGate(nn.Module):
     def weigh(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         """After a layer's A."""
         assert self.scale is not None
-        return output * self.scale.to(output.dtype)
+        scale = self.scale.to(output.dtype)
+        return output * (scale[:, 0] if output.dim() == 2 else scale)  # a pooler's layer sees one vector per row
 
 
 def prepare(model: PreTrainedModel, method: MoeLora, config: TrainerConfig) -> nn.Module:
@@ -102,7 +103,5 @@ def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerCon
     method: Any = config.method
     for task in method.tasks:
         adapter = adapter_dir / task
-        merged = PeftModel.from_pretrained(load_for_merge(model_path, config), adapter).merge_and_unload(
-            safe_merge=True
-        )
+        merged = merged_into(load_for_merge(model_path, config, adapter), adapter)
         save_model(merged, AutoTokenizer.from_pretrained(adapter), out_dir / task, config.max_shard_size)

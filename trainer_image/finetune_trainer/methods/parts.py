@@ -7,8 +7,8 @@ why); every part computes in the number format of its own weights and answers in
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_trainer.methods.adapters import base_name
 from finetune_trainer.methods.places import Attention, Stack
+from finetune_trainer.model import head_of, kind_of
 from finetune_trainer.outcome import RunError
 
 CONFIG = "adapter_config.json"
@@ -55,6 +56,7 @@ class Adapter(nn.Module):
         self.scaling = scaling
         self.gate: Gate | None = None
         self.taken: torch.Tensor | None = None  # its input, where that is not what it is attached to
+        self.off = False
         with torch.no_grad():
             if init == "lora":
                 nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
@@ -75,13 +77,15 @@ class Adapter(nn.Module):
     # Hooks: methods, because copying a model copies their object with it, and functions not.
 
     def after(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + self(output)
+        return output if self.off else output + self(output)
 
     def take(self, module: nn.Module, inputs: Any) -> None:
         self.taken = inputs[0]
 
     def beside(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         taken, self.taken = self.taken, None
+        if self.off:
+            return output
         assert taken is not None
         return output + self(taken)
 
@@ -137,6 +141,7 @@ class LowRank(nn.Module):
         self.gate = (gate,)  # a tuple: it is the attention's submodule, not this one's
         self.columns = (0, outputs)
         """Of the output that the update is added to, [first, last)."""
+        self.off = False
         with torch.no_grad():
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
             self.lora_B.weight.zero_()
@@ -146,6 +151,8 @@ class LowRank(nn.Module):
         return (self.gate[0](inner) * self.lora_B(self.lora_A(self.dropout(inner)))).to(hidden.dtype)
 
     def beside(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if self.off:
+            return output
         update = self(inputs[0])
         first, last = self.columns
         whole = update.shape[-1] == output.shape[-1]
@@ -199,6 +206,7 @@ class Prefix(nn.Module):
         self.trunk = (trunk,)
         self.gate: Gate | None = None
         self.gates: torch.Tensor | None = None  # of the pass under way, (B, T, 1)
+        self.off = False
         width = 2 * heads * head_width
         if trunk is None:
             self.weight = nn.Parameter(torch.randn(length, width) * 0.02)
@@ -213,7 +221,7 @@ class Prefix(nn.Module):
         return key, value
 
     def take(self, module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
-        if self.gate is not None:
+        if self.gate is not None and not self.off:
             self.gates = self.gate(inputs[0] if inputs else options["hidden_states"])
 
 
@@ -260,7 +268,7 @@ def attend(
         )
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
-    if prefix is None:
+    if prefix is None or prefix.off:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False, **options)
     first, second = (part.to(key.dtype).expand(len(key), -1, -1, -1) for part in prefix())
     if mask is not None:
@@ -298,17 +306,43 @@ def head_shape(config: Any) -> tuple[int, int]:
     return int(heads), int(width or config.hidden_size // config.num_attention_heads)
 
 
-# --- the model's own norms --------------------------------------------------------------------------------------
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model answers as if nothing was attached to it."""
+    parts = [module for module in model.modules() if isinstance(module, Adapter | LowRank | Prefix)]
+    for part in parts:
+        part.off = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.off = False
+
+
+# --- modules of the model's own that are trained ----------------------------------------------------------------
 
 
 def train_norms(layer: nn.Module, stack: Stack) -> None:
-    """Train a layer's norms, in float32; they answer in the number format they are asked in."""
+    """Train a layer's norms."""
     for path in stack.norms:
-        norm = layer.get_submodule(path)
-        for name, parameter in list(norm.named_parameters(recurse=False)):
-            with _whole(parameter):
-                norm.register_parameter(name, nn.Parameter(parameter.detach().float().clone()))
-        _compute_in_float32(norm)
+        _train(layer.get_submodule(path))
+
+
+def train_head(model: nn.Module, modules: list[str]) -> None:
+    """Train the modules of these names, a classifier's head."""
+    for path in modules:
+        for module in model.get_submodule(path).modules():
+            _train(module)
+
+
+def _train(module: nn.Module) -> None:
+    """Train a module's own weights, in float32; it answers in the number format it is asked in."""
+    weights = list(module.named_parameters(recurse=False))
+    for name, parameter in weights:
+        with _whole(parameter):
+            module.register_parameter(name, nn.Parameter(parameter.detach().float().clone()))
+    if weights:
+        _compute_in_float32(module)
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
@@ -354,8 +388,12 @@ def write(
         "finetune_method": method | ({"prefix_projection": False} if "prefix_projection" in method else {}),
         "base_model_name_or_path": base_name(config),
         "revision": config.model.revision if config.model.uri.startswith("hf://") else None,
+        "modules_to_save": head_of(model),
         "load_with": "finetune_trainer.methods.load_adapter(model, directory)",
     }
+    if kind_of(config.stage).new_head:
+        described_model: Any = model.config
+        described_model.save_pretrained(directory)
     (directory / CONFIG).write_text(json.dumps(described, indent=1))
     tokenizer.save_pretrained(directory)
 

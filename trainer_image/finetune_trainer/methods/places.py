@@ -102,6 +102,19 @@ _T5 = (
     _t5_stack("decoder.block", _t5(0, "SelfAttention"), _t5(1, "EncDecAttention")),
 )
 
+
+def _bart(layers: str, *attentions: str) -> Stack:
+    return Stack(
+        layers=layers,
+        attentions=tuple(Attention(a, f"{a}.out_proj", f"{a}.q_proj", f"{a}.v_proj") for a in attentions),
+        feed_forward_input="fc1",
+        feed_forward_output="fc2",
+        norms=(*(f"{a}_layer_norm" for a in attentions), "final_layer_norm"),
+    )
+
+
+_BART_STACKS = (_bart("encoder.layers", "self_attn"), _bart("decoder.layers", "self_attn", "encoder_attn"))
+
 FAMILIES: dict[str, tuple[Stack, ...]] = {
     # by config.model_type
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), (_LLAMA,)),
@@ -110,6 +123,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     **dict.fromkeys(("bert", "roberta"), (_BERT,)),
     "distilbert": (_DISTILBERT,),
     **dict.fromkeys(("t5", "mt5"), _T5),
+    **dict.fromkeys(("bart", "mbart"), _BART_STACKS),
 }
 
 

@@ -4,6 +4,7 @@ What is written is what the virtual tokens are in the end; the networks that mad
 are in the checkpoints only, so that a run can continue.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_trainer.methods.adapters import attach, base_name
 from finetune_trainer.methods.adapters import save as save
+from finetune_trainer.methods.parts import head_shape
 from finetune_trainer.outcome import RunError
 
 CONFIGS: dict[str, type[PeftConfig]] = {
@@ -36,7 +38,7 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
             f"together more than the {positions} positions of {type(model).__name__}. Lower data.max_length to "
             f"{positions - method.num_virtual_tokens} or less.",
         )
-    chosen = method.model_dump(exclude={"type"})
+    chosen = method.model_dump(exclude={"type"}) | _shape(model, method)
     if "encoder_hidden_size" in chosen:
         chosen["encoder_hidden_size"] = chosen["encoder_hidden_size"] or model.config.get_text_config().hidden_size
     if method.type == "p_tuning" and method.encoder_reparameterization_type == "MLP":
@@ -54,6 +56,30 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
         written: Any = adapted.peft_config["default"]
         written.tokenizer_name_or_path, written.tokenizer_kwargs = base_name(config), None
     return adapted
+
+
+def _shape(model: PreTrainedModel, method: Any) -> dict[str, Any]:
+    """What PEFT would look for under the names of some architectures only."""
+    shape: Any = model.config.get_text_config()
+    found: dict[str, Any] = {
+        "num_layers": shape.num_hidden_layers,
+        "token_dim": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+    }
+    if method.type in ("prefix_tuning", "p_tuning_v2"):
+        if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+            raise RunError(
+                Cause.INVALID_CONFIGURATION,
+                f"method.type {method.type!r} needs a model that takes keys and values from outside, and "
+                f"{type(model).__name__} does not. Use BERT or RoBERTa, or method.type: mam or unipelt, which bring a "
+                "prefix of their own.",
+            )
+        if model.config.is_encoder_decoder:  # T5's heads may be wider or narrower than the model
+            heads, width = head_shape(model.config)
+            found |= {"num_attention_heads": heads, "token_dim": heads * width}
+    elif model.config.is_encoder_decoder:
+        found["num_transformer_submodules"] = 1  # they stand before the source; PEFT makes as many again for nothing
+    return found
 
 
 def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerConfig) -> NoReturn:

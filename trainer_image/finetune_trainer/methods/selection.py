@@ -11,7 +11,7 @@ from finetune_api.methods import Bitfit, Freeze
 from finetune_api.run import TrainerConfig
 from finetune_trainer.methods.full import merge as merge
 from finetune_trainer.methods.full import save as save
-from finetune_trainer.model import enable_gradient_checkpointing
+from finetune_trainer.model import enable_gradient_checkpointing, head_of
 from finetune_trainer.outcome import RunError
 
 COMPONENTS: dict[str, tuple[str, ...]] = {
@@ -19,16 +19,24 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
     "query": ("q_proj", "query", "wq", "q_lin", "q"),
     "key": ("k_proj", "key", "wk", "k_lin", "k"),
     "value": ("v_proj", "value", "wv", "v_lin", "v"),
-    "intermediate": ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "w1", "w3"),
-    "output": ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "w2"),
+    "intermediate": (
+        *("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "w1", "w3", "lin1"),
+    ),
+    "output": (
+        *("o_proj", "out_proj", "out_lin", "c_proj", "dense", "down_proj", "fc2", "fc_out", "dense_4h_to_h"),
+        *("wo", "w2", "lin2"),
+    ),
 }
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack", "wqkv", "in_proj", "attn_qkv")
 """Modules that compute query, key and value at once."""
 
 
 def prepare(model: PreTrainedModel, method: Freeze | Bitfit, config: TrainerConfig) -> nn.Module:
-    """The model itself, a part of it trainable. RunError(INVALID_CONFIGURATION) where that is nothing."""
+    """The model itself, a part of it trainable (and a classifier's head). RunError(INVALID_CONFIGURATION) where that is
+    nothing."""
     chosen = set(_frozen_but(model, method) if isinstance(method, Freeze) else _biases(model, method))
+    head = tuple(f"{name}." for name in head_of(model))
+    chosen |= {name for name, _ in model.named_parameters() if name.startswith(head)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     if config.training.gradient_checkpointing:
@@ -37,7 +45,13 @@ def prepare(model: PreTrainedModel, method: Freeze | Bitfit, config: TrainerConf
 
 
 def _frozen_but(model: PreTrainedModel, method: Freeze) -> Iterator[str]:
-    count = int(model.config.get_text_config().num_hidden_layers)
+    stacks: dict[str, int] = {}
+    """Numbers of layers by what comes before them in names: an encoder-decoder has two such lists."""
+    for name, _ in model.named_parameters():
+        if (number := layer_number(name)) is not None:
+            stack = stack_of(name)
+            stacks[stack] = max(stacks.get(stack, 0), number + 1)
+    count = min(stacks.values(), default=0)
     wanted = method.freeze_trainable_layers
     if abs(wanted) > count:
         raise RunError(
@@ -45,7 +59,10 @@ def _frozen_but(model: PreTrainedModel, method: Freeze) -> Iterator[str]:
             f"method.freeze_trainable_layers is {wanted}, but {type(model).__name__} has {count} layers. Accepted: "
             f"-{count} to {count}; 0 for all layers.",
         )
-    layers = range(count - wanted, count) if wanted > 0 else range(-wanted) if wanted else range(count)
+    layers = {
+        stack: range(size - wanted, size) if wanted > 0 else range(-wanted) if wanted else range(size)
+        for stack, size in stacks.items()
+    }
     expressions = {
         "freeze_trainable_modules": "" if method.freeze_trainable_modules == "all" else method.freeze_trainable_modules,
         "freeze_extra_modules": method.freeze_extra_modules,
@@ -57,11 +74,12 @@ def _frozen_but(model: PreTrainedModel, method: Freeze) -> Iterator[str]:
         if number is None:
             if method.freeze_extra_modules and outside.search(name):
                 found["freeze_extra_modules"].append(name)
-        elif number in layers and inside.search(name):
+        elif number in layers[stack_of(name)] and inside.search(name):
             found["freeze_trainable_modules"].append(name)
     for field, names in found.items():
         if expressions[field] and not names:
-            where = "outside its layers" if field == "freeze_extra_modules" else f"in layers {list(layers)}"
+            numbers = list(next(iter(layers.values()), ()))
+            where = "outside its layers" if field == "freeze_extra_modules" else f"in layers {numbers}"
             raise RunError(
                 Cause.INVALID_CONFIGURATION,
                 f"method.{field} {expressions[field]!r} is found in no parameter of {type(model).__name__} {where}. "
@@ -74,6 +92,12 @@ def _frozen_but(model: PreTrainedModel, method: Freeze) -> Iterator[str]:
 def layer_number(name: str) -> int | None:
     """2 of model.layers.2.mlp.up_proj.weight: the first number in a parameter's name. None outside the layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def stack_of(name: str) -> str:
+    """model.layers of model.layers.2.mlp.up_proj.weight: what comes before the first number."""
+    parts = name.split(".")
+    return ".".join(parts[: next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))])
 
 
 def _examples(model: nn.Module, outside: bool) -> list[str]:
@@ -121,9 +145,11 @@ def _biases(model: PreTrainedModel, method: Bitfit) -> Iterator[str]:
 
 
 def _components(owner: str, module: nn.Module) -> list[str]:
-    last = owner.rpartition(".")[2]
+    above, _, last = owner.rpartition(".")
     if "norm" in type(module).__name__.lower():
         return ["layer_norm"]
+    if last == "dense" and above.rpartition(".")[2] in ("intermediate", "pooler"):  # BERT's are all named alike
+        return ["intermediate" if above.endswith("intermediate") else "other"]
     if last in FUSED:
         return ["fused"]
     return [component for component, names in COMPONENTS.items() if last in names] or ["other"]

@@ -15,7 +15,7 @@ from finetune_trainer.hooks import Hooks
 from finetune_trainer.methods import bottleneck, parts
 from finetune_trainer.methods.mam import new_prefix, new_trunk
 from finetune_trainer.methods.places import layers
-from finetune_trainer.model import enable_gradient_checkpointing
+from finetune_trainer.model import enable_gradient_checkpointing, head_of
 
 save = parts.write
 merge = bottleneck.merge
@@ -26,6 +26,7 @@ def prepare(model: PreTrainedModel, method: Unipelt, config: TrainerConfig) -> n
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     inject(model, method)
+    parts.train_head(model, head_of(model))
     return model
 
 

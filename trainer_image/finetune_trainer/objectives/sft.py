@@ -28,9 +28,9 @@ def targets(batch: dict[str, Any]) -> torch.Tensor:
     return labels[..., 1:]
 
 
-def weight(batch: dict[str, Any]) -> int:
+def weights(batch: dict[str, Any]) -> tuple[float, ...]:
     """Number of label tokens."""
-    return int((targets(batch) != IGNORED).sum())
+    return (float((targets(batch) != IGNORED).sum()),)
 
 
 def prepare(batch: dict[str, Any]) -> dict[str, Any]:
@@ -39,27 +39,36 @@ def prepare(batch: dict[str, Any]) -> dict[str, Any]:
     wanted = targets(batch)
     width = wanted.shape[-1]
     places = (wanted.reshape(-1) != IGNORED).nonzero().squeeze(-1)
-    if not len(places):  # a stand-in: every process needs a loss with a graph
+    if not len(places):  # every process needs a loss with a graph
         places = torch.zeros(1, dtype=torch.long)
     found = wanted.reshape(-1)[places]
     return batch | {"places": places + places // width, "wanted": found}
 
 
-def loss_sum(model: Any, batch: dict[str, Any], head: Head | None = None) -> torch.Tensor:
-    """Scalar fp32: the cross-entropy in nats, summed over the label tokens of a prepared batch (B, T).
+def loss_sums(
+    model: Any, batch: dict[str, Any], head: Head | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """fp32 (1,): the cross-entropy in nats, summed over the label tokens of a prepared batch (B, T)."""
+    return token_losses(model, batch, head).sum().reshape(1), {}
 
-    ``head``: the model's output layer, where it may be applied after the model, to the label tokens only.
-    """
+
+def token_losses(model: Any, batch: dict[str, Any], head: Head | None = None) -> torch.Tensor:
+    """fp32 (N,): the cross-entropy in nats at each of the N places of a prepared batch."""
     inputs = {key: batch[key] for key in _FORWARD if batch.get(key) is not None}
-    width = batch["input_ids"].shape[-1]
+    return losses_at(model, inputs, batch["input_ids"].shape[-1], batch["places"], batch["wanted"], head)
+
+
+def losses_at(
+    model: Any, inputs: dict[str, Any], width: int, places: torch.Tensor, wanted: torch.Tensor, head: Head | None
+) -> torch.Tensor:
+    """fp32 (N,): the cross-entropy of ``wanted`` at ``places`` of the model's flattened (B x ``width``) outputs.
+
+    ``head``: the model's output layer, where it may give the losses itself, of these places only.
+    """
     if head is None:
-        outputs = model(**inputs, use_cache=False).logits
-    else:
-        with head.left_out():
-            outputs = model(**inputs, use_cache=False).logits
-    # Prompt methods put virtual tokens before the sequence; nothing is learned there.
-    outputs = outputs[..., -width:, :].reshape(-1, outputs.shape[-1])[batch["places"]]
-    wanted = batch["wanted"]
-    if head is None:
-        return cross_entropy(outputs.float(), wanted, ignore_index=IGNORED, reduction="sum")
-    return head.loss_sum(outputs, wanted)
+        outputs = model(**inputs, use_cache=False).logits[..., -width:, :]
+        outputs = outputs.reshape(-1, outputs.shape[-1])[places]
+        return cross_entropy(outputs.float(), wanted, ignore_index=IGNORED, reduction="none")
+    with head.losing(width, places, wanted):
+        losses: torch.Tensor = model(**inputs, use_cache=False).logits.reshape(-1)
+    return losses

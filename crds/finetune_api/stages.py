@@ -1,0 +1,157 @@
+"""The stages a job can name: what each learns from, which kind of model it trains, and its own parameters.
+
+A stage's parameters stand in the spec under its name (``spec.dpo`` of stage dpo), by the names and defaults of TRL
+where TRL has them. To add a stage: a row of :data:`STAGES`, a class with its parameters, the field of that name in
+``spec.py``, one file in the trainer's ``objectives/``, and the methods it goes with in ``compatibility.py``.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.base import HyperModel
+
+DpoLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+]
+
+
+class Sft(HyperModel):
+    """Supervised fine-tuning."""
+
+    loss_on: Literal["answers", "last_answer", "all"] = "answers"
+    """What is learned of a conversation: every answer, only the last one, or the whole text."""
+
+
+class Reward(HyperModel):
+    """A reward model: a scalar head, trained by pairs (Bradley-Terry)."""
+
+    center_rewards_coefficient: float | None = Field(None, ge=0, le=1000)
+    """Weight of the squared sum of both rewards, which keeps their mean near zero (arXiv:2312.09244), e.g. 0.01.
+    Unset: none."""
+    use_margin: bool = True
+    """Where a row says by how much its better answer is better, the rewards must differ by that much."""
+
+
+class Dpo(HyperModel):
+    """Direct preference optimisation (arXiv:2305.18290). The reference is the model the job starts from."""
+
+    loss_type: DpoLoss = "sigmoid"
+    """TRL's: sigmoid (the paper's), hinge (SLiC), ipo (arXiv:2310.12036), sigmoid_norm (mean log-probabilities, so that
+    length does not count) and others of its documentation."""
+    beta: float = Field(0.1, gt=0, le=1000)
+    """How closely the model stays with the reference; tau of ipo."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a preference is the wrong way round; of sigmoid (conservative DPO), robust and exo_pair."""
+    rpo_alpha: float | None = Field(None, ge=0, le=1000)
+    """Weight of the better answer's own loss, per token (arXiv:2404.19733). Unset: 0."""
+    ld_alpha: float | None = Field(None, ge=0, le=1)
+    """Weight of the tokens of the longer answer beyond the length of the shorter one (LD-DPO, arXiv:2409.06411).
+    Unset: 1."""
+    discopop_tau: float = Field(0.05, gt=0, le=1000)
+    """Temperature of discopop."""
+    precompute_ref_log_probs: bool = False
+    """Have the reference look at every row once before training, in place of once in every epoch. Methods whose result
+    is a whole model always do."""
+
+
+class Kto(HyperModel):
+    """Kahneman-Tversky optimisation (arXiv:2402.01306): single answers, each judged good or bad."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """kto, or TRL's apo_zero_unpaired (arXiv:2408.06266), which needs no estimate of the divergence."""
+    beta: float = Field(0.1, gt=0, le=1000)
+    """How closely the model stays with the reference."""
+    desirable_weight: float = Field(1.0, ge=0, le=1000)
+    """Weight of good answers; with undesirable_weight it makes up for one kind being rarer."""
+    undesirable_weight: float = Field(1.0, ge=0, le=1000)
+    """Weight of bad answers."""
+    precompute_ref_log_probs: bool = False
+    """As dpo.precompute_ref_log_probs."""
+
+
+class Orpo(HyperModel):
+    """Odds-ratio preference optimisation (arXiv:2403.07691): no reference, and SFT in the same loss."""
+
+    beta: float = Field(0.1, ge=0, le=1000)
+    """Weight of the odds ratio; lambda of the paper."""
+
+
+LabelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class SequenceClassification(HyperModel):
+    """Classification of texts, and of pairs of texts."""
+
+    labels: list[LabelName] = Field(default=[], max_length=1024)
+    """Names of the labels, in the order of the model's outputs. Empty: those of the training rows, sorted."""
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
+    """One label, any number of labels, or a number (transformers' names). auto: as the training rows are: lists are
+    several labels, numbers with a fraction a regression."""
+
+
+class TokenClassification(HyperModel):
+    """Classification of words, such as named entities."""
+
+    labels: list[LabelName] = Field(default=[], max_length=1024)
+    """Names of the tags, as IOB: O, B-PER, I-PER …, in the order of the model's outputs. Empty: those of the training
+    rows, sorted."""
+
+
+class Seq2Seq(HyperModel):
+    """Texts made of texts by an encoder-decoder."""
+
+    source_prefix: str = Field("", max_length=1024)
+    """Put before every source, e.g. "summarize: "."""
+    max_target_length: int = Field(128, ge=1, le=1048576)
+    """Longest target in tokens; longer ones are cut, counted and reported. Of sources data.max_length is the limit."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is particular to a stage."""
+
+    record: str
+    """The kind of record it learns from, by its name in the trainer's ``data/records.py``; what else may stand for it,
+    is said there."""
+    told: str
+    """What it does, for people."""
+    packing: bool = False
+    """Several rows may share a sequence."""
+    generates: bool = True
+    """The model writes text, so that ``evaluation.prompts`` can be put to it."""
+    reference: bool = False
+    """What the model said at first is needed all along."""
+    parameters: type[HyperModel] | None = None
+    """The class of ``spec.<stage>``."""
+
+
+STAGES: dict[str, Stage] = {
+    "pretrain": Stage("Text", "continued pretraining on running text", packing=True),
+    "sft": Stage(
+        "Conversation", "supervised fine-tuning; the loss covers the answers only", packing=True, parameters=Sft
+    ),
+    "reward": Stage("Preference", "a reward model of pairs of answers", generates=False, parameters=Reward),
+    "dpo": Stage("Preference", "preferences without a reward model", reference=True, parameters=Dpo),
+    "kto": Stage("Judged", "answers judged good or bad", reference=True, parameters=Kto),
+    "orpo": Stage("Preference", "SFT and preferences in one, without a reference", parameters=Orpo),
+    "sequence_classification": Stage(
+        "Labelled", "labels of texts or of pairs of texts", generates=False, parameters=SequenceClassification
+    ),
+    "token_classification": Stage("Tagged", "a label for every word", generates=False, parameters=TokenClassification),
+    "seq2seq": Stage("SourceTarget", "texts made of texts by an encoder-decoder", parameters=Seq2Seq),
+}
+SECTIONS = tuple(name for name, stage in STAGES.items() if stage.parameters is not None)
+"""Stages with parameters of their own, ``spec.<stage>``."""
