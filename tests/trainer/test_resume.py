@@ -84,7 +84,7 @@ def play(
         mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         gang.append(subprocess.Popen(command, env=environ | mine, stdout=log, stderr=subprocess.STDOUT))
     for process in gang:
-        process.wait(timeout=400)
+        process.wait(timeout=900)
     output = path.with_name(path.name + ".out")
     assert output.exists(), (root / f"log-{processes}-0").read_text()[-3000:]
     return {result["name"]: result for result in json.loads(output.read_text())}

@@ -73,7 +73,8 @@ GANG: dict[str, tuple[str, dict[str, Any]]] = {
     "reward": RUNS["reward"],
     "reward, full": ("reward", FULL | {"deepspeed": zero(3)}),
 }
-CUTS = ("pretrain", "dpo", "dpo, checkpointed", "kto", "orpo", "reward")
+CUTS = {"pretrain": 4, "dpo": 1, "dpo, checkpointed": 4, "kto": 4, "orpo": 1, "reward": 3}
+"""Other sizes of a pass than 2."""
 RESUMED = ("pretrain", "dpo", "dpo, full", "kto", "kto, full", "orpo", "reward")
 
 
@@ -84,10 +85,22 @@ def chain(root: Path) -> list[dict[str, Any]]:
     for folder, stage, model in (
         ("chain/by-adapter", "dpo", {"adapters": outputs[:1]}),  # as the plan has it where model.uri is job://sft
         ("chain/by-model", "dpo", {"uri": f"{outputs[0]['uri']}/merged"}),
+        ("chain/on", "dpo", {"adapters": [outputs[0] | {"train": True}]}),
         ("chain/reward", "reward", {"adapters": outputs}),
     ):
         plans.append(job(root, folder, (stage, {"model": model}), name=folder))
     return plans
+
+
+WATCHED = {"load_best_model_at_end": True, "early_stopping_patience": 2, "eval_steps": 1, "max_steps": 12}
+"""A learning rate at which the loss of held-out rows soon rises."""
+BEST: dict[str, dict[str, Any]] = {
+    "best": {"training": {**WATCHED, "learning_rate": 3e-2}, "save_total_limit": 1, "save_steps": 50},
+    "best of accuracy": {
+        "training": WATCHED | {"metric_for_best_model": "eval_accuracy/pairs-eval", "early_stopping_patience": 0}
+    },
+    "best of what is not told": {"training": {**WATCHED, "metric_for_best_model": "acuracy"}},
+}
 
 
 def job(root: Path, folder: str, run: tuple[str, dict[str, Any]], **plan: Any) -> dict[str, Any]:
@@ -133,18 +146,22 @@ def alone(root: Path) -> dict[str, dict[str, Any]]:
     plans = [job(root, name, run, name=name) for name, run in RUNS.items()]
     for name in RESUMED:  # its last checkpoint is lost: it goes on from step 3
         plans.append(job(root, name, RUNS[name], name=f"{name}/again", attempt=2, lose=STEPS))
-    for name in CUTS:
-        for size in (1, 4):
-            stage, changes = RUNS[name]
-            cut = {"training": {"per_device_train_batch_size": size, "per_device_eval_batch_size": size}}
-            plans.append(job(root, f"{name}/{size}", (stage, tiny.merge(changes, cut)), name=f"{name}/{size}"))
+    for name, size in CUTS.items():
+        stage, changes = RUNS[name]
+        cut = {"training": {"per_device_train_batch_size": size, "per_device_eval_batch_size": size}}
+        plans.append(job(root, f"{name}/cut", (stage, tiny.merge(changes, cut)), name=f"{name}/cut"))
+    plans += [job(root, name, ("dpo", changes), name=name) for name, changes in BEST.items()]
+    crash = [("best/crash", {"crash_after": 3}), ("best/again", {"attempt": 2})]
+    plans += [job(root, "best-broken", ("dpo", BEST["best"]), name=name, **plan) for name, plan in crash]
     return play(root, plans + chain(root), 1)
 
 
 @pytest.fixture(scope="module")
 def gang(root: Path) -> dict[str, dict[str, Any]]:
     """Everything that two processes do."""
-    return play(root, [job(root, f"gang/{name}", run, name=name) for name, run in GANG.items()], 2, port=29651)
+    plans = [job(root, f"gang/{name}", run, name=name) for name, run in GANG.items()]
+    plans.append(job(root, "gang/best", ("dpo", BEST["best"] | {"deepspeed": zero(2)}), name="best"))
+    return play(root, plans, 2, port=29651)
 
 
 def close(left: dict[str, Any], right: dict[str, Any]) -> None:
@@ -169,9 +186,8 @@ def test_every_run_comes_to_its_end(alone: dict[str, dict[str, Any]], name: str)
 
 
 @pytest.mark.parametrize("name", CUTS)
-@pytest.mark.parametrize("size", [1, 4])
-def test_the_cut_of_the_batch_changes_nothing(alone: dict[str, dict[str, Any]], name: str, size: int) -> None:
-    close(alone[name], alone[f"{name}/{size}"])
+def test_the_cut_of_the_batch_changes_nothing(alone: dict[str, dict[str, Any]], name: str) -> None:
+    close(alone[name], alone[f"{name}/cut"])
 
 
 @pytest.mark.parametrize("name", GANG)
@@ -256,8 +272,36 @@ def test_an_adapter_serves_as_a_model_to_start_from(alone: dict[str, dict[str, A
     """Merged when it is loaded, as the job that wrote it would have; also one over another."""
     by_adapter, by_model = alone["chain/by-adapter"], alone["chain/by-model"]
     assert said(by_adapter) == said(by_model)
-    assert said(by_adapter)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for name in ("chain/by-adapter", "chain/on"):  # the reference is what the run starts from, adapter and all
+        assert said(alone[name])[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert len(said(alone["chain/reward"])) == STEPS
+
+
+def test_the_best_evaluation_is_the_result_and_ends_the_run_in_time(
+    alone: dict[str, dict[str, Any]], gang: dict[str, dict[str, Any]], root: Path
+) -> None:
+    for runs, folder in ((alone, "best"), (gang, "gang/best")):
+        told = runs["best"]
+        losses = [record["eval_loss"] for record in said(told)]
+        best = losses.index(min(losses))
+        assert len(losses) == best + 3 < 12
+        assert told["evaluation"]["loss"] == losses[best]
+        assert json.loads((root / folder / "output/manifest.json").read_text())["step"] == best + 1
+        kept = [checkpoint["step"] for checkpoint in told["progress"]["checkpoints"]]
+        assert kept == [best + 1, best + 3]
+    again = alone["best/again"]
+    assert figures(again) == figures(alone["best"])
+    weights = [(root / folder / "output/adapter_model.safetensors").read_bytes() for folder in ("best", "best-broken")]
+    assert weights[0] == weights[1]
+
+
+def test_the_best_by_another_figure(alone: dict[str, dict[str, Any]], root: Path) -> None:
+    told = [record["eval_accuracy"] for record in said(alone["best of accuracy"])]
+    step = json.loads((root / "best of accuracy/output/manifest.json").read_text())["step"]
+    assert step == told.index(max(told)) + 1
+    failed = alone["best of what is not told"]
+    assert failed["cause"] == "InvalidConfiguration"
+    assert "'acuracy', which the evaluation does not tell. Accepted: accuracy, accuracy/pairs-eval" in failed["message"]
 
 
 @pytest.mark.parametrize("name", ["reward", "reward, full", "reward, checkpointed"])
