@@ -49,7 +49,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "vera": ({"type": "vera"}, 1e-2),
     "full": ({"type": "full"}, 5e-5),
 }
-"""Method and learning rate, in the order of the page: rates as papers and libraries advise, none was searched for."""
+"""Method and learning rate, in the order of the page: one each, as papers and libraries advise, none searched for."""
 
 
 def configuration(name: str, model: Path, gguf: str, out: Path) -> Any:

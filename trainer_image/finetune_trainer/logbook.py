@@ -83,6 +83,8 @@ class Tally:
     """Answers before training, by prompt."""
     evaluation: dict[str, float] = field(default_factory=dict)
     evaluated_step: int = -1
+    confusion: list[list[int]] = field(default_factory=list)
+    """Of a classifier's last evaluation."""
 
     def document(self) -> bytes:
         """As JSON."""
@@ -217,6 +219,7 @@ def for_people(line: dict[str, Any], max_steps: int) -> str:
     )
     if line.get("mfu") is not None:
         text += f" mfu {line['mfu']:.1%}"
-    if "eval_loss" in line:
-        text += f" eval_loss {line['eval_loss']:.4f}"
+    for name in ("eval_loss", "eval_accuracy", "eval_f1", "eval_spearman", "eval_rougeL"):
+        if name in line:
+            text += f" {name} {line[name]:.4f}"
     return text
