@@ -240,6 +240,6 @@ GUIDES: dict[str, Guide] = {
     "moelora": Guide(
         paper="Liu et al.: When MOE meets LLMs, parameter efficient fine-tuning for multi-task medical applications",
         when="Several tasks in one run that help and disturb each other; one plain LoRA per task comes out.",
-        limits="Tasks are named beforehand; a row without its task is refused.",
+        limits="Language models only; tasks are named beforehand; a row without its task is refused.",
     ),
 }
