@@ -306,7 +306,7 @@ def test_a_folder_that_holds_no_readable_model_says_what_it_holds(tmp_path, buck
 
 
 def test_a_pattern_fetches_what_it_matches_and_nothing_else(tmp_path, bucket):
-    bucket.put("b/rows", {name: b"{}" for name in ("1.jsonl", "2.jsonl.gz", "x/3.jsonl", "4.csv", "README.txt")})
+    bucket.put("b/rows", dict.fromkeys(("1.jsonl", "2.jsonl.gz", "x/3.jsonl", "4.csv", "README.txt"), b"{}"))
     for pattern, found in (
         ("s3://b/rows/*.jsonl*", ["1.jsonl", "2.jsonl.gz"]),
         ("s3://b/rows/**/[0-3].jsonl", ["1.jsonl", "x/3.jsonl"]),
