@@ -58,13 +58,22 @@ format: setup ## Format the code and mend what can be mended
 generate: setup ## Make the CRD, docs/api.md and the chart's generated files from the code
 	$(BIN)/python -m finetune_api.crd --write
 	$(BIN)/python -m finetune_api.reference --write
+	$(BIN)/python -m finetune_api.method_pages --write
 	$(BIN)/python charts/generate.py
 
 .PHONY: check-generated
 check-generated: setup ## Fail where a generated file differs from what the code makes
 	$(BIN)/python -m finetune_api.crd --check
 	$(BIN)/python -m finetune_api.reference --check
+	$(BIN)/python -m finetune_api.method_pages --check
 	$(BIN)/python charts/generate.py --check
+
+.PHONY: methods-table
+methods-table: setup ## Measure anew what docs/methods.md tells of the methods (the trainer's tests see it)
+	rm -f crds/finetune_api/method_facts.json
+	FINETUNE_METHOD_FACTS=write $(PYTEST) -q tests/trainer/test_methods_table.py
+	FINETUNE_METHOD_FACTS=write $(PYTEST) -q tests/trainer/test_methods_resume.py -k two_processes_learn
+	$(BIN)/python -m finetune_api.method_pages --write
 
 .PHONY: test-unit
 test-unit: setup ## Seconds, needs nothing but Python

@@ -14,12 +14,19 @@ class Row:
     gradient_checkpointing: bool = True
     merge: bool = True
     """The trained part can be merged into the model."""
+    tasks: bool = False
+    """It writes a result per task, of which job:// cannot choose one."""
     quantized: bool = False
     """The base model is held in 4 bits."""
     default_zero_stage: int = 0
     """The stage the plan chooses where the user names none."""
     whole_model: bool = False
     """The model's own weights are trained: the result is a model, not an adapter."""
+
+    @property
+    def chains(self) -> bool:
+        """Another job can start from its output (job://NAME)."""
+        return self.whole_model or (self.merge and not self.tasks)
 
 
 WORDS = ("pretrain", "sft", "dpo", "kto", "orpo")
@@ -60,5 +67,12 @@ COMPATIBILITY: dict[str, Row] = {
     "adapter": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "mam": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "unipelt": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
-    "moelora": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2, 3)),
+    "moelora": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2, 3), tasks=True),
 }
+
+CONTINUED = (
+    *("lora", "qlora", "prompt_tuning", "p_tuning_v2", "ia3", "vera", "loha", "lokr", "oft", "boft", "fourierft"),
+    *("waveft", "hra", "randlora", "c3a", "miss", "road", "delora", "gralora", "hira", "adapter", "mam", "unipelt"),
+)
+"""Methods that go on with an adapter made earlier (``model.adapters[].train``). The others' adapters are not all of
+what was trained (p_tuning, prefix_tuning, adalora, vblora, moelora), or are made of random choices (shira)."""

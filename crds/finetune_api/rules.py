@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.base import seconds
-from finetune_api.compatibility import COMPATIBILITY, Row
+from finetune_api.compatibility import COMPATIBILITY, CONTINUED, Row
 from finetune_api.schema import METHOD_PARAMETERS, spec_schema
 from finetune_api.spec import CHAT_TEMPLATES
 from finetune_api.stages import SECTIONS, STAGES
@@ -351,6 +351,71 @@ RULES: tuple[Rule, ...] = (
         accepted="nothing, as uri is job://",
         remedy="remove gguf_file: the output of a FineTuneJob is safetensors",
     ),
+    # ---- adapters made earlier
+    Rule(
+        at="",
+        field="spec.model.adapters",
+        holds=lambda self: all(a.uri != f"job://{self.metadata.name}" for a in self.spec.model.adapters),
+        cel="self.spec.model.adapters.all(a, a.uri != 'job://' + self.metadata.name)",
+        problem="one of them is the output of this job",
+        accepted="the names of other FineTuneJobs",
+        remedy="name the job whose adapter this one starts from; a job cannot wait for itself",
+    ),
+    Rule(
+        at="spec.model.adapters[]",
+        field="uri",
+        holds=lambda self: not self.uri.startswith("hf://") or re.search(_HF_MODEL, self.uri) is not None,
+        cel=f"!self.uri.startsWith('hf://') || self.uri.matches(r'{_HF_MODEL}')",
+        accepted="hf://ORG/NAME for an adapter of the hub",
+        remedy="leave out what follows the name; a branch or commit goes into revision",
+    ),
+    Rule(
+        at="spec.model",
+        field="adapters",
+        holds=lambda self: not any(a.train for a in self.adapters[:-1]),
+        cel="size(self.adapters.filter(a, a.train)) == 0 || "
+        "size(self.adapters.filter(a, a.train)) == 1 && self.adapters[size(self.adapters) - 1].train",
+        problem="another one than the last has train: true",
+        accepted="train: true for the last one only",
+        remedy="put the adapter to train on at the end; those before it stay as they are",
+    ),
+    Rule(
+        at="spec.model",
+        field="adapters",
+        holds=lambda self: all(a.uri != self.uri for a in self.adapters),
+        cel="self.adapters.all(a, a.uri != self.uri)",
+        problem="one of them is the model itself",
+        accepted="other folders than uri",
+        remedy="name the base in uri, and its adapters here",
+    ),
+    Rule(
+        at="spec.model",
+        field="adapters",
+        holds=lambda self: not self.gguf_file or all(a.train for a in self.adapters),
+        cel="self.gguf_file == '' || self.adapters.all(a, a.train)",
+        problem="adapters are not merged into a GGUF file",
+        accepted="at most one, with train: true, beside gguf_file",
+        remedy="make a model of them first (finetune merge), or name the model the file was made of",
+    ),
+    Rule(
+        at="spec",
+        field="model.adapters",
+        holds=lambda self: self.method.type in CONTINUED or not any(a.train for a in self.model.adapters),
+        cel=f"self.method.type in {list(CONTINUED)} || !self.model.adapters.exists(a, a.train)",
+        problem="adapters of this method are not trained on",
+        accepted="train: true with spec.method.type " + ", ".join(CONTINUED),
+        remedy="remove train: true; the adapter then stays as it is, and a new one is learned on top of it",
+    ),
+    Rule(
+        at="spec",
+        field="model.adapters",
+        holds=lambda self: self.deepspeed.zero_optimization.stage != 3 or not any(a.train for a in self.model.adapters),
+        cel="!has(self.deepspeed.zero_optimization.stage) || self.deepspeed.zero_optimization.stage != 3 || "
+        "!self.model.adapters.exists(a, a.train)",
+        problem="an adapter is not trained on under ZeRO-3",
+        accepted="train: true with spec.deepspeed.zero_optimization.stage 0, 1 or 2",
+        remedy="choose a lower stage, or remove train: true to learn a new adapter on top of it",
+    ),
     # ---- the method
     *_parameters_of_methods(),
     Rule(
@@ -508,6 +573,20 @@ RULES: tuple[Rule, ...] = (
         cel="self.training.eval_steps == 0 || size(self.data.eval) > 0",
         accepted="0, as spec.data.eval is empty",
         remedy="add held-out rows in spec.data.eval, or remove eval_steps",
+    ),
+    *(
+        Rule(
+            at="spec",
+            field=f"training.{field}",
+            holds=lambda self, field=field: not getattr(self.training, field) or len(self.data.eval) > 0,  # type: ignore[misc]
+            cel=f"{cel} || size(self.data.eval) > 0",
+            accepted=f"{nothing}, as spec.data.eval is empty",
+            remedy=f"add held-out rows in spec.data.eval, or remove {field}",
+        )
+        for field, nothing, cel in (
+            ("load_best_model_at_end", "false", "!self.training.load_best_model_at_end"),
+            ("early_stopping_patience", "0", "self.training.early_stopping_patience == 0"),
+        )
     ),
     Rule(
         at="spec.evaluation",

@@ -5,7 +5,7 @@ over HTTP (``GET /progress``) and leaves a :class:`Termination` in the container
 Only names of this module are known to both sides.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -73,6 +73,43 @@ class TrainerConfig(_Wire):
     """Sequences per optimizer step over all processes, as planned; kept when the world changes."""
     accelerator: str = "gpu"
     """gpu: it is an error where no GPU is found. cpu: GPUs are not used."""
+
+
+Combination = Literal[
+    "cat",
+    "linear",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+"""How several LoRAs become one (PEFT's ``add_weighted_adapter``); cat and svd are exact sums."""
+
+
+class MergeConfig(_Wire):
+    """What ``finetune merge`` hands to ``finetune_trainer.merge``."""
+
+    model: ModelSource
+    """The base, and the adapters in ``adapters``."""
+    weights: list[float]
+    """One for each adapter; negative: it is taken away."""
+    combination: Combination = "cat"
+    density: float | None = None
+    """Share of the values that is kept, where a combination prunes."""
+    rank: int | None = None
+    """Of the result, where a combination decomposes."""
+    modules: str = ""
+    """A regular expression found in the names of the layers to change; empty: all."""
+    kind: Literal["model", "adapter"] = "model"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    output_uri: str
+    max_shard_size: str = "5GB"
+    seed: int = 42
 
 
 class CheckpointInfo(_Wire):

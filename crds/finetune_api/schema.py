@@ -43,16 +43,17 @@ class NotStructuralError(Exception):
 @cache
 def spec_schema() -> dict[str, Any]:
     """The schema of ``spec``, every default in it. Not to be changed by the caller."""
-    return _of(FineTuneJobSpec)
+    return of_model(FineTuneJobSpec)
 
 
 @cache
 def status_schema() -> dict[str, Any]:
     """The schema of ``status``. No defaults: what the operator has not written is not there."""
-    return _without_defaults(_of(FineTuneJobStatus))
+    return _without_defaults(of_model(FineTuneJobStatus))
 
 
-def _of(model: type[BaseModel]) -> dict[str, Any]:
+def of_model(model: type[BaseModel]) -> dict[str, Any]:
+    """The structural schema of a model."""
     source = model.model_json_schema(by_alias=True)
     return _structural(source, source.get("$defs", {}), model.__name__)
 

@@ -59,8 +59,9 @@ class Operator:
             self.jobs[key] = body
         self.queue.add(key)
         for other, job in self.jobs.items():
-            waits_for = ((job.get("spec") or {}).get("model") or {}).get("uri")
-            if other[0] == key[0] and waits_for == f"job://{key[1]}":
+            model = (job.get("spec") or {}).get("model") or {}
+            waits_for = [model.get("uri"), *(adapter.get("uri") for adapter in model.get("adapters") or [])]
+            if other[0] == key[0] and f"job://{key[1]}" in waits_for:
                 self.queue.add(other)
 
     def watch_pods(self) -> None:

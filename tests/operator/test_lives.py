@@ -1,15 +1,17 @@
 """Lives of a job, whole: what the operator makes of everything that can happen to a gang. Seconds, in memory."""
 
 import itertools
+import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.causes import Cause
-from finetune_api.run import Termination
+from finetune_api.run import OutputInfo, Termination
 from finetune_operator.cluster import ClusterError
-from tests.operator.simulation import GOOD_SPEC, OperatorKilled, Simulation
+from tests.operator.simulation import GOOD_SPEC, OperatorKilled, Simulation, _index
 
 
 @pytest.fixture
@@ -203,6 +205,56 @@ def test_a_chain_waits_for_its_input_and_says_for_what() -> None:
     status = sim.run("second")
     assert status["state"] == "Succeeded"
     assert '"s3://team/first"' in sim.children_of["ConfigMap", "second-config"]["data"]["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "state"),
+    [
+        ("adapter", {"uri": "hf://a/b", "adapters": [{"uri": "job://first", "train": True}]}, "Succeeded"),
+        ("adapter", {"uri": "job://first"}, "Succeeded"),
+        ("model", {"uri": "hf://a/b", "adapters": [{"uri": "job://first"}]}, "Waiting"),
+    ],
+)
+def test_a_chain_takes_a_model_or_an_adapter_as_it_asks_for(kind: str, model: dict[str, Any], state: str) -> None:
+    sim = Simulation()
+    sim.submit("second", {**GOOD_SPEC, "model": model})
+    sim.reconcile("second")
+    assert sim.reason("second", "InputsReady") == ("False", "WaitingForJob")
+    sim.submit("first")
+    sim.run("first", until="Running")
+    outputs = [OutputInfo(uri="s3://team/first", kind=kind, digest="sha256:1", size=1)]
+    for pod in sim.pods():
+        sim.exit(pod, 0, Termination(cause=Cause.SUCCEEDED, rank=_index(sim.workers[pod].raw), outputs=outputs))
+    assert sim.run("first")["state"] == "Succeeded"
+    if state == "Waiting":
+        sim.reconcile("second")
+        assert sim.reason("second", "Stalled") == ("True", "InputJobFailed")
+        assert "spec.model.adapters" in sim.message("second", "Stalled")
+        return
+    assert sim.run("second")["state"] == state
+    config = json.loads(sim.children_of["ConfigMap", "second-config"]["data"]["config.json"])
+    train = model["uri"] != "job://first"
+    assert config["model"]["adapters"] == [{"uri": "s3://team/first", "revision": "main", "train": train}]
+    assert config["model"]["uri"] == ("hf://a/b" if train else GOOD_SPEC["model"]["uri"])
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        ({"method": {"type": "mam"}}, "what method.type mam trains is no part of any weight"),
+        ({"method": {"type": "moelora", "tasks": ["a"]}}, "several adapters, one per task"),
+        ({"stage": "reward"}, "stage reward has given its model another head"),
+        ({"model": {"uri": "s3://team/model", "gguf_file": "x.gguf"}}, "its model is a GGUF file"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_no_model_to_start_from(first: dict[str, Any], why: str) -> None:
+    sim = Simulation(output_kind="adapter")
+    sim.submit("first", GOOD_SPEC | first)
+    sim.run("first")
+    sim.submit("second", {**GOOD_SPEC, "model": {"uri": "job://first"}})
+    sim.reconcile("second")
+    assert sim.reason("second", "Stalled") == ("True", "InputJobFailed")
+    assert why in sim.message("second", "Stalled")
 
 
 @pytest.mark.parametrize("seen", [True, False])

@@ -185,6 +185,40 @@ CASES: dict[str, Case] = {
     "ln_tuning": Case({"type": "ln_tuning"}, lambda layers: (2 * LAYERS + 1) * 64 * (1 if layers is LLAMA else 2)),
     "trainable_tokens": Case({"type": "trainable_tokens", "token_indices": [4, 5, 30]}, lambda _: 3 * 64),
 }
+ONLY_GPT2 = {
+    "bitfit": Case({"type": "bitfit"}, lambda layers: sum(o for _, o in layers) + 5 * 64, merge=False),
+    "bitfit of layer norms": Case({"type": "bitfit", "bias_terms": ["layer_norm"]}, lambda _: 5 * 64, merge=False),
+}
+"""Of Llama's layers none has a bias."""
+
+
+def _adapters(layers: Linear) -> int:
+    return LAYERS * (2 * (2 * 6 * 64 + 64 + 6) + (2 if layers is LLAMA else 4) * 64)
+
+
+def _mam(layers: Linear) -> int:
+    prefixes = 3 * 64 + 64 * 5 + 5 + LAYERS * (5 + 1) * 2 * _wide(layers)
+    return prefixes + LAYERS * (2 * 6 * 64 + 64 + 6)
+
+
+OWN = {
+    "full": Case({"type": "full"}, lambda _: 82_240, merge=False),
+    "qlora": Case({"type": "qlora", "r": 4}, ranks(4)),
+    "adapter": Case({"type": "adapter", "bottleneck_size": 6}, _adapters, merge=False),
+    "mam": Case(
+        {"type": "mam", "num_virtual_tokens": 3, "encoder_hidden_size": 5, "bottleneck_size": 6}, _mam, merge=False
+    ),
+    "unipelt": Case(
+        {"type": "unipelt", "r": 2, "num_virtual_tokens": 3, "encoder_hidden_size": 5, "bottleneck_size": 6},
+        lambda layers: _mam(layers) + LAYERS * (2 * (64 + 64) + 2 * (64 + _wide(layers)) + 3 * 65),
+        merge=False,
+    ),
+    "moelora": Case(
+        {"type": "moelora", "tasks": ["first", "second"], "num_experts": 2, "r": 4, "task_embedding_dim": 8},
+        lambda layers: ranks(4)(layers) + 2 * 8 + 2 * 8,
+    ),
+}
+"""For the table; ``test_methods.py`` and ``test_methods_own.py`` are about these."""
 
 
 def make_gpt2(directory: Path) -> Path:

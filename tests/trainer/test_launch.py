@@ -116,9 +116,11 @@ def test_no_file_and_a_bad_file_do_no_harm(tmp_path: Path, monkeypatch: pytest.M
     assert not say(Cause.KILLED)
 
 
-def failures(*codes: int) -> Any:
-    """What torchrun raises, one worker per code."""
-    return SimpleNamespace(failures={rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)})
+def failures(*codes: int, apart: int = 0) -> Any:
+    """What torchrun raises, one worker per code; ``apart`` seconds between their ends."""
+    return SimpleNamespace(
+        failures={rank: SimpleNamespace(exitcode=code, timestamp=rank * apart) for rank, code in enumerate(codes)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,7 @@ def failures(*codes: int) -> Any:
         ((-9,), None, 137, Cause.KILLED, 0),
         ((1, -9), Cause.COMMUNICATION_ERROR, 137, Cause.KILLED, 1),
         ((-6, -9), None, 137, Cause.KILLED, 1),
+        ((-6, -15), None, 134, Cause.COMMUNICATION_ERROR, 0),
         ((-11,), None, 139, Cause.KILLED, 0),
         ((EXIT_USER, -6), Cause.INVALID_DATA, EXIT_USER, Cause.INVALID_DATA, None),
         ((3,), None, 3, Cause.TRAINER_ERROR, 0),
@@ -147,6 +150,14 @@ def test_the_worker_that_failed_first_is_named(
         assert word.rank == rank
     if left is not None:
         assert word.step == 7, "where the run stood is kept"
+
+
+def test_what_torchrun_kills_later_is_no_cause(log: Path) -> None:
+    leave_word(Termination(cause=Cause.COMMUNICATION_ERROR, message="Process 1 is silent", exit_code=EXIT_FAILED))
+    assert launch._after(failures(EXIT_FAILED, -9, apart=30), stopping=False) == EXIT_FAILED
+    word = last_word()
+    assert word is not None
+    assert (word.cause, word.message) == (Cause.COMMUNICATION_ERROR, "Process 1 is silent")
 
 
 def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +204,15 @@ def test_a_stop_waits_for_the_boundary_of_slow_steps(clock: Clock) -> None:
     assert not stop.verdict(clock.now), "steps of 20 s are known"
     clock.now += 2
     assert "no step ended" in stop.verdict(clock.now)
+
+
+def test_compiling_the_first_steps_does_not_make_a_stop_patient(clock: Clock) -> None:
+    stop = Stop()
+    stop.beat(stepping=True)
+    for seconds in (30, 20, *[0.5] * 20):
+        clock.now += seconds
+        stop.beat()
+    assert stop.patience() == PATIENCE
 
 
 def test_a_stop_gives_up_on_a_dead_gang(clock: Clock) -> None:

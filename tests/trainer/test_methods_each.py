@@ -13,10 +13,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune_api.compatibility import COMPATIBILITY
-from finetune_trainer.methods import METHODS, hooks
+from finetune_trainer.methods import METHODS, hooks, switched_off
 from finetune_trainer.model import load_model, load_tokenizer, parameter_counts
 from finetune_trainer.outcome import RunError
-from tests.trainer.methods_cases import CASES, GPT2, LLAMA, Case, make_gpt2
+from tests.trainer.methods_cases import CASES, GPT2, LLAMA, ONLY_GPT2, Case, make_gpt2
 from tests.trainer.tiny import make_config, make_model
 
 pytestmark = pytest.mark.trainer
@@ -25,10 +25,6 @@ CPU = torch.device("cpu")
 IDS = torch.arange(3, 35).reshape(2, 16)
 PAIRS = [(name, kind) for name, case in CASES.items() for kind in ("llama", "gpt2") if kind == "llama" or case.conv1d]
 PAIRS += [("bitfit", "gpt2"), ("bitfit of layer norms", "gpt2")]
-ONLY_GPT2 = {
-    "bitfit": Case({"type": "bitfit"}, lambda layers: sum(o for _, o in layers) + 5 * 64, merge=False),
-    "bitfit of layer norms": Case({"type": "bitfit", "bias_terms": ["layer_norm"]}, lambda _: 5 * 64, merge=False),
-}
 STEPS = 30
 
 
@@ -96,6 +92,12 @@ def worked(root: Path, name: str, kind: str) -> dict[str, Any]:
     # AdaLoRA begins with E = 0, and so it stays where a rank is taken away at once.
     found["moved"] |= {name for name in trained if "lora_E" in name and not after[name].any()}
     found["logits"] = logits(model)
+    found["off"] = None
+    if (off := switched_off(model, config)) is not None:
+        with off():
+            found["off"] = logits(model)
+        found["on again"] = logits(model)
+        found["trained again"] = {name for name, p in model.named_parameters() if p.requires_grad} == set(trained)
     out = root / f"{name}-{kind}".replace(" ", "-")
     METHODS[config.method.type].save(model, load_tokenizer(root / kind, config), out, None, config)
     found["same after saving"] = logits(model).equal(found["logits"])
@@ -136,6 +138,11 @@ def test_a_method(root: Path, name: str, kind: str) -> None:
     else:
         assert not torch.allclose(found["begins"], found["base"], atol=1e-4)
     assert float((found["logits"] - found["base"]).abs().max()) > 1e-2
+    if found["off"] is None:
+        assert COMPATIBILITY[case.method["type"]].whole_model or "init_lora_weights" in case.method
+    else:
+        assert float((found["off"] - found["base"]).abs().max()) <= 1e-5, "switched off it is its reference"
+        assert found["on again"].equal(found["logits"]) and found["trained again"]
     assert found["same after saving"]
     assert float((found["again"] - found["logits"]).abs().max()) <= 1e-5, "read by plain peft or transformers"
     if case.merge:

@@ -13,7 +13,8 @@ import pytest
 
 from finetune_api.compatibility import COMPATIBILITY
 from tests.trainer import tiny
-from tests.trainer.methods_cases import CASES, make_gpt2
+from tests.trainer.facts import seen
+from tests.trainer.methods_cases import CASES, OWN, make_gpt2
 from tests.trainer.test_resume import figures, play
 
 pytestmark = pytest.mark.trainer
@@ -33,6 +34,8 @@ ONLY_HERE: dict[str, dict[str, Any]] = {
     "adalora at its end": {"type": "adalora", "init_r": 4, "target_r": 2, "tfinal": 3},
 }
 METHODS = {name: case.method for name, case in CASES.items()} | ONLY_HERE
+ONLY_IN_GANGS = {name: case.method for name, case in OWN.items()}
+"""Whole runs of these are in ``test_resume.py`` and ``test_methods_own.py``."""
 STEPS = 6
 SAVED = 3
 TYPES = {method["type"]: name for name, method in reversed(METHODS.items())}
@@ -43,11 +46,13 @@ def config_of(root: Path, method: str, folder: str, stage: int = 0, dtype: str =
     model = "gpt2" if method == "bitfit" else "llama"
     threshold = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     # As the operator's plan has it.
-    section = dtype == "bfloat16" and (stage > 0 or COMPATIBILITY[METHODS[method]["type"]].whole_model)
+    section = dtype == "bfloat16" and (
+        stage > 0 or COMPATIBILITY[(METHODS | ONLY_IN_GANGS)[method]["type"]].whole_model
+    )
     config = tiny.make_config(
         root,
         model={"uri": f"file://{root}/{model}", "dtype": dtype},
-        method=METHODS[method],
+        method=(METHODS | ONLY_IN_GANGS)[method],
         training={"max_steps": STEPS},
         deepspeed={
             "zero_optimization": {"stage": stage, **threshold},
@@ -77,7 +82,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("methods-resume")
     tiny.make_model(root / "llama")
     make_gpt2(root / "gpt2")
-    tiny.make_rows(root / "train.jsonl", 24)
+    tiny.make_rows(root / "train.jsonl", 24, tasks=("first", "second"))
     return root
 
 
@@ -96,6 +101,7 @@ def gang(root: Path) -> dict[str, list[float]]:
         stages = COMPATIBILITY[kind].zero_stages
         plan |= {f"{kind}/{stage}": config_of(root, name, "none", stage) for stage in stages}
         plan[f"{kind}/{stages[-1]}/bfloat16"] = config_of(root, name, "none", stages[-1], "bfloat16")
+    plan |= {f"{n}/{stage}": config_of(root, n, "none", stage) for n in OWN for stage in COMPATIBILITY[n].zero_stages}
     plan["ln_tuning/0/bfloat16"] = config_of(root, "ln_tuning", "none", 0, "bfloat16")  # float32 norms between
     plan |= {f"lora+/{stage}": config_of(root, "lora+", "none", stage) for stage in (2, 3)}
     path = root / "gang.json"
@@ -148,6 +154,14 @@ def test_two_processes_learn_the_same_under_every_stage(kind: str, alone: dict[s
     for stage in COMPATIBILITY[kind].zero_stages:
         told = gang[f"{kind}/{stage}"]
         assert told == pytest.approx(reference[: len(told)], rel=2e-5), f"ZeRO-{stage}"
+    seen(kind, processes=2, zero=list(COMPATIBILITY[kind].zero_stages))
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_two_processes_learn_the_same_under_every_stage_here_too(kind: str, gang: dict[str, Any]) -> None:
+    for stage in COMPATIBILITY[kind].zero_stages:
+        assert gang[f"{kind}/{stage}"] == pytest.approx(gang[f"{kind}/0"], rel=2e-5), f"ZeRO-{stage}"
+    seen(kind, processes=2, zero=list(COMPATIBILITY[kind].zero_stages))
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -1,6 +1,8 @@
 """Progress, metrics, pulses and the history: served, carried and kept."""
 
 import json
+import math
+import queue
 import time
 import urllib.error
 import urllib.request
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from finetune_api.run import CheckpointInfo, Progress
+from finetune_trainer import telemetry
 from finetune_trainer.telemetry import History, Metrics, Pulse, Telemetry, host_memory
 from tests.trainer import tiny
 
@@ -103,6 +106,22 @@ def test_a_rank_that_hangs_grows_old() -> None:
     beats[1] += 1
     turn()
     assert pulses[0]._seen[1][1] > seen
+
+
+def test_a_rank_that_falls_silent_is_lost_and_one_that_is_done_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import HashStore
+
+    monkeypatch.setattr(telemetry, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(telemetry, "SILENCE", 0.1)
+    store, lost = HashStore(), queue.Queue[int]()
+    listening = Pulse(store, 0, 3, lambda: 1, lambda rank, seconds: lost.put(rank))
+    waiting, done = (Pulse(store, rank, 3, lambda: 1) for rank in (1, 2))
+    done.close()
+    waiting._turn = lambda: None  # type: ignore[method-assign]  # frozen
+    assert lost.get(timeout=20) == 1
+    assert listening._heard[2][1] == math.inf, "rank 2 has ended, and may be silent"
+    listening.close()
+    waiting.close()
 
 
 def test_history_goes_on_without_a_step_twice(tmp_path: Path) -> None:

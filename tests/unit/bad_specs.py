@@ -84,7 +84,58 @@ _HF_DATA = {"spec.data.train[0].uri": "hf://datasets/tatsu-lab/alpaca"}
 _TRAINER = "spec.workers.template.spec.containers"
 _ZERO = "spec.deepspeed.zero_optimization"
 
+_ADAPTER: dict[str, Any] = {"uri": "s3://team/first"}
+
 BAD: tuple[Bad, ...] = (
+    # ---- adapters made earlier
+    Bad(
+        "an adapter that is this job's own",
+        {"spec.model.adapters": [{"uri": "job://tune"}]},
+        "spec.model.adapters",
+        "a job cannot wait for itself",
+    ),
+    Bad(
+        "an adapter that is the model",
+        {"spec.model": {"uri": "job://first", "adapters": [{"uri": "job://first"}]}},
+        "spec.model.adapters",
+        "name the base in uri, and its adapters here",
+    ),
+    Bad(
+        "a file of an adapter's repository",
+        {"spec.model.adapters": [{"uri": "hf://org/name/adapter_model.safetensors"}]},
+        "spec.model.adapters[0].uri",
+        "hf://ORG/NAME for an adapter of the hub",
+    ),
+    Bad(
+        "two adapters to train on",
+        {"spec.model.adapters": [_ADAPTER | {"train": True}, {"uri": "s3://team/second", "train": True}]},
+        "spec.model.adapters",
+        "accepted: train: true for the last one only",
+    ),
+    Bad(
+        "the first of two adapters to train on",
+        {"spec.model.adapters": [_ADAPTER | {"train": True}, {"uri": "s3://team/second"}]},
+        "spec.model.adapters",
+        "put the adapter to train on at the end",
+    ),
+    Bad(
+        "an adapter on a GGUF file",
+        {"spec.model": {"uri": "s3://team/base", "gguf_file": "a.gguf", "adapters": [_ADAPTER]}},
+        "spec.model.adapters",
+        "finetune merge",
+    ),
+    Bad(
+        "an adapter to train on with full",
+        {"spec.model.adapters": [_ADAPTER | {"train": True}], "spec.method": {"type": "full"}},
+        "spec.model.adapters",
+        "train: true with spec.method.type lora, qlora",
+    ),
+    Bad(
+        "an adapter to train on under ZeRO-3",
+        {"spec.model.adapters": [_ADAPTER | {"train": True}], f"{_ZERO}.stage": 3},
+        "spec.model.adapters",
+        "choose a lower stage, or remove train: true",
+    ),
     # ---- unknown and misspelt fields
     Bad(
         "a misspelt field",
@@ -964,6 +1015,18 @@ BAD: tuple[Bad, ...] = (
         "spec.workers.template.spec.volumes[0].persistentVolumeClaim",
         "cache.claimName of a profile",
         CONDITION,
+    ),
+    Bad(
+        "the best of no evaluations",
+        {"spec.training.load_best_model_at_end": True},
+        "spec.training.load_best_model_at_end",
+        "add held-out rows in spec.data.eval",
+    ),
+    Bad(
+        "patience without evaluations",
+        {"spec.training.early_stopping_patience": 3},
+        "spec.training.early_stopping_patience",
+        "add held-out rows in spec.data.eval",
     ),
     # ---- the stages
     Bad(

@@ -23,6 +23,19 @@ class Good:
 GOOD: tuple[Good, ...] = (
     Good("the least", {}),
     Good("nothing but an empty method", {"spec.method": {}}),
+    Good("an adapter to train on", {"spec.model.adapters": [{"uri": "job://first", "train": True}]}),
+    Good(
+        "an adapter on top of two",
+        {"spec.model.adapters": [{"uri": "hf://org/name", "revision": "v1"}, {"uri": "pvc://claim/second"}]},
+    ),
+    Good(
+        "full fine-tuning on top of an adapter under ZeRO-3",
+        {
+            "spec.model.adapters": [{"uri": "s3://team/first"}],
+            "spec.method": {"type": "full"},
+            "spec.deepspeed.zero_optimization.stage": 3,
+        },
+    ),
     Good("full fine-tuning", {"spec.method": {"type": "full"}, "spec.deepspeed.zero_optimization.stage": 3}),
     Good("lora by rank alone", {"spec.method": {"r": 8}}),
     Good(
@@ -182,6 +195,19 @@ GOOD: tuple[Good, ...] = (
     Good("the longest name", {"metadata.name": "x" * 51}),
     Good("null for what is optional", {"spec.training": None, "spec.checkpoint": {"uri": None}}),
     Good("whole floats for integers", {"spec.workers.replicas": 2.0, "spec.training.max_steps": 10.0}),
+    Good(
+        "the best model, in good time",
+        {
+            "spec.data.eval": [{"uri": "s3://team/held-out.jsonl"}],
+            "spec.training": {
+                "load_best_model_at_end": True,
+                "metric_for_best_model": "loss/held-out",
+                "greater_is_better": False,
+                "early_stopping_patience": 2,
+                "early_stopping_threshold": 0.01,
+            },
+        },
+    ),
     Good("continued pretraining, packed", {"spec.stage": "pretrain", "spec.data.packing": True}),
     Good("the last answers only", {"spec.stage": "sft", "spec.sft": {"loss_on": "last_answer"}}),
     Good(

@@ -212,7 +212,7 @@ def test_parameters_of_one_name_must_be_of_one_kind() -> None:
         """Which."""
 
     with pytest.raises(schema.NotStructuralError, match=r"r: two gives it .*; parameters of one name"):
-        schema._of(Both)
+        schema.of_model(Both)
 
 
 def test_defaults_that_depend_on_the_method_are_told_in_words() -> None:
@@ -236,7 +236,7 @@ def test_defaults_that_depend_on_the_method_are_told_in_words() -> None:
         method: Annotated[One | Two, Field(discriminator="type")]
         """Which."""
 
-    described = schema._of(Both)["properties"]["method"]["properties"]["r"]
+    described = schema.of_model(Both)["properties"]["method"]["properties"]["r"]
     assert described["description"] == "Rank. Default 1 for lora; 2 for two."
     assert "default" not in described
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.run import OutputInfo, TrainerConfig
 from finetune_trainer.checkpoint import persistently, sha256_of
 from finetune_trainer.storage import Store, digest
@@ -21,12 +22,15 @@ MANIFEST = "manifest.json"
 def write_weights(
     model: Any, tokenizer: Any, weights: dict[str, Any] | None, config: TrainerConfig, directory: Path
 ) -> None:
-    """The adapter or model and its tokenizer into an empty directory."""
+    """The adapter or model, its tokenizer and its card into an empty directory."""
+    from finetune_trainer.card import card
     from finetune_trainer.methods import METHODS
 
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     METHODS[config.method.type].save(model, tokenizer, directory, weights, config)
+    whole = COMPATIBILITY[config.method.type].whole_model
+    (directory / "README.md").write_text(card(config, whole=whole), encoding="utf-8")
 
 
 def merge(config: TrainerConfig, model_path: Path, adapter: Path, directory: Path) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE, ENV_CONFIG, Termination, TrainerConfig
-from finetune_api.spec import DataSource, ModelSource
+from finetune_api.spec import AdapterSource, DataSource, ModelSource
 from finetune_trainer.faults import diagnose, exit_code, leave_word
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store, file_digest, local_path
@@ -63,6 +63,8 @@ class Fetched:
     """One file or folder per entry of ``data.train``, in its order."""
     eval: list[Path]
     """The same for ``data.eval``."""
+    adapters: list[Path] = field(default_factory=list)
+    """One folder per entry of ``model.adapters``, in its order."""
     digests: dict[str, str] = field(default_factory=dict)
     """What was fetched, by URI (with @revision for the hub): equal digests, equal content.
     ``git:<commit>`` for the hub, ``sha256:<hex>`` over all files otherwise, and ``sampled:<hex>`` where of large
@@ -87,12 +89,24 @@ def fetch(config: TrainerConfig, cache: Path, *, refresh: bool = False) -> Fetch
     DATA_NOT_FOUND, ACCESS_DENIED, STORAGE_UNAVAILABLE, INVALID_CONFIGURATION (pickled weights only).
     """
     digests: dict[str, str] = {}
-    model = _source(config.model, _model_files(config.model), Cause.MODEL_NOT_FOUND, cache, refresh, digests)
+    model, adapters = fetch_model(config.model, cache, digests, refresh=refresh)
     train, held_out = (
         [_source(source, _data_files(source), Cause.DATA_NOT_FOUND, cache, refresh, digests) for source in sources]
         for sources in (config.data.train, config.data.eval)
     )
-    return Fetched(model=model, train=train, eval=held_out, digests=digests)
+    return Fetched(model=model, train=train, eval=held_out, adapters=adapters, digests=digests)
+
+
+def fetch_model(
+    model: ModelSource, cache: Path, digests: dict[str, str], *, refresh: bool = False
+) -> tuple[Path, list[Path]]:
+    """A model's folder on this node, and those of its adapters; their digests are added to ``digests``."""
+    folder = _source(model, _model_files(model), Cause.MODEL_NOT_FOUND, cache, refresh, digests)
+    adapters = [
+        _source(adapter, _adapter_files(adapter), Cause.MODEL_NOT_FOUND, cache, refresh, digests)
+        for adapter in model.adapters
+    ]
+    return folder, adapters
 
 
 def main() -> int:
@@ -189,6 +203,22 @@ def no_safetensors(uri: str, names: Iterable[str]) -> RunError:
     )
 
 
+def _adapter_files(adapter: AdapterSource) -> Select:
+    def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
+        del read
+        needed = ["adapter_config.json", "adapter_model.safetensors"]
+        if missing := [name for name in needed if name not in names]:
+            pickled = " (adapter_model.bin is not read: it can run code)" if "adapter_model.bin" in names else ""
+            raise RunError(
+                Cause.MODEL_NOT_FOUND,
+                f"{adapter.uri} holds no adapter: {' and '.join(missing)} not among {_some(names)}{pickled}. "
+                "spec.model.adapters must name folders that PEFT or a run has written.",
+            )
+        return needed
+
+    return select
+
+
 def _data_files(source: DataSource) -> Select:
     def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
         del read
@@ -259,7 +289,7 @@ def local_files(path: Path) -> list[Path]:
 
 
 def _source(
-    source: ModelSource | DataSource,
+    source: ModelSource | AdapterSource | DataSource,
     select: Select,
     missing: Cause,
     cache: Path,
@@ -269,7 +299,7 @@ def _source(
     """The folder or file of one source on this node; its digest is added to ``digests``."""
     uri = source.uri
     if uri.startswith("file://"):
-        return _in_place(uri, missing, digests, cache, sample=isinstance(source, ModelSource))
+        return _in_place(uri, missing, digests, cache, sample=not isinstance(source, DataSource))
     name = source_key(source)
     # Other choices among the files of one source are another entry of the cache.
     choice = json.dumps([name, getattr(source, "gguf_file", ""), getattr(source, "trust_remote_code", False)])
@@ -284,7 +314,7 @@ def _source(
             record = _renew(uri, source.revision, select, missing, cache, home)
     digests[name] = record.digest
     folder = Path(record.folder)
-    if isinstance(source, ModelSource):
+    if not isinstance(source, DataSource):
         return folder
     if _single_file(uri):
         return folder / next(iter(record.files))
@@ -315,7 +345,7 @@ def _renew(uri: str, revision: str, select: Select, missing: Cause, cache: Path,
     return record
 
 
-def source_key(source: ModelSource | DataSource) -> str:
+def source_key(source: ModelSource | AdapterSource | DataSource) -> str:
     """How ``Fetched.digests`` names a source."""
     return f"{source.uri}@{source.revision}" if source.uri.startswith("hf://") else source.uri
 

@@ -25,6 +25,10 @@ SAVE_TIME = 24 * 3600
 longer reach a step boundary leave by themselves (``stopping.py``)."""
 
 
+AT_ONCE = 5
+"""Seconds within which the first failures of a pod are looked at together."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the pod's processes; the exit code is theirs."""
     options = _options(arguments)
@@ -122,7 +126,9 @@ def _workers() -> list[int]:
 
 def _after(error: Any, stopping: bool) -> int:
     """The exit code of the worker that ended first, and a word for it where it left none."""
-    failures = error.failures
+    # What ended later did so because torchrun made it, with SIGTERM and 30 s later with SIGKILL.
+    first = min(failure.timestamp for failure in error.failures.values())
+    failures = {rank: failure for rank, failure in error.failures.items() if failure.timestamp <= first + AT_ONCE}
     rank, failure = min(failures.items(), key=lambda item: _loudness(item[1].exitcode))
     code = int(failure.exitcode)
     if stopping or code == EXIT_STOPPED:
@@ -130,13 +136,22 @@ def _after(error: Any, stopping: bool) -> int:
         if codes <= {EXIT_STOPPED, -signal.SIGTERM}:
             leave_word(Termination(cause=Cause.TERMINATED, message="Stopped on request.", exit_code=EXIT_STOPPED))
             return EXIT_STOPPED
+    if code == -signal.SIGABRT:
+        message = (
+            f"Process {rank} gave up (SIGABRT). Most often NCCL's watchdog does that, when a peer takes no part in a "
+            "collective for too long: its own message, or that of its node, tells why."
+        )
+        leave_word(_instead(Cause.COMMUNICATION_ERROR, message, code, rank))
+        return 128 - code
     if code < 0:
         why = ": most often the host's memory ran out." if code == -signal.SIGKILL else "."
         leave_word(_instead(Cause.KILLED, f"Process {rank} {describe_exit(code)}{why}", code, rank))
         return 128 - code
-    message = f"Process {rank} {describe_exit(code)} and left no message."
-    leave_word(_instead(Cause.TRAINER_ERROR, message, code, rank))
     word = last_word()
+    if word is None or word.exit_code != code:
+        message = f"Process {rank} {describe_exit(code)} and left no message."
+        leave_word(_instead(Cause.TRAINER_ERROR, message, code, rank))
+        word = last_word()
     return word.exit_code if word is not None and word.exit_code > 0 else code or EXIT_FAILED
 
 

@@ -397,7 +397,7 @@ def assert_packing_isolated(model: PreTrainedModel) -> None:
     model.eval()
     try:
         device = next(model.parameters()).device
-        length, vocabulary = 6, int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        length, vocabulary = 6, int(model.config.get_text_config().vocab_size)
         rows = torch.arange(3 * length, device=device).reshape(3, length) * 7919 % vocabulary
         positions = torch.arange(length, device=device)
 

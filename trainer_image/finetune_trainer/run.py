@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from finetune_api.run import (
     Termination,
     TrainerConfig,
 )
+from finetune_trainer.best import exhausted, judge, watched
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
 from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
+from finetune_trainer.profiling import Profile
 from finetune_trainer.stopping import Stop, leave
 from finetune_trainer.telemetry import History, Pulse, Telemetry, now
 from finetune_trainer.world import local_rank, rank, world_size
@@ -98,7 +101,9 @@ class Job:
         self.stop = stop
         self.doing = "starting"
         self.step = 0
+        self.result_step = 0
         self.max_steps = 0
+        self.improved = self.exhausted = False
         self.loss: float | None = None
         self.tally = Tally()
         self.last_checkpoint: CheckpointInfo | None = None
@@ -131,21 +136,24 @@ class Job:
         self._phase("loading", "loading the libraries")
         from finetune_trainer.world import join
 
-        config = self.config
-        self.world = join(config.accelerator)
+        self.world = join(self.config.accelerator)
         _quiet()
-        from finetune_trainer import data, model
+        from finetune_trainer import data, earlier, model
         from finetune_trainer.fence import claim
         from finetune_trainer.objectives import objective
         from finetune_trainer.storage import Store
 
+        config = self.config = earlier.settled(self.config, self.fetched)
         self.world.alive = self.stop.beat
-        self.pulse = Pulse(self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats)
+        self.pulse = Pulse(
+            self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats, self._lost
+        )
         if self.world.first:
             self.telemetry.watch(self.pulse.ages)
         self.telemetry.update(world_size=self.world.size)
         self.checkpoints = Store(config.checkpoint_uri)
         self.fence = self._on_first("claim", lambda: claim(self.checkpoints))
+        self.fetched = self.world.in_turn("adapters", lambda: earlier.stacked(config, self.fetched))
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
@@ -164,7 +172,7 @@ class Job:
         """The model, the method's trainable part, DeepSpeed's engine, and the newest checkpoint in it."""
         import torch
 
-        from finetune_trainer import model
+        from finetune_trainer import earlier, model
         from finetune_trainer.checkpoint import resume
         from finetune_trainer.engine import Engine, before_loading
         from finetune_trainer.feed import draw_seed
@@ -186,6 +194,8 @@ class Job:
         self.partitioning = before_loading(config, world)
         base = model.load_model(self.fetched.model, config, world.device, self.prepared.labels)
         trained = METHODS[config.method.type].prepare(base, config.method, config)
+        if adapter := earlier.trained_on(config, self.fetched):
+            earlier.begin_with(trained, config, adapter)
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
         added = hooks(trained, config, self.max_steps)
@@ -228,6 +238,8 @@ class Job:
             leftovers=[skipped.step for skipped in self.resumed.skipped],
             on_saved=self._saved,
         )
+        if config.training.load_best_model_at_end:
+            self.saver.best = self.tally.best.step
 
     def _references(self) -> None:
         """While the model is the one it starts from, also where the run goes on from a checkpoint. Collective."""
@@ -240,7 +252,8 @@ class Job:
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the result depends on; held-out rows do not change it."""
-        wanted = {self.config.model.uri, *(source.uri for source in self.config.data.train)}
+        model = self.config.model
+        wanted = {model.uri, *(adapter.uri for adapter in model.adapters), *(s.uri for s in self.config.data.train)}
         return {
             uri: digest
             for uri, digest in self.fetched.digests.items()
@@ -297,6 +310,7 @@ class Job:
         config, world, engine = self.config, self.world, self.engine
         self._answer_before()
         self._phase("training", f"training from step {self.step} to {self.max_steps}")
+        self.exhausted = self.world.share("exhausted", exhausted(self.tally.best, config.training))
         feed = Feed(
             self.prepared.train,
             self.collate,
@@ -307,11 +321,11 @@ class Job:
             global_batch=config.global_batch_size,
             first_step=self.step + 1,
             position=self.resumed.position,
-            end=self.wanted,
+            end=self.resumed.position if self.exhausted else self.wanted,
             pin=world.device.type == "cuda",
         )
         self.position = self.resumed.position
-        trace = self._trace()
+        trace, profile = self._trace(), Profile(world.first and world.device.type == "cuda")
         batch, waited = feed.take()
         agreed = engine.agree(None, None, batch)
         save_due = False
@@ -347,13 +361,20 @@ class Job:
                 waited=waited,
             )
             self._stepped(step)
+            if sums := profile.stepped():
+                parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.4f} s" for name, seconds in sums.items())
+                self._print(f"a step on this GPU: {parts}")
             last = following is None
             self._log_if_due(step, batch.ends_epoch, last=last)
             save_due |= self.step % self.save_steps == 0
             # Storage that is slow, or away for an hour, delays checkpoints and not the training.
-            if last or (save_due and not agreed.saving):
+            if last or self.improved or self.exhausted or (save_due and not agreed.saving):
                 self._save()
                 save_due = False
+            self.improved = False
+            if self.exhausted:
+                feed.close()
+                break
             batch, waited = following, waits
         self.stop.beat(stepping=False)
         with self.stop.never_leave():  # the last save is finished also where a stop is asked for now
@@ -382,22 +403,51 @@ class Job:
             self.history.add(line)
             self._print(for_people(line, self.max_steps))
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, float]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
-        from finetune_trainer.report import SHOWN_LABELS
-
         if not self.prepared.eval:
             return {}
         before = self.telemetry.progress().phase
         self._phase("evaluating")
         figures = self.engine.evaluate(self.prepared.eval, self.collate)
-        told: dict[str, Any] = self.log.evaluated(self.step, figures)
-        if self.engine.confusion:
-            self.tally.confusion = self.engine.confusion[""]
-            if len(self.objective.labels) <= SHOWN_LABELS:
-                told["eval_confusion"] = self.tally.confusion
+        told = self.log.evaluated(self.step, figures)
+        self._compare(figures)
         self._phase(before)
         return told
+
+    def _compare(self, figures: dict[str, float]) -> None:
+        """Whether this evaluation is the best one, and whether to go on. Collective."""
+        training = self.config.training
+        if not watched(training):
+            return
+        found = judge(self.tally.best, training, self.step, figures)
+        # Rank 0 alone remembers earlier attempts.
+        step, waited = self.world.share("best", [found.step, found.waited])
+        self.tally.best = replace(found, step=step, waited=waited)
+        self.improved, self.exhausted = step == self.step, exhausted(self.tally.best, training)
+        if self.improved and training.load_best_model_at_end:
+            self.saver.best = self.step
+        if self.exhausted:
+            self._print(
+                f"stopping early: {training.metric_for_best_model} was best at step {step}, {waited} evaluations ago"
+            )
+
+    def _take_best(self) -> None:
+        """The weights of the best evaluation, where the result is to be those. Collective."""
+        from finetune_trainer.checkpoint import take
+
+        best = self.tally.best
+        if not self.config.training.load_best_model_at_end or best.step in (0, self.step):
+            return
+        problem = take(self.checkpoints, best.step, self.world, self.state, self.work)
+        if problem:
+            self._print(
+                f"step {best.step} was best, but its checkpoint cannot be read ({problem}): taking the last one"
+            )
+            return
+        self.result_step = best.step
+        self.tally.evaluation = best.evaluation or self.tally.evaluation
+        self._print(f"the result is the model of step {best.step}, the best evaluation")
 
     def _answer_before(self) -> None:
         """The answers of the untrained model; a resumed run has them from its checkpoint. Collective."""
@@ -433,8 +483,8 @@ class Job:
         return {METRICS: self.history.content(), RUN: self.tally.document()}
 
     def _save(self) -> None:
-        self.saver.save(self.step, self.position, self._documents())
-        self.stop.beat()
+        with self.stop.never_leave():  # copying a large state takes longer than any step
+            self.saver.save(self.step, self.position, self._documents())
 
     def _saved(self, saved: Any) -> None:
         """From the saving thread, on rank 0."""
@@ -457,6 +507,8 @@ class Job:
             if self.step and self.saver.saved_step != self.step:
                 self.saver.save(self.step, self.position, self._documents())
             self.saver.wait(hurry=True)
+            # The first one to leave ends the pod's others, 30 s later: nobody leaves before the last upload is done.
+            self.world.barrier("saved")
             kept = self.saver.saved_step == self.step or not self.world.first
             message = f"Stopped on request after step {self.step}" + (
                 ", which is saved." if kept else f"; it could not be saved: {self.saver.last_problem}"
@@ -470,13 +522,16 @@ class Job:
     def finish(self) -> None:
         """The answers after, the result and the report, and the last word."""
         self._phase("exporting", "writing the result")
+        self.result_step = self.step
+        self._take_best()
         answers = self._answers()
         weights = self.engine.weights(only_trainable=not self._whole_model)
         if self.world.first:
             self._export(weights, answers)
         self._phase("done", f"done after {self.step} steps")
         if local_rank() == 0:
-            self._leave_word(self.word(Cause.SUCCEEDED, f"Trained {self.step} steps."))
+            what = f" The result is that of step {self.result_step}." if self.result_step != self.step else ""
+            self._leave_word(self.word(Cause.SUCCEEDED, f"Trained {self.step} steps.{what}"))
         self.pulse.close()
 
     def _answers(self) -> list[Answer]:
@@ -501,7 +556,7 @@ class Job:
         facts = {
             "namespace": config.namespace,
             "name": config.name,
-            "step": self.step,
+            "step": self.result_step,
             "base_model": config.model.uri,
             "inputs": self.inputs,
             "evaluation": self.tally.evaluation,
@@ -516,8 +571,6 @@ class Job:
             config=config,
             records=self.history.records(),
             evaluation=self.tally.evaluation,
-            labels=self.objective.labels,
-            confusion=self.tally.confusion,
             answers=answers,
             data=self.prepared.report,
             attempts=self._attempts(),
@@ -598,6 +651,15 @@ class Job:
     def _note_end(self, facts: dict[str, Any]) -> None:
         with suppress(RunError):
             self.fence.note("ended", facts)
+
+    def _lost(self, silent: int, seconds: float) -> None:
+        """From the pulse's thread: a peer is silent, and the main thread may wait for it without end."""
+        if not self.stop.busy:  # a last save is finished, or killed
+            message = (
+                f"Process {silent} has not been heard of for {seconds:.0f} s: it is frozen, or its node or the network "
+                "to it is gone."
+            )
+            leave(failed(RunError(Cause.COMMUNICATION_ERROR, message), self))
 
     def memory_settings(self) -> str:
         """The settings that decide over memory, in words."""

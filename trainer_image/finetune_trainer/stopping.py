@@ -47,6 +47,11 @@ class Stop:
         """SIGTERM has come to this process."""
         return self.requested_at is not None
 
+    @property
+    def busy(self) -> bool:
+        """In the middle of what must not be left (:meth:`never_leave`)."""
+        return self._busy > 0
+
     def request(self) -> None:
         """As if SIGTERM had come."""
         if self.requested_at is None:
@@ -75,8 +80,12 @@ class Stop:
             self.beat()
 
     def patience(self) -> float:
-        """Seconds without a beat that are still taken for work: three times the longest recent one."""
-        return max(PATIENCE, 3 * max(self._intervals, default=0.0))
+        """Seconds without a beat that are still taken for work: three times a long recent one.
+
+        The longest tenth is left out: the first steps are compiled, for half a minute.
+        """
+        longest_first = sorted(self._intervals, reverse=True)
+        return max(PATIENCE, 3 * longest_first[len(longest_first) // 10]) if longest_first else PATIENCE
 
     def verdict(self, now: float) -> str:
         """Why the process should leave without a save, as a sentence; empty: wait on."""

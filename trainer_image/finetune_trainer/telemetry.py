@@ -9,6 +9,7 @@ Called by ``run.py``; filled by whoever has the numbers.
 """
 
 import json
+import math
 import os
 import socket
 import sys
@@ -28,6 +29,10 @@ from finetune_api.run import ENV_ATTEMPT, ENV_HTTP_PORT, HTTP_PORT, CheckpointIn
 
 BEAT_SECONDS = 1.0
 """How often a rank's pulse is carried to rank 0."""
+
+SILENCE = float(os.environ.get("FINETUNE_SILENCE", "120"))
+"""Seconds without any word of a rank after which it counts as lost: a frozen process, a dead node, a cut network.
+A rank that merely waits goes on speaking."""
 
 _STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 
@@ -234,17 +239,36 @@ class Telemetry:
         threading.Thread(target=self._server.serve_forever, args=(0.2,), name="http", daemon=True).start()
 
 
-class Pulse:
-    """Carries each rank's beat count to rank 0, and knows there how old each one is."""
+_GONE = "gone"
 
-    def __init__(self, store: Any, rank: int, size: int, beats: Callable[[], int]) -> None:
-        """``store`` is a client for this object's thread alone; ``beats()`` counts this rank's steps forward."""
+
+class Pulse:
+    """Carries each rank's beat count to rank 0, which knows how old each one is, and who has fallen silent.
+
+    The other ranks listen to rank 0, so that its silence is noticed too.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        beats: Callable[[], int],
+        lost: Callable[[int, float], None] = lambda rank, seconds: None,
+    ) -> None:
+        """``store`` is a client for this object's thread alone; ``beats()`` counts this rank's steps forward;
+        ``lost(rank, seconds)`` is called from this object's thread, again and again, while a rank is silent so long."""
         self._store = store
         self._rank, self._size = rank, size
         self._beats = beats
+        self._lost = lost
+        self._turns = 0
+        self._turned = time.monotonic()
         self._seen: dict[int, tuple[int, float]] = dict.fromkeys(range(size), (-1, time.monotonic()))
+        self._heard: dict[int, tuple[str, float]] = dict.fromkeys(range(size), ("", time.monotonic()))
         self._closed = threading.Event()
-        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread.start()
 
     def ages(self) -> dict[str, float]:
         """Seconds since each rank was last seen to go forward (rank 0 only)."""
@@ -252,29 +276,47 @@ class Pulse:
         return {str(rank): round(at - seen, 1) for rank, (_, seen) in self._seen.items()}
 
     def close(self) -> None:
-        """Stop."""
+        """Stop: this rank has nothing more to do, and its silence means nothing."""
         self._closed.set()
+        self._thread.join(5.0)
 
     def _run(self) -> None:
-        while not self._closed.wait(BEAT_SECONDS):
-            try:
+        try:
+            while not self._closed.wait(BEAT_SECONDS):
                 self._turn()
-            except Exception:  # the store's host is gone, and with it the run
-                return
+                silent = self._silent()
+                if silent is not None and not self._closed.is_set():
+                    self._lost(silent, time.monotonic() - self._heard[silent][1])
+            self._store.set(f"finetune/pulse/{self._rank}", _GONE)
+        except Exception:  # the store's host is gone, and with it the run
+            return
 
     def _turn(self) -> None:
-        mine = self._beats()
-        if self._rank:
-            self._store.set(f"finetune/pulse/{self._rank}", str(mine))
-            return
         at = time.monotonic()
-        for rank in range(self._size):
+        if at - self._turned > 10 * BEAT_SECONDS:  # frozen with all its peers, perhaps: they get their time again
+            self._heard = {rank: (word, max(at, heard)) for rank, (word, heard) in self._heard.items()}
+        self._turned = at
+        self._turns += 1
+        self._store.set(f"finetune/pulse/{self._rank}", f"{self._turns} {self._beats()}")
+        for rank in range(self._size) if self._rank == 0 else [0]:
             key = f"finetune/pulse/{rank}"
-            if rank and not self._store.check([key]):
+            if not self._store.check([key]):
                 continue
-            count = mine if rank == 0 else int(self._store.get(key))
+            word = self._store.get(key).decode()
+            if word == _GONE:
+                self._heard[rank] = (word, math.inf)
+                continue
+            if word != self._heard[rank][0]:
+                self._heard[rank] = (word, at)
+            count = int(word.split()[1])
             if count != self._seen[rank][0]:
                 self._seen[rank] = (count, at)
+
+    def _silent(self) -> int | None:
+        """A rank that has not been heard of for too long."""
+        at = self._turned
+        watched = range(self._size) if self._rank == 0 else [0]
+        return next((rank for rank in watched if at - self._heard[rank][1] > SILENCE), None)
 
 
 class History:

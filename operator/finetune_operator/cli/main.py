@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 import click
 import yaml
@@ -21,10 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_api.conditions import Condition, State
-from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER
+from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, Combination
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator import manifests
 from finetune_operator.cli import files, results
+from finetune_operator.cli import merge as merging
+from finetune_operator.cli import methods as method_table
 from finetune_operator.cli.display import Plain, Terminal
 from finetune_operator.cli.files import Document, RefusedError
 from finetune_operator.cli.run import Runner, needs_trainer, prepare, status_of
@@ -32,7 +35,7 @@ from finetune_operator.cluster import Object
 from finetune_operator.cluster.local import Key, LocalCluster
 from finetune_operator.cluster.store import Folder, folders, tail
 from finetune_operator.observe import parse_time
-from finetune_operator.plan import Owner, make_plan
+from finetune_operator.plan import Owner, make_plan, model_uris
 from finetune_operator.status import condition, duration
 
 FAILED, MISTAKES, INTERRUPTED = 1, 2, 130
@@ -215,15 +218,74 @@ def plan(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool, profile_fi
         click.echo(f"# {note}", err=True)
     made: list[Object] = []
     for document in documents:
-        (namespace, name), uri = document.key, document.spec.model.uri
+        namespace, name = document.key
         labels = document.job["metadata"].get("labels") or {}
         owner = Owner(namespace, name, "00000000-0000-0000-0000-000000000000", labels)
-        inputs = {uri: f"(output of {uri})"} if uri.startswith("job://") else {}
+        inputs = {u: f"(output of {u})" for u in model_uris(document.spec) if u.startswith("job://")}
         found = make_plan(owner, document.spec, settings.profiles[document.spec.profile], inputs)
         made += [manifests.config_map(found), manifests.service(found)]
         made += [manifests.network_policy(found)] if found.profile.network_policy else []
         made.append(manifests.job(found, 1))
     click.echo(yaml.dump_all(made, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120), nl=False)
+
+
+@main.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the fine-tuning methods: their size, and what they go with. With NAME: all about one of them."""
+    if name is None:
+        table, reasons = method_table.table()
+        Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+        for reason in reasons:
+            click.echo(reason)
+        click.echo("finetune methods NAME says what a method is, when to choose it, and its parameters.")
+        return
+    for line, indent in method_table.page(name):
+        click.echo(click.wrap_text(line.lstrip(), 100, line[: len(line) - len(line.lstrip())], " " * indent))
+
+
+@main.command(name="merge")
+@click.option("--base", required=True, metavar="URI", help="The model the adapters were trained on.")
+@click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of an hf:// base.")
+@click.option(
+    "--adapter", "adapters", multiple=True, required=True, metavar="URI[=WEIGHT]",
+    help="An adapter; several are added up by their weights (LoRA only). A negative weight takes it away.",
+)  # fmt: skip
+@click.option("--output", required=True, metavar="URI", help="Folder of the result.")
+@click.option(
+    "--as", "kind", type=click.Choice(["model", "adapter"]), default="model", show_default=True,
+    help="Write a whole model, or one adapter that stands for all.",
+)  # fmt: skip
+@click.option(
+    "--combination", type=click.Choice(get_args(Combination)), default="cat", show_default=True,
+    help="How several become one (PEFT's add_weighted_adapter): cat and svd (of full rank) are exact sums.",
+)  # fmt: skip
+@click.option("--density", type=click.FloatRange(0, 1, min_open=True), help="Share of the values that ties, dare keep.")
+@click.option("--rank", type=click.IntRange(1), help="Rank of the result, with svd. Default: the largest of them.")
+@click.option("--modules", default="", metavar="REGEX", help="Change only layers in whose name this is found.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", show_default=True,
+    help="Number format to compute in and to write; auto: that of the base.",
+)  # fmt: skip
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest safetensors file.")
+@click.option("--seed", type=int, default=42, show_default=True, help="Of the dare combinations.")
+def merge_(
+    base: str, revision: str, adapters: tuple[str, ...], output: str, **options: str | float | int | None
+) -> None:
+    """Merge adapters into the model they were trained on, or into one adapter.
+
+    \b
+    finetune merge --base hf://ORG/NAME --adapter s3://team/a --output ./merged
+    finetune merge --base ./base --adapter ./a=0.7 --adapter ./b=0.3 --combination ties --density 0.5 --output ./ab
+    finetune merge --base ./model-with-a --adapter ./a=-1 --adapter ./b --output ./model-with-b
+    finetune merge --base hf://ORG/NAME --adapter ./a --modules 'layers\\.(2[0-9])\\.' --output ./last-layers
+
+    URIs are hf:// s3:// gs:// az:// file://, or a path of this machine. It is done on the CPU, in memory for the whole
+    model. Exit code 64 where what was given does not fit together.
+    """
+    config = merging.configuration(base, revision, adapters, output, **options)
+    needs_trainer()
+    sys.exit(merging.run(config))
 
 
 class _Dumper(yaml.SafeDumper):

@@ -19,7 +19,7 @@ from finetune_operator.cli.files import Document, RefusedError
 from finetune_operator.cluster import ClusterError, Object
 from finetune_operator.cluster.local import Key, LocalCluster, no_room
 from finetune_operator.observe import observe
-from finetune_operator.plan import Owner, changed_fields, checkpoint_uri, result_part
+from finetune_operator.plan import Owner, changed_fields, checkpoint_uri, model_uris, result_part
 from finetune_operator.reconcile import reconcile
 from finetune_operator.settings import Settings
 from finetune_operator.status import condition
@@ -91,13 +91,13 @@ def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fres
     wanted = spec.workers.replicas * spec.workers.gpus_per_worker
     if wanted > len(cluster.gpus.names):
         mistakes.append(f"{label}: {no_room(wanted, len(cluster.gpus.names))}")
-    if spec.model.uri.startswith("job://"):
-        other = spec.model.uri.removeprefix("job://")
+    for uri in filter(lambda uri: uri.startswith("job://"), model_uris(spec)):
+        other = uri.removeprefix("job://")
         state = status_of(cluster.finetunejob(namespace, other)).state
         if (namespace, other) not in given and state != State.SUCCEEDED:
             found = f"is {state} here" if state else "was not run here"
             mistakes.append(
-                f"{label}: spec.model.uri = {spec.model.uri}: {other} {found}; accepted: a job that has "
+                f"{label}: spec.model names {uri}: {other} {found}; accepted: a job that has "
                 "succeeded, or one given with this one. Add its file to the command."
             )
     folder = cluster.folder(namespace, name)

@@ -8,6 +8,7 @@ import inspect
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -47,6 +48,10 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
         chosen["tokenizer_name_or_path"] = model.name_or_path
         chosen["tokenizer_kwargs"] = {"local_files_only": True}
     adapted = attach(model, CONFIGS[method.type], chosen, config)
+    if method.type == "p_tuning":
+        for network in adapted.prompt_encoder.values():
+            # In the float32 of its weights: many CPUs have no LSTM in bfloat16.
+            network.forward = torch.autocast(model.device.type, enabled=False)(network.forward)
     if text:  # where the model lay in this pod is of no use to whoever loads the adapter
         written: Any = adapted.peft_config["default"]
         written.tokenizer_name_or_path, written.tokenizer_kwargs = base_name(config), None
