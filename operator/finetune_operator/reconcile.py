@@ -5,7 +5,7 @@ what woke it. Keeps nothing between two passes.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,13 +16,13 @@ from finetune_api.base import seconds
 from finetune_api.conditions import Condition, Reason
 from finetune_api.mistakes import Mistake, read
 from finetune_api.run import TRAINER_CONTAINER, Progress
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator import manifests
 from finetune_operator.cluster import Cluster, ClusterError, Object
 from finetune_operator.decide import Decision, Facts, Inputs, decide
 from finetune_operator.observe import Observed, observe
-from finetune_operator.plan import ADAPTER, DATA, Owner, Plan, make_plan, waited_for
+from finetune_operator.plan import ADAPTER, DATA, Owner, Plan, make_plan, not_a_base, waited_for, with_adapter
 from finetune_operator.settings import Profile, Settings
 from finetune_operator.status import Finding, events, is_true, merge_conditions
 
@@ -95,7 +95,7 @@ def gather(cluster: Cluster, settings: Settings, raw: Object, status: FineTuneJo
     plan: Plan | None = None
     if spec is not None and profile is not None and not inputs.waiting:
         owner = Owner(namespace, name, metadata["uid"], metadata.get("labels") or {})
-        plan = make_plan(owner, spec, profile, inputs.resolved, observed.frozen_config)
+        plan = make_plan(owner, spec, profile, inputs.resolved, observed.frozen_config, inputs.model)
     over = is_true(status, Condition.COMPLETE) or is_true(status, Condition.FAILED)
     return Facts(
         now=now,
@@ -131,16 +131,19 @@ def _profile(settings: Settings, spec: FineTuneJobSpec | None) -> tuple[Profile 
 def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
     """Outputs of the jobs this one starts from."""
     resolved: dict[str, str] = {}
+    model: ModelSource | None = None
     for uri, kinds in waited_for(spec).items():
-        found = _output(cluster, namespace, uri, kinds)
+        found = _output(cluster, namespace, uri, kinds, stacks=uri == spec.model.uri)
         if found.waiting:
             return found
         resolved |= found.resolved
-    return Inputs(resolved=resolved)
+        model = model or found.model
+    return Inputs(resolved=resolved, model=model)
 
 
-def _output(cluster: Cluster, namespace: str, uri: str, kinds: tuple[str, ...]) -> Inputs:
-    """What another job wrote, of one of these kinds: a whole model, an adapter, or data."""
+def _output(cluster: Cluster, namespace: str, uri: str, kinds: tuple[str, ...], *, stacks: bool) -> Inputs:
+    """What another job wrote, of one of these kinds: a whole model, an adapter, or data. ``stacks``: an adapter with
+    its base is a model, too."""
     name = uri.removeprefix("job://")
     other = cluster.finetunejob(namespace, name)
     if other is None:
@@ -154,27 +157,35 @@ def _output(cluster: Cluster, namespace: str, uri: str, kinds: tuple[str, ...]) 
     output = next((written[kind] for kind in kinds if kind in written), None)
     if output is not None:
         return Inputs(resolved={uri: output})
-    return Inputs(waiting=f"FineTuneJob {name} {_not_there(kinds, written)}", failed=True)
-
-
-def _not_there(kinds: tuple[str, ...], written: Mapping[str, str]) -> str:
-    """That a job wrote something else than what is wanted of it, and what to do."""
+    told = f"FineTuneJob {name} "
     if kinds == DATA:
-        return (
+        told += (
             "wrote no rows; accepted in spec.data: an output of kind data, of a job that makes some (spec.stage: "
             "rlaif). Name its model in spec.model.uri."
         )
-    if "data" in written:
-        return "wrote rows and no model; accepted: an output of kind model, merged or adapter. Name it in spec.data."
-    if kinds == ADAPTER:
-        return (
+    elif "data" in written:
+        told += "wrote rows and no model; accepted: an output of kind model, merged or adapter. Name it in spec.data."
+    elif kinds == ADAPTER:
+        told += (
             "wrote a whole model and no adapter; accepted in spec.model.adapters: an output of kind adapter. Name it "
             "in spec.model.uri."
         )
-    return (
-        "wrote an adapter only, not a whole model; accepted: an output of kind model or merged. Run it again with "
-        "output.merge: true, or name it in spec.model.adapters beside its base."
-    )
+    elif not stacks:
+        told += (
+            "wrote an adapter only, not a whole model; accepted: an output of kind model or merged. Run it again with "
+            "output.merge: true."
+        )
+    else:
+        frozen = observe(name, cluster.children(namespace, name), other["metadata"]["uid"]).frozen_config
+        problem = not_a_base(frozen) if frozen is not None else ""
+        if "adapter" in written and frozen is not None and not problem:
+            return Inputs(resolved={uri: written["adapter"]}, model=with_adapter(frozen.model, written["adapter"]))
+        why = problem if frozen is not None and "adapter" in written else "its configuration is not there any more"
+        told += (
+            f"wrote an adapter only, and no job can start from that alone: {why}. Accepted: an output of kind model or "
+            "merged; where its method can be merged, run it again with output.merge: true."
+        )
+    return Inputs(waiting=told, failed=True)
 
 
 def _progress(cluster: Cluster, observed: Observed) -> Progress | None:

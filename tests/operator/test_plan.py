@@ -8,7 +8,16 @@ import pytest
 from finetune_api import run
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator import manifests
-from finetune_operator.plan import Owner, Plan, changed_fields, make_plan, merge, result_part, waited_for
+from finetune_operator.plan import (
+    Owner,
+    Plan,
+    changed_fields,
+    make_plan,
+    merge,
+    result_part,
+    waited_for,
+    with_adapter,
+)
 from finetune_operator.settings import Cache, Profile
 from tests.operator.simulation import GOOD_SPEC
 
@@ -235,3 +244,21 @@ def test_rows_and_a_judge_of_other_jobs_are_resolved() -> None:
     assert [s.uri for s in found.config.data.train] == ["file:///mnt/claims/rows/a.jsonl", "s3://team/more.jsonl"]
     assert found.config.rlaif is not None and found.config.rlaif.judge.uri == "file:///mnt/claims/models/judge"
     assert {"rows", "models"} <= set(found.claims)
+
+
+def test_a_chain_of_adapters_is_one_model_with_all_of_them() -> None:
+    first = plan(
+        model={"uri": "pvc://models/base", "adapters": [{"uri": "s3://a/old"}, {"uri": "s3://a/on", "train": True}]}
+    )
+    base = with_adapter(first.config.model, "pvc://out/first")
+    assert base.uri == "pvc://models/base"
+    assert [one.uri for one in base.adapters] == ["s3://a/old", "pvc://out/first"]
+    spec = FineTuneJobSpec.model_validate(GOOD_SPEC | {"model": {"uri": "job://first", "dtype": "float32"}})
+    second = make_plan(OWNER, spec, Profile(), {"job://first": "pvc://out/first"}, None, base)
+    assert second.config.model.uri == "file:///mnt/claims/models/base"
+    assert [one.uri for one in second.config.model.adapters] == ["s3://a/old", "file:///mnt/claims/out/first"]
+    assert second.config.model.dtype == "float32"
+    assert second.claims == ("models", "out")
+    again = make_plan(OWNER, spec, Profile(), {}, second.config)  # that job may be gone by then
+    assert again.claims == second.claims
+    assert second.spec_part["model"] == {"uri": "job://first", "dtype": "float32"}
