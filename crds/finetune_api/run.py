@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
-from finetune_api.spec import Data, Evaluation, ModelSource, Stage, Training
+from finetune_api.spec import Data, DataSource, Evaluation, ModelSource, Stage, Training
 from finetune_api.stages import (
     Dpo,
     Kto,
@@ -121,6 +121,45 @@ class MergeConfig(_Wire):
     output_uri: str
     max_shard_size: str = "5GB"
     seed: int = 42
+
+
+class UseConfig(_Wire):
+    """A finished model that is to be used: what ``finetune evaluate`` and ``finetune chat`` have in common."""
+
+    model: ModelSource
+    """A whole model with its adapters in ``adapters``; or the folder of an adapter."""
+    base: ModelSource | None = None
+    """The model below an adapter's folder. None: as the folder says."""
+    stage: Stage | None = None
+    """None: as the folder says; sft where it does not."""
+    chat_template: str = ""
+    accelerator: Literal["auto", "gpu", "cpu"] = "auto"
+    compare: bool = False
+    """Show what the model without its (last) adapter says, too."""
+
+
+class EvaluateConfig(UseConfig):
+    """What ``finetune evaluate`` hands to ``finetune_trainer.evaluate``."""
+
+    data: list[DataSource]
+    max_length: int = 2048
+    max_bad_rows: int = 0
+    batch_size: int = 1
+    as_json: bool = False
+    seq2seq: Seq2Seq | None = None
+
+
+class ChatConfig(UseConfig):
+    """What ``finetune chat`` hands to ``finetune_trainer.chat``."""
+
+    system: str = ""
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    """0: greedy."""
+    top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
 
 
 class CheckpointInfo(_Wire):

@@ -189,7 +189,7 @@ def test_a_run_killed_and_stopped_ends_with_the_same_rows_and_asks_nothing_twice
                     held.wait(2.0 if number == signal.SIGTERM else 60.0)
 
             judge.at = hold
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=900)
             held.set()
             assert process.returncode == wanted_code, output
             assert 0 < len(judge.answered) < whole
@@ -242,8 +242,8 @@ def test_two_processes_make_the_rows_of_one(made: Path, tmp_path: Path) -> None:
         two = tmp_path / "two"
         two.mkdir()
         wanted = config(made, two, judge.url)
-        process = tiny.start(tiny.environment(two, wanted), 2, 29671)
-        output, _ = process.communicate(timeout=300)
+        process = tiny.start(tiny.environment(two, wanted), 2)
+        output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     for name in ("preferences.jsonl", "comparisons.jsonl"):
         assert (two / "output" / name).read_bytes() == (tmp_path / "one" / "output" / name).read_bytes()

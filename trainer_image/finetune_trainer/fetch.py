@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -108,6 +108,16 @@ def judge_source(config: TrainerConfig) -> ModelSource | None:
     if judge is None or judge.uri is None:
         return None
     return ModelSource(uri=judge.uri, revision=judge.revision, dtype=config.model.dtype)
+
+
+def fetch_data(config: TrainerConfig, cache: Path, fetched: Fetched) -> Fetched:
+    """The rows, beside a model that was fetched for itself."""
+    digests = dict(fetched.digests)
+    train, held_out = (
+        [_source(source, _data_files(source), Cause.DATA_NOT_FOUND, cache, False, digests) for source in sources]
+        for sources in (config.data.train, config.data.eval)
+    )
+    return replace(fetched, train=train, eval=held_out, digests=digests)
 
 
 def fetch_model(

@@ -513,7 +513,9 @@ class Job(Attempt):
             "namespace": config.namespace,
             "name": config.name,
             "step": self.result_step,
+            "stage": config.stage,
             "base_model": config.model.uri,
+            "base": config.model.model_dump(mode="json"),
             "inputs": self.inputs,
             "evaluation": self.tally.evaluation,
         }

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api.causes import Cause
-from finetune_api.run import EXIT_STOPPED, CheckpointInfo, TrainerConfig
+from finetune_api.run import CheckpointInfo, TrainerConfig
 from finetune_api.stages import STAGES
 from finetune_trainer.attempt import Attempt, versions
 from finetune_trainer.making.ledger import FOLDER, Ledger
-from finetune_trainer.making.work import StoppedError
+from finetune_trainer.making.work import Work
 from finetune_trainer.telemetry import History, now
 from finetune_trainer.world import local_rank
 
@@ -47,21 +47,19 @@ def _rlaif(making: "Making") -> Made | None:
 
 
 MAKERS: dict[str, Callable[["Making"], Made | None]] = {"rlaif": _rlaif}
-"""By stage. None: of processes that are not the first. StoppedError where the run is to stop."""
+"""By stage. None: of processes that are not the first."""
 
 
 class Making(Attempt):
     """One attempt at making data, in one process."""
 
+    work_in_hand: Work[Any, Any] | None = None
+
     def run(self) -> int:
         """Load, ask, write. The exit code."""
         self.meet()
         self._open()
-        try:
-            made = MAKERS[self.config.stage](self)
-        except StoppedError:
-            return self._leave_stopped()
-        self.stop.beat(stepping=False)
+        made = MAKERS[self.config.stage](self)
         if made is not None:
             self._export(made)
         self._phase("done", f"done: {self.step} steps")
@@ -100,7 +98,6 @@ class Making(Attempt):
         self.telemetry.metrics.max_steps.set(steps)
         self._began = time.monotonic()
         self._phase(phase, message)
-        self.stop.beat(stepping=True)
 
     def went_on(self, steps: int, figures: Callable[[], dict[str, float]], *, known: bool = False) -> None:
         """So many steps were made by this process, perhaps none but something else; ``known``: in earlier attempts."""
@@ -142,19 +139,18 @@ class Making(Attempt):
 
     def all_there(self) -> None:
         """Wait until every process has made its share; then the ledger holds what all of them kept. Collective."""
-        self.stop.beat(stepping=False)
         self.world.barrier("made")
         if self.world.size > 1 and self.world.first:
             self.step = int(self.world.store.add(self._counter, 0))
             self.ledger.load()
 
-    def _leave_stopped(self) -> int:
-        kept = f"Stopped on request after {self.step} of {self.max_steps} steps; every answer is kept."
-        if self.world.first:
+    def stopped(self, why: str) -> None:
+        """From the waiting thread: nothing has to be saved, and what is on its way is waited for."""
+        if self.work_in_hand is not None:
+            self.work_in_hand.part()
             self.last_checkpoint = CheckpointInfo(step=self.step, uri=self.checkpoints.uri(FOLDER), time=now())
-        if local_rank() == 0:
-            self._leave_word(self.word(Cause.TERMINATED, kept))
-        return EXIT_STOPPED
+            why = f"Stopped on request after {self.step} of {self.max_steps} steps; every answer is kept."
+        super().stopped(why)
 
     # The result
 

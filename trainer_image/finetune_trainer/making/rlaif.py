@@ -124,7 +124,9 @@ class Maker:
             if known is None:
                 if model is None:
                     making._print(f"loading {self.config.model.uri}")
-                    model = Writer(making.fetched.model, self.config, making.world.device, self.tokenizer)
+                    model = Writer(
+                        making.fetched.model, self.config, making.world.device, self.tokenizer, making.stop.beat
+                    )
                 known = model.write(
                     [self.ids[prompt] for prompt in self.batches[number]],
                     options.num_generations,
@@ -163,10 +165,7 @@ class Maker:
             making.went_on(0, self.figures)
             if work is not None:
                 self._collect(work, all_of_it=False)
-            else:
-                self._check_stop()
         making._phase("judging", "judging")
-        making.stop.beat(stepping=True)
         if work is None:
             work = self._work(open_judge)
             for task in later:
@@ -176,10 +175,11 @@ class Maker:
 
     def _work(self, open_judge: Callable[[], Judging]) -> Work[tuple[Pair, Comparison], Judgement]:
         self.judge = judge = open_judge()
-        return Work(lambda task: judge.compare(task[1]), judge.threads, self.making.stop)
-
-    def _check_stop(self) -> None:
-        Work[None, None](lambda nothing: None, 1, self.making.stop).check()
+        work = Work[tuple[Pair, Comparison], Judgement](
+            lambda task: judge.compare(task[1]), judge.threads, self.making.stop
+        )
+        self.making.work_in_hand = work
+        return work
 
     def figures(self) -> dict[str, float]:
         """So far, of this process."""
@@ -303,7 +303,7 @@ def _said(text: str) -> list[Message]:
 
 
 def make(making: Making) -> Made | None:
-    """The whole stage. StoppedError."""
+    """The whole stage."""
     maker = Maker(making)
     maker.run()
     answers = maker.gathered()

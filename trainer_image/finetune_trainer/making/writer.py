@@ -1,18 +1,17 @@
 """A model on this process's device that writes answers, several to each prompt, drawn at random by a seed."""
 
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_trainer import model as loading
 from finetune_trainer.data.records import Message
 from finetune_trainer.outcome import RunError
-
-log = logging.getLogger(__name__)
 
 
 def rendered(tokenizer: Any, messages: list[Message]) -> list[int]:
@@ -36,10 +35,25 @@ def load(path: Path, config: TrainerConfig, device: torch.device) -> Any:
     return found
 
 
+class _Alive(StoppingCriteria):
+    """Stops nothing: tells of every token that the process goes on."""
+
+    def __init__(self, alive: Callable[[], None]) -> None:
+        self.alive = alive
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **options: Any) -> Any:
+        self.alive()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
 class Writer:
     """The model and its tokenizer."""
 
-    def __init__(self, path: Path, config: TrainerConfig, device: torch.device, tokenizer: Any) -> None:
+    def __init__(
+        self, path: Path, config: TrainerConfig, device: torch.device, tokenizer: Any, alive: Callable[[], None]
+    ) -> None:
+        """``alive`` is called at every token."""
+        self.alive = _Alive(alive)
         self.model = load(path, config, device)
         self.tokenizer = tokenizer
         self.device = device
@@ -72,6 +86,7 @@ class Writer:
                     eos_token_id=self.ends or None,
                     pad_token_id=pad,
                     use_cache=True,
+                    stopping_criteria=[self.alive],
                     **sampling,
                 )
         except torch.OutOfMemoryError as error:
