@@ -21,7 +21,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import DataSource
 from finetune_trainer.data import targets
-from finetune_trainer.data.cache import cached_rows
+from finetune_trainer.data.cache import Spool, cached_rows
 from finetune_trainer.data.encode import Encoding, Sketch, encoding
 from finetune_trainer.data.labels import Labels
 from finetune_trainer.data.records import BadRowError
@@ -36,8 +36,9 @@ __all__ = ["Item", "Prepared", "Rows", "Sequence", "Stream", "collate", "prepare
 
 log = logging.getLogger(__name__)
 
-_COUNTED = ("rows", "unused", "sequences", "truncated", "answers_cut", "answers_lost", "dropped", "longest")
+_COUNTED = ("rows", "unused", "sequences", "truncated", "answers_cut", "answers_lost", "split", "dropped", "longest")
 _CHUNK = 1000  # rows tokenised together, by all cores
+_CHUNK_TEXT = 2**20  # characters, where rows are long: a token takes some 300 bytes while it is made
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Prepared:
     report: dict[str, dict[str, Any]]
     """By source (``eval/`` before held-out ones): uri, format, rows, unused (rows that decide nothing), bad_rows and
     bad_examples, sequences, tokens, learned_tokens, truncated (rows cut at max_length) with answers_cut and
-    answers_lost (none of their tokens is left), dropped (rows with nothing to learn left), longest (tokens, before
-    the cut)."""
+    answers_lost (none of their tokens is left), split (documents in pieces of max_length), dropped (rows with nothing
+    to learn left), longest (tokens, before the cut)."""
     labels: Labels | None = None
     """What a classifier is to tell apart."""
 
@@ -142,16 +143,16 @@ def _tokenize(
     counts: dict[str, Any] = {"uri": source.uri, "format": source.format}
     counts |= dict.fromkeys(_COUNTED, 0)
     bad = BadRows(source.uri, config.data.max_bad_rows)
-    parts: list[Rows] = []
+    spool = Spool(name)
     for sketches in _chunks(source, path, renderer, encoding, counts, bad, tasks):
         kept: list[Draft] = []
         for row in encoding.tokenise(renderer, sketches):
             fitting = encoding.fit(row, config.data.max_length)
             _count(counts, row, fitting, config.data.max_length)
             kept += fitting
-        parts.append(Rows.of(name, kept))
+        spool.add(Rows.of(name, kept))
     bad.close()
-    rows = encoding.whole(Rows.joined(name, parts))
+    rows = encoding.whole(spool.rows())
     sequences = len(rows) * rows.parts
     counts |= {"sequences": sequences, "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
     counts |= {"bad_rows": bad.count, "bad_examples": bad.named}
@@ -163,6 +164,7 @@ def _count(counts: dict[str, Any], row: Draft, fitting: list[Draft], max_length:
     longest = max(len(tokens.ids) for tokens in row.sequences)
     counts["longest"] = max(counts["longest"], longest)
     counts["dropped"] += not fitting
+    counts["split"] += len(fitting) > 1
     before, left = _sequences([row]), _sequences(fitting)
     shrunk = sum(len(tokens.ids) for tokens in left) < sum(len(tokens.ids) for tokens in before)
     if not shrunk or (not fitting and longest <= max_length):
@@ -197,6 +199,7 @@ def _chunks(
 ) -> Iterator[list[Sketch]]:
     """Rows as texts, some at a time."""
     chunk: list[Sketch] = []
+    size = 0
     for place, row, record in records(source, path, encoding.record, bad, counts):
         try:
             sketches = encoding.sketch(renderer, record)
@@ -204,11 +207,12 @@ def _chunks(
                 number = _task(row, tasks)
                 sketches = [replace(one, numbers={**one.numbers, "task": number}) for one in sketches]
             chunk += sketches
+            size += sum(len(text.text) for one in sketches for text in one.texts)
         except BadRowError as error:
             bad.add(place, error)
-        if len(chunk) >= _CHUNK and bad.endured:
+        if (len(chunk) >= _CHUNK or size >= _CHUNK_TEXT) and bad.endured:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk and bad.endured:
         yield chunk
 
@@ -232,6 +236,7 @@ def told(counts: dict[str, Any], max_length: int) -> str:
             f"{counts['answers_cut']} cut short)"
         )
     for key, meaning in (
+        ("split", "split into pieces of that length"),
         ("dropped", "dropped, as nothing to learn is left"),
         ("unused", "unused, as they decide nothing"),
         ("bad_rows", "left out, as they are not in the format"),
@@ -245,6 +250,8 @@ def _nothing_left(name: str, report: dict[str, dict[str, Any]], max_length: int)
     counts = report.get(name) or report[f"eval/{name}"]
     if not counts["rows"]:
         return f"{counts['uri']} holds no rows"
+    if counts["unused"] + counts["bad_rows"] == counts["rows"]:
+        return f"{counts['uri']}: none of its {counts['rows']} rows can be used ({told(counts, max_length)})"
     return (
         f"{counts['uri']}: nothing to learn is left of its {counts['rows']} rows, because what is learned "
         f"begins after, or does not fit into, data.max_length ({max_length} tokens; the longest row has "

@@ -99,7 +99,7 @@ def attach(model: PreTrainedModel, kind: type[PeftConfig], chosen: dict[str, Any
     targets = chosen.get("target_modules")
     if targets == "auto":
         chosen = chosen | {"target_modules": None}
-    if saved := [*chosen.get("modules_to_save", ()), *head_of(model)]:
+    if saved := list(dict.fromkeys([*chosen.get("modules_to_save", ()), *head_of(model)])):
         chosen = chosen | {"modules_to_save": saved}
     else:
         chosen = {name: value for name, value in chosen.items() if name != "modules_to_save"}
