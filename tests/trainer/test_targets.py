@@ -135,7 +135,9 @@ def test_a_row_of_which_no_text_is_left_is_dropped() -> None:
 def test_the_first_token_of_a_word_carries_its_tag() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    raw = Tokenizer(models.WordPiece({"[CLS]": 0, "[SEP]": 1, "[UNK]": 2, "play": 3, "##ing": 4, "ann": 5}, unk_token="[UNK]"))
+    raw = Tokenizer(
+        models.WordPiece({"[CLS]": 0, "[SEP]": 1, "[UNK]": 2, "play": 3, "##ing": 4, "ann": 5}, unk_token="[UNK]")
+    )
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
