@@ -18,6 +18,7 @@ from finetune_api.run import TrainerConfig
 from finetune_trainer.methods.adapters import attach, base_name
 from finetune_trainer.methods.adapters import save as save
 from finetune_trainer.methods.parts import head_shape
+from finetune_trainer.model import head_of
 from finetune_trainer.outcome import RunError
 
 CONFIGS: dict[str, type[PeftConfig]] = {
@@ -37,6 +38,14 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
             f"method.num_virtual_tokens {method.num_virtual_tokens} and data.max_length {config.data.max_length} are "
             f"together more than the {positions} positions of {type(model).__name__}. Lower data.max_length to "
             f"{positions - method.num_virtual_tokens} or less.",
+        )
+    if "score" in head_of(model) and method.type in ("prompt_tuning", "p_tuning"):
+        # It would look for the last token in embeddings, where padding cannot be told from words.
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"method.type {method.type!r} does not go with {type(model).__name__}, which judges a text by its last "
+            "token and cannot find it behind virtual ones. Use prefix_tuning, p_tuning_v2 or lora, or an encoder "
+            "(BERT).",
         )
     chosen = method.model_dump(exclude={"type"}) | _shape(model, method)
     if "encoder_hidden_size" in chosen:
