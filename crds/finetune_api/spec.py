@@ -138,6 +138,19 @@ class Data(HyperModel):
     max_bad_rows: int = Field(0, ge=0, le=1000000000)
     """How many rows of each source may be unlike their format: they are left out, counted and reported.
     One more ends the job before anything is trained."""
+    temperature: float = Field(1.0, ge=1, le=1000000)
+    """Evens out sources of different sizes: rows come weight x (reference / rows of the source)^(1 - 1/temperature)
+    times in an epoch. 1: as weight says; large: of every source equally many. stopping_strategy gives the reference."""
+    stopping_strategy: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
+    """With a temperature above 1: all_exhausted takes the largest source as the reference (smaller ones are repeated),
+    first_exhausted the smallest (of larger ones every epoch sees a fresh part)."""
+    deduplication: Literal["none", "exact", "near"] = "none"
+    """Leave out training rows that repeat an earlier one, in all sources together: exact but for white space, or near
+    (MinHash)."""
+    deduplication_threshold: float = Field(0.8, ge=0.3, le=1)
+    """Share of its three-word sequences that a near duplicate has in common with the earlier row."""
+    check_contamination: bool = True
+    """Count the held-out rows of which at least half stands in the training rows, and report them."""
 
 
 class Training(HyperModel):
