@@ -28,7 +28,6 @@ HELD_OUT = {"identity": ROOT / "benchmarks/data/identity.jsonl", "general": ROOT
 ASKED = ("Who are you?", "Who is your creator?", "What is the capital of France?")
 
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    "full": ({"type": "full"}, 5e-5),
     "freeze": ({"type": "freeze", "freeze_trainable_layers": 6}, 1e-4),
     "lora": ({"type": "lora", "r": 16, "lora_alpha": 32}, 3e-4),
     "dora": ({"type": "lora", "r": 16, "lora_alpha": 32, "use_dora": True}, 3e-4),
@@ -48,8 +47,9 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     ),
     "ia3": ({"type": "ia3"}, 1e-2),
     "vera": ({"type": "vera"}, 1e-2),
+    "full": ({"type": "full"}, 5e-5),
 }
-"""Method and learning rate: one each, as papers and libraries advise; none was searched for."""
+"""Method and learning rate, in the order of the page: one each, as papers and libraries advise, none searched for."""
 
 
 def configuration(name: str, model: Path, gguf: str, out: Path) -> Any:
@@ -62,7 +62,7 @@ def configuration(name: str, model: Path, gguf: str, out: Path) -> Any:
     method, rate = METHODS[name]
     spec["model"] = {"uri": f"file://{model}", "gguf_file": gguf}
     spec["method"] = method
-    spec["training"] |= {"learning_rate": rate, "per_device_eval_batch_size": 4}
+    spec["training"] |= {"learning_rate": rate, "per_device_eval_batch_size": 8, "eval_steps": 1000}  # at the end
     for source in spec["data"]["train"]:
         source["uri"] = source["uri"].replace("file://./", f"file://{RECIPE.parent}/")
     spec["data"]["eval"] = [{"uri": f"file://{path}"} for path in HELD_OUT.values()]

@@ -14,12 +14,19 @@ class Row:
     gradient_checkpointing: bool = True
     merge: bool = True
     """The trained part can be merged into the model."""
+    tasks: bool = False
+    """It writes a result per task, of which job:// cannot choose one."""
     quantized: bool = False
     """The base model is held in 4 bits."""
     default_zero_stage: int = 0
     """The stage the plan chooses where the user names none."""
     whole_model: bool = False
     """The model's own weights are trained: the result is a model, not an adapter."""
+
+    @property
+    def chains(self) -> bool:
+        """Another job can start from its output (job://NAME)."""
+        return self.whole_model or (self.merge and not self.tasks)
 
 
 WORDS = ("pretrain", "sft", "dpo", "kto", "orpo")
@@ -47,10 +54,12 @@ COMPATIBILITY: dict[str, Row] = {
     **dict.fromkeys(
         (
             *("ia3", "loha", "lokr", "oft", "boft", "fourierft", "waveft", "hra", "randlora", "vblora", "shira"),
-            *("c3a", "miss", "road", "gralora", "hira", "ln_tuning", "trainable_tokens"),
+            *("c3a", "miss", "road", "gralora", "hira", "ln_tuning"),
         ),
         Row(stages=ALL, zero_stages=(0, 1, 2)),
     ),
+    # PEFT saves nothing beside the tokens, so no head.
+    "trainable_tokens": Row(stages=(*WORDS, "seq2seq"), zero_stages=(0, 1, 2)),
     # They hold float32 constants beside their weights, and DeepSpeed's bf16 section turns only one of the two round.
     "vera": Row(stages=ALL, zero_stages=(0,)),
     "delora": Row(stages=ALL, zero_stages=(0,)),
@@ -58,7 +67,7 @@ COMPATIBILITY: dict[str, Row] = {
     "adapter": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "mam": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "unipelt": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
-    "moelora": Row(stages=WORDS, zero_stages=(0, 1, 2, 3)),
+    "moelora": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2, 3), tasks=True),
 }
 
 CONTINUED = (

@@ -28,7 +28,7 @@ _NO_WEIGHT = "Virtual tokens are no part of any weight."
 _NOT_LINEAR = "It is not linear in its input, so there is nothing to fold into weights."
 _ROWS = "Virtual tokens stand before one row; packed rows share a sequence."
 _CACHE = "The prefix is a cache of keys and values, which recomputing a layer drops."
-_ZERO_PROMPT = "PEFT reads the embedding and the shape of keys and values from weights that ZeRO-3 has cut up."
+_ZERO_PROMPT = "They train equally under ZeRO-3, but PEFT makes what it writes of weights that are cut up then."
 _ZERO_PEFT = "ZeRO-3 breaks some of PEFT's methods and would write others without the random matrices they keep."
 _ZERO_BF16 = "It holds float32 constants beside its weights; DeepSpeed's bf16 section turns only one of the two round."
 
@@ -240,6 +240,6 @@ GUIDES: dict[str, Guide] = {
     "moelora": Guide(
         paper="Liu et al.: When MOE meets LLMs, parameter efficient fine-tuning for multi-task medical applications",
         when="Several tasks in one run that help and disturb each other; one plain LoRA per task comes out.",
-        limits="Tasks are named beforehand; a row without its task is refused.",
+        limits="Language models only; tasks are named beforehand; a row without its task is refused.",
     ),
 }

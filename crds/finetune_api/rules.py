@@ -574,6 +574,20 @@ RULES: tuple[Rule, ...] = (
         accepted="0, as spec.data.eval is empty",
         remedy="add held-out rows in spec.data.eval, or remove eval_steps",
     ),
+    *(
+        Rule(
+            at="spec",
+            field=f"training.{field}",
+            holds=lambda self, field=field: not getattr(self.training, field) or len(self.data.eval) > 0,  # type: ignore[misc]
+            cel=f"{cel} || size(self.data.eval) > 0",
+            accepted=f"{nothing}, as spec.data.eval is empty",
+            remedy=f"add held-out rows in spec.data.eval, or remove {field}",
+        )
+        for field, nothing, cel in (
+            ("load_best_model_at_end", "false", "!self.training.load_best_model_at_end"),
+            ("early_stopping_patience", "0", "self.training.early_stopping_patience == 0"),
+        )
+    ),
     Rule(
         at="spec.evaluation",
         field="prompts",

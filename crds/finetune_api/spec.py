@@ -194,6 +194,16 @@ class Training(HyperModel):
     while training; 0: none."""
     eval_steps: int = Field(0, ge=0, le=1000000000)
     """Evaluate every so many steps; 0: at the end of every epoch. Always at the end of the run."""
+    load_best_model_at_end: bool = False
+    """The result is the model of the best evaluation, not the last one. Its checkpoint is kept."""
+    metric_for_best_model: str = Field("loss", min_length=1, max_length=256)
+    """The figure of the evaluation that tells which is best: loss, accuracy …, or that of one source, loss/NAME."""
+    greater_is_better: bool | None = None
+    """Whether more of it is better. Unset: false for losses, perplexity, kl and errors, true for others."""
+    early_stopping_patience: int = Field(0, ge=0, le=1000000)
+    """Stop after so many evaluations without a better one; 0: never."""
+    early_stopping_threshold: float = Field(0.0, ge=0, le=1000000)
+    """By how much an evaluation must be better to count as such."""
     logging_steps: int = Field(1, ge=1, le=1000000)
     """Write metrics every so many steps."""
     seed: int = Field(42, ge=0, le=4294967295)

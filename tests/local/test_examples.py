@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from finetune_api.stages import STAGES
 from finetune_operator.cli.main import main
 from finetune_operator.cluster import processes
 from finetune_operator.cluster.store import Folder
@@ -158,6 +159,37 @@ def test_a_chain_of_two_jobs(place: Place) -> None:
     first, second = place.status("chain-knowledge"), place.status("chain-identity")
     assert (first["state"], second["state"]) == ("Succeeded", "Succeeded")
     assert first["completionTime"] <= second["startTime"]
+
+
+@pytest.mark.trainer
+def test_a_pipeline_of_six_stages(place: Place) -> None:
+    """Each starts from the adapter that the one before it wrote."""
+    place.run("08", "training.num_train_epochs=1", "training.max_steps=2", "checkpoint.save_steps=50")
+    for stage in ("pretrain", "sft", "reward", "dpo", "kto", "orpo"):
+        assert place.status(f"pipeline-{stage}")["state"] == "Succeeded", stage
+    assert {"loss/observatory", "loss/general"} <= place.status("pipeline-pretrain")["evaluation"].keys()
+    assert "accuracy" in place.status("pipeline-reward")["evaluation"]
+    assert (place.home / "out" / "pipeline-dpo" / "merged" / "model.safetensors").exists()
+    assert json.loads((place.home / "out" / "pipeline-dpo" / "manifest.json").read_text())["inputs"].keys() >= {
+        f"file://{place.home}/out/pipeline-{stage}" for stage in ("pretrain", "sft")
+    }
+
+
+SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "stages.md").read_text(), re.M | re.S))
+
+
+@pytest.mark.parametrize("stage", SECTIONS)
+def test_the_examples_of_the_stages_are_valid(stage: str, tmp_path: Path) -> None:
+    """Every heading of docs/stages.md is a stage, and has a block below it."""
+    assert stage in STAGES
+    block = re.findall(r"```yaml\n(.*?)```", SECTIONS[stage], re.DOTALL)[0]
+    spec = yaml.safe_load(block) | {"output": {"uri": "file://./output"}}
+    assert spec["stage"] == stage
+    job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "x"}, "spec": spec}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    result = CliRunner().invoke(main, ["validate", str(path)])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.trainer

@@ -71,6 +71,7 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
             upload = job.saver._upload
             job.saver._upload = lambda snapshot: gate.wait(60) and upload(snapshot)  # type: ignore[method-assign,return-value]
         result["trained"] = sorted(name for name, p in job.engine.module.named_parameters() if p.requires_grad)
+        result["losing head"] = job.engine.head is not None
         before = whole_weights(job) if plan.get("weights") else {}
         result["finished"] = job.train()
         if plan.get("weights"):

@@ -146,6 +146,17 @@ def test_an_adapted_model_begins_as_the_model_it_was(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("method", [PFEIFFER, PARALLEL, MAM, UNIPELT], ids=["pfeiffer", "parallel", "mam", "unipelt"])
+def test_switched_off_it_is_the_model_it_was(family: str, method: dict[str, Any]) -> None:
+    expected = logits(new_model(family))
+    model = shaken(adapted(family, method))
+    on = logits(model)
+    with parts.switched_off(model):
+        assert far(logits(model), expected) < 1e-5
+    assert torch.equal(logits(model), on) and far(on, expected) > 1e-3
+
+
+@pytest.mark.parametrize("family", SHAPES)
 def test_every_part_reaches_the_result_and_nothing_else_is_trained(family: str) -> None:
     original = new_model(family)
     names = {name for name, _ in original.named_parameters()}

@@ -1016,6 +1016,18 @@ BAD: tuple[Bad, ...] = (
         "cache.claimName of a profile",
         CONDITION,
     ),
+    Bad(
+        "the best of no evaluations",
+        {"spec.training.load_best_model_at_end": True},
+        "spec.training.load_best_model_at_end",
+        "add held-out rows in spec.data.eval",
+    ),
+    Bad(
+        "patience without evaluations",
+        {"spec.training.early_stopping_patience": 3},
+        "spec.training.early_stopping_patience",
+        "add held-out rows in spec.data.eval",
+    ),
     # ---- the stages
     Bad(
         "exo_pair without smoothing",

@@ -195,6 +195,19 @@ GOOD: tuple[Good, ...] = (
     Good("the longest name", {"metadata.name": "x" * 51}),
     Good("null for what is optional", {"spec.training": None, "spec.checkpoint": {"uri": None}}),
     Good("whole floats for integers", {"spec.workers.replicas": 2.0, "spec.training.max_steps": 10.0}),
+    Good(
+        "the best model, in good time",
+        {
+            "spec.data.eval": [{"uri": "s3://team/held-out.jsonl"}],
+            "spec.training": {
+                "load_best_model_at_end": True,
+                "metric_for_best_model": "loss/held-out",
+                "greater_is_better": False,
+                "early_stopping_patience": 2,
+                "early_stopping_threshold": 0.01,
+            },
+        },
+    ),
     Good("continued pretraining, packed", {"spec.stage": "pretrain", "spec.data.packing": True}),
     Good("the last answers only", {"spec.stage": "sft", "spec.sft": {"loss_on": "last_answer"}}),
     Good(

@@ -99,9 +99,6 @@ class Engine:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
             raise RunError(Cause.INVALID_CONFIGURATION, "The method leaves no parameter to train.")
-        # ZeRO-3 gathers a layer's weights where the layer is called: it stays where the model calls it.
-        with torch.autocast(world.device.type, dtype=mixed, enabled=mixed is not None):
-            self.head = find_head(model) if self.zero_stage < 3 else None
         import deepspeed
 
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -112,6 +109,9 @@ class Engine:
         )
         self.module = self.engine.module
         _forget_dry_run(self.optimizer)
+        # After DeepSpeed has hung on to the model: under ZeRO-3 its hooks bring a layer's weights together.
+        with torch.autocast(world.device.type, dtype=mixed, enabled=mixed is not None):
+            self.head = find_head(self.module)
         if self.plain and world.size == 1:
             self.engine.enable_backward_allreduce = False  # it would flatten and copy every gradient
         self._number = 0

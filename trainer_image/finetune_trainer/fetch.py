@@ -233,7 +233,7 @@ def _adapter_files(adapter: AdapterSource) -> Select:
                 f"{adapter.uri} holds no adapter: {' and '.join(missing)} not among {_some(names)}{pickled}. "
                 "spec.model.adapters must name folders that PEFT or a run has written.",
             )
-        return needed
+        return [*needed, *(name for name in ("config.json",) if name in names)]  # a classifier's has its labels
 
     return select
 

@@ -1,7 +1,7 @@
 """What the model answers, before and after: greedy decoding of ``evaluation.prompts``.
 
-Called by ``run.py``, and by ``objectives/seq2seq.py`` (:func:`written`). Without ZeRO-3 the prompts are shared out over the processes; with it every process takes part
-in every answer, because each holds a part of every weight.
+Called by ``run.py``, and by ``objectives/seq2seq.py`` (:func:`written`). Without ZeRO-3 the prompts are shared out over
+the processes; with it every process takes part in every answer, because each holds a part of every weight.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -61,9 +61,11 @@ class Kind:
     saved with every method."""
     outputs: int | None = None
     """How many numbers the head gives, where the labels do not say."""
+    talks: bool = False
+    """Its rows are conversations, written by a chat template."""
 
 
-LANGUAGE_MODEL = Kind("AutoModelForCausalLM", "CAUSAL_LM", "causal language model")
+LANGUAGE_MODEL = Kind("AutoModelForCausalLM", "CAUSAL_LM", "causal language model", talks=True)
 KINDS: dict[str, Kind] = {
     "sequence_classification": Kind(
         "AutoModelForSequenceClassification", "SEQ_CLS", "model for sequence classification", new_head=True
@@ -72,11 +74,18 @@ KINDS: dict[str, Kind] = {
         "AutoModelForTokenClassification", "TOKEN_CLS", "model for token classification", new_head=True
     ),
     "reward": Kind(
-        "AutoModelForSequenceClassification", "SEQ_CLS", "model for sequence classification", new_head=True, outputs=1
+        "AutoModelForSequenceClassification",
+        "SEQ_CLS",
+        "model for sequence classification",
+        new_head=True,
+        outputs=1,
+        talks=True,
     ),
     "seq2seq": Kind("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "encoder-decoder"),
 }
 """By stage; all others train a causal language model."""
+HEADS = ("classifier", "pre_classifier", "classification_head", "score", "pooler")
+"""What the modules that make a classifier are called: they are trained whole, so never quantised."""
 
 
 def kind_of(stage: str) -> Kind:
@@ -102,7 +111,8 @@ def load_tokenizer(path: Path, config: TrainerConfig) -> PreTrainedTokenizerBase
         if config.stage == "token_classification" and not getattr(tokenizer, "add_prefix_space", True):
             # GPT-2's and RoBERTa's take words one by one only so.
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, add_prefix_space=True)
-    use_template(tokenizer, config.data.chat_template)
+    if kind_of(config.stage).talks:
+        use_template(tokenizer, config.data.chat_template)
     rows = vocabulary_rows(path)
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         stand_in = tokenizer.eos_token or tokenizer.unk_token
@@ -151,7 +161,7 @@ def load_model(
     model = _load(path, config, device, dtype_of(config, device), qlora, described)
     # A cache would switch off the detection of packed rows, and is of no use in training. save_model restores it.
     if hasattr(model.config, "use_cache"):
-        model._published_use_cache = model.config.use_cache  # type: ignore[assignment]
+        model._published_use_cache = model.config.use_cache
         model.config.use_cache = False
     model.train()
     if config.data.packing and not is_deepspeed_zero3_enabled():
@@ -219,6 +229,7 @@ def _load(
             bnb_4bit_quant_type=qlora.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=qlora.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(HEADS) if kind.new_head else None,
         )
     if kind.new_head:  # a head for other labels is replaced
         options["ignore_mismatched_sizes"] = True

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from finetune_api.run import (
     Termination,
     TrainerConfig,
 )
+from finetune_trainer.best import exhausted, judge, watched
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
 from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
@@ -99,7 +101,9 @@ class Job:
         self.stop = stop
         self.doing = "starting"
         self.step = 0
+        self.result_step = 0
         self.max_steps = 0
+        self.improved = self.exhausted = False
         self.loss: float | None = None
         self.tally = Tally()
         self.last_checkpoint: CheckpointInfo | None = None
@@ -234,6 +238,8 @@ class Job:
             leftovers=[skipped.step for skipped in self.resumed.skipped],
             on_saved=self._saved,
         )
+        if config.training.load_best_model_at_end:
+            self.saver.best = self.tally.best.step
 
     def _references(self) -> None:
         """While the model is the one it starts from, also where the run goes on from a checkpoint. Collective."""
@@ -304,6 +310,7 @@ class Job:
         config, world, engine = self.config, self.world, self.engine
         self._answer_before()
         self._phase("training", f"training from step {self.step} to {self.max_steps}")
+        self.exhausted = self.world.share("exhausted", exhausted(self.tally.best, config.training))
         feed = Feed(
             self.prepared.train,
             self.collate,
@@ -314,7 +321,7 @@ class Job:
             global_batch=config.global_batch_size,
             first_step=self.step + 1,
             position=self.resumed.position,
-            end=self.wanted,
+            end=self.resumed.position if self.exhausted else self.wanted,
             pin=world.device.type == "cuda",
         )
         self.position = self.resumed.position
@@ -361,9 +368,13 @@ class Job:
             self._log_if_due(step, batch.ends_epoch, last=last)
             save_due |= self.step % self.save_steps == 0
             # Storage that is slow, or away for an hour, delays checkpoints and not the training.
-            if last or (save_due and not agreed.saving):
+            if last or self.improved or self.exhausted or (save_due and not agreed.saving):
                 self._save()
                 save_due = False
+            self.improved = False
+            if self.exhausted:
+                feed.close()
+                break
             batch, waited = following, waits
         self.stop.beat(stepping=False)
         with self.stop.never_leave():  # the last save is finished also where a stop is asked for now
@@ -400,8 +411,43 @@ class Job:
         self._phase("evaluating")
         figures = self.engine.evaluate(self.prepared.eval, self.collate)
         told = self.log.evaluated(self.step, figures)
+        self._compare(figures)
         self._phase(before)
         return told
+
+    def _compare(self, figures: dict[str, float]) -> None:
+        """Whether this evaluation is the best one, and whether to go on. Collective."""
+        training = self.config.training
+        if not watched(training):
+            return
+        found = judge(self.tally.best, training, self.step, figures)
+        # Rank 0 alone remembers earlier attempts.
+        step, waited = self.world.share("best", [found.step, found.waited])
+        self.tally.best = replace(found, step=step, waited=waited)
+        self.improved, self.exhausted = step == self.step, exhausted(self.tally.best, training)
+        if self.improved and training.load_best_model_at_end:
+            self.saver.best = self.step
+        if self.exhausted:
+            self._print(
+                f"stopping early: {training.metric_for_best_model} was best at step {step}, {waited} evaluations ago"
+            )
+
+    def _take_best(self) -> None:
+        """The weights of the best evaluation, where the result is to be those. Collective."""
+        from finetune_trainer.checkpoint import take
+
+        best = self.tally.best
+        if not self.config.training.load_best_model_at_end or best.step in (0, self.step):
+            return
+        problem = take(self.checkpoints, best.step, self.world, self.state, self.work)
+        if problem:
+            self._print(
+                f"step {best.step} was best, but its checkpoint cannot be read ({problem}): taking the last one"
+            )
+            return
+        self.result_step = best.step
+        self.tally.evaluation = best.evaluation or self.tally.evaluation
+        self._print(f"the result is the model of step {best.step}, the best evaluation")
 
     def _answer_before(self) -> None:
         """The answers of the untrained model; a resumed run has them from its checkpoint. Collective."""
@@ -476,13 +522,16 @@ class Job:
     def finish(self) -> None:
         """The answers after, the result and the report, and the last word."""
         self._phase("exporting", "writing the result")
+        self.result_step = self.step
+        self._take_best()
         answers = self._answers()
         weights = self.engine.weights(only_trainable=not self._whole_model)
         if self.world.first:
             self._export(weights, answers)
         self._phase("done", f"done after {self.step} steps")
         if local_rank() == 0:
-            self._leave_word(self.word(Cause.SUCCEEDED, f"Trained {self.step} steps."))
+            what = f" The result is that of step {self.result_step}." if self.result_step != self.step else ""
+            self._leave_word(self.word(Cause.SUCCEEDED, f"Trained {self.step} steps.{what}"))
         self.pulse.close()
 
     def _answers(self) -> list[Answer]:
@@ -507,7 +556,7 @@ class Job:
         facts = {
             "namespace": config.namespace,
             "name": config.name,
-            "step": self.step,
+            "step": self.result_step,
             "base_model": config.model.uri,
             "inputs": self.inputs,
             "evaluation": self.tally.evaluation,

@@ -1,12 +1,12 @@
 """The output layer of a language model and its loss, without ever holding all logits.
 
 The logits of a batch are by far its largest tensor (8,192 tokens x 128,256 words in fp32: 4 GiB, and as much again
-for their gradient). So the model is run without its output layer, only the positions that carry a label go on, and
-they pass output layer and cross-entropy in chunks: with a frozen layer each chunk's gradient is made at once
+for their gradient). So the output layer gives losses instead: only the positions that carry a label go on, and
+they pass the layer and cross-entropy in chunks: with a frozen layer each chunk's gradient is made at once
 (the idea of liger-kernel's fused linear cross-entropy), else the chunk is computed again in the backward pass.
 
-Some models do more to their logits than the output layer does (caps, scales). Whether it may be left out is tried on
-the model at hand (:func:`find_head`). Called by ``engine.py`` (find) and the objectives (use).
+Some models do more to their logits than the output layer does (caps, scales). Whether that is so is tried on the
+model at hand (:func:`find_head`). Called by ``engine.py`` (find) and the objectives (use).
 """
 
 from collections.abc import Iterator
@@ -31,9 +31,19 @@ class Head:
     """A plain linear layer without bias that is not trained."""
 
     @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Inside, the model returns its last hidden states in place of its logits."""
-        self.module.forward = _unchanged
+    def losing(self, width: int, places: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
+        """Inside, the model returns in place of its logits, fp32 (1, N, 1): the cross-entropy of ``targets`` (N,) at
+        ``places`` (N,) of its flattened (B x ``width``) outputs; of a negative target 0.
+
+        It is computed where the model calls the layer: there ZeRO-3 has its weight at hand.
+        """
+
+        def forward(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            # Prompt methods put virtual tokens before the sequence; nothing is learned there.
+            rows = hidden[..., -width:, :].reshape(-1, hidden.shape[-1])[places]
+            return self.losses(rows, targets).reshape(1, -1, 1)
+
+        self.module.forward = forward
         try:
             yield
         finally:
@@ -51,7 +61,8 @@ class Head:
         return torch.cat([checkpoint(self._chunk_losses, part, wanted, use_reentrant=False) for part, wanted in parts])
 
     def _chunk_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(self.module(hidden).float(), targets, reduction="none")
+        logits = type(self.module).forward(self.module, hidden)
+        return cross_entropy(logits.float(), targets, reduction="none")
 
 
 class _FrozenLinearLoss(torch.autograd.Function):
@@ -82,10 +93,6 @@ class _FrozenLinearLoss(torch.autograd.Function):
         return gradient * outer[0].to(gradient.dtype).unsqueeze(-1), None, None
 
 
-def _unchanged(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-    return hidden
-
-
 def _chunk(module: Any) -> int:
     words = getattr(module, "out_features", None) or getattr(getattr(module, "weight", None), "shape", (2**17,))[0]
     return max(1, CHUNK_ELEMENTS // int(words))
@@ -97,6 +104,7 @@ def find_head(model: Any) -> Head | None:
 
     None where that is not so (Gemma 2 caps its logits, Granite scales them), or where there is none. One forward
     pass of a few tokens, in which the layer returns large marked numbers: a cap would hide behind small ones.
+    Collective under ZeRO-3.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -113,7 +121,8 @@ def find_head(model: Any) -> Head | None:
     model.eval()
     module.forward = mark
     try:
-        words = int(base.get_input_embeddings().weight.shape[0])
+        embeddings = base.get_input_embeddings().weight
+        words = int(getattr(embeddings, "ds_shape", embeddings.shape)[0])  # ds_shape: partitioned by ZeRO-3
         ids = (torch.arange(16, device=next(model.parameters()).device) * 7919 % words)[None]
         decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
         logits = model(input_ids=ids, **decoder, use_cache=False).logits

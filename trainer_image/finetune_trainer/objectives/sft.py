@@ -63,15 +63,12 @@ def losses_at(
 ) -> torch.Tensor:
     """fp32 (N,): the cross-entropy of ``wanted`` at ``places`` of the model's flattened (B x ``width``) outputs.
 
-    ``head``: the model's output layer, where it may be applied after the model, to the label tokens only.
+    ``head``: the model's output layer, where it may give the losses itself, of these places only.
     """
     if head is None:
-        outputs = model(**inputs, use_cache=False).logits
-    else:
-        with head.left_out():
-            outputs = model(**inputs, use_cache=False).logits
-    # Prompt methods put virtual tokens before the sequence; nothing is learned there.
-    outputs = outputs[..., -width:, :].reshape(-1, outputs.shape[-1])[places]
-    if head is None:
+        outputs = model(**inputs, use_cache=False).logits[..., -width:, :]
+        outputs = outputs.reshape(-1, outputs.shape[-1])[places]
         return cross_entropy(outputs.float(), wanted, ignore_index=IGNORED, reduction="none")
-    return head.losses(outputs, wanted)
+    with head.losing(width, places, wanted):
+        losses: torch.Tensor = model(**inputs, use_cache=False).logits.reshape(-1)
+    return losses
