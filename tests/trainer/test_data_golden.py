@@ -16,11 +16,13 @@ pytest.importorskip("transformers", reason="needs the trainer extra")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finetune_api import formats as api
 from finetune_api.spec import CHAT_TEMPLATES, DataFormat, DataSource
 from finetune_trainer.data.encode import document, judged, preference
 from finetune_trainer.data.formats import FORMATS, TABLE
 from finetune_trainer.data.recognise import UnknownFormatError, recognise
 from finetune_trainer.data.records import (
+    KIND_NAMES,
     BadRowError,
     Conversation,
     Judged,
@@ -48,6 +50,13 @@ def test_every_format_has_a_golden_file_and_every_template_a_name() -> None:
     assert set(FORMATS) | {"auto"} == set(get_args(DataFormat))
     assert set(FILES) == set(FORMATS)
     assert set(TEMPLATES) == set(CHAT_TEMPLATES)
+
+
+def test_the_api_knows_what_each_format_gives() -> None:
+    assert {name: entry.kind.__name__ for name, entry in TABLE.items()} == api.FORMATS
+    kinds = {kind.__name__: kind for kind in KIND_NAMES}
+    for wanted, serving in api.SERVES.items():
+        assert {name for name, kind in kinds.items() if accepts(kind, kinds[wanted])} == set(serving)
 
 
 def read(name: str, wanted: type | None = None, form: str = "auto", **more: Any) -> tuple[list[Any], dict[str, Any]]:

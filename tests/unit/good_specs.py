@@ -110,7 +110,7 @@ GOOD: tuple[Good, ...] = (
                     {"uri": "file:///data/rows.parquet"},
                     {"uri": "gs://bucket/folder/"},
                     {"uri": "s3://bucket/rows/**/part-[0-9]*.csv.zst", "columns": {"question": "instruction"}},
-                    {"uri": "s3://bucket/books/*.txt", "format": "text", "sample_by": "document"},
+                    {"uri": "s3://bucket/books/*.txt", "sample_by": "document"},
                 ],
                 "eval": [{"uri": "az://container/rows.jsonl", "format": "messages"}],
                 "max_length": 4096,
