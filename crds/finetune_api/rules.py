@@ -431,6 +431,14 @@ RULES: tuple[Rule, ...] = (
         accepted="train: true with spec.deepspeed.zero_optimization.stage 0, 1 or 2",
         remedy="choose a lower stage, or remove train: true to learn a new adapter on top of it",
     ),
+    Rule(
+        at="spec.model",
+        field="rope_parameters.factor",
+        holds=lambda self: (self.rope_parameters.rope_type == "default") == (self.rope_parameters.factor == 1),
+        cel="(self.rope_parameters.rope_type == 'default') == (self.rope_parameters.factor == 1.0)",
+        accepted="a factor above 1 with rope_type linear, dynamic, yarn or llama3, and none with default",
+        remedy="set both, e.g. {rope_type: yarn, factor: 4}, or neither",
+    ),
     # ---- the method
     *_parameters_of_methods(),
     Rule(

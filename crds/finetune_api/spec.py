@@ -79,6 +79,16 @@ class AdapterSource(HyperModel):
     merged into the model, and stays as it is."""
 
 
+class RopeParameters(HyperModel):
+    """How rotary positions are stretched, so that the model takes longer texts than it was made for."""
+
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    """default: as the model has it. linear: position interpolation (arXiv:2306.15595); dynamic: NTK-aware, by the
+    length at hand; yarn (arXiv:2309.00071); llama3: as Llama 3.1. Written to the result's config.json."""
+    factor: float = Field(1.0, ge=1, le=1024)
+    """The new longest text, in lengths of the model's own."""
+
+
 class ModelSource(HyperModel):
     """The model to start from."""
 
@@ -93,6 +103,8 @@ class ModelSource(HyperModel):
     """Name of the GGUF file inside uri, where the model is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
+    rope_parameters: RopeParameters = RopeParameters()
+    """How rotary positions are stretched. An adapter's result must be used with the same."""
     adapters: list[AdapterSource] = Field(default=[], max_length=16)
     """Adapters trained over the model earlier, in the order they were: the new one is stacked on top of them, or the
     last one is trained on."""

@@ -414,6 +414,18 @@ BAD: tuple[Bad, ...] = (
         "choose another format or another spec.stage",
     ),
     Bad(
+        "a factor without a type",
+        {"spec.model.rope_parameters": {"factor": 4}},
+        "spec.model.rope_parameters.factor",
+        "set both",
+    ),
+    Bad(
+        "a type without a factor",
+        {"spec.model.rope_parameters": {"rope_type": "yarn"}},
+        "spec.model.rope_parameters.factor",
+        "set both",
+    ),
+    Bad(
         "the path of a template",
         {"spec.data.chat_template": "templates/mine.jinja"},
         "spec.data.chat_template",

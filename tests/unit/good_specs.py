@@ -121,6 +121,7 @@ GOOD: tuple[Good, ...] = (
             "spec.training.eval_steps": 50,
         },
     ),
+    Good("stretched positions", {"spec.model.rope_parameters": {"rope_type": "yarn", "factor": 4}}),
     Good("the name of a template", {"spec.data.chat_template": "llama-2"}),
     Good(
         "every number of the training",
