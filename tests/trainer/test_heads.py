@@ -136,7 +136,7 @@ def gang(root: Path) -> dict[str, dict[str, Any]]:
     for name, (_, rule, changes) in GANG.items():
         few = {"data": {"eval": [{"uri": f"file://{root}/{rule}-few.jsonl"}]}}
         plans.append(job(root, f"gang/{name}", rule, tiny.merge(changes, few), STEPS, name=name))
-    return play(root, plans, 2, port=29661)
+    return play(root, plans, 2)
 
 
 def said(result: dict[str, Any]) -> list[dict[str, Any]]:

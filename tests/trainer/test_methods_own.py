@@ -665,7 +665,7 @@ def together(root: Path, played: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for name, method in STAGED.items()
         for stage in (2, 3)
     ]
-    return runs.play(root, plans, 2, port=29655)
+    return runs.play(root, plans, 2)
 
 
 @pytest.mark.parametrize("name", RUNS)

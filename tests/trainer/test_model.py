@@ -140,7 +140,7 @@ def test_a_model_that_cannot_keep_rows_apart_is_refused_when_rows_are_packed(tmp
     class Leaky(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = model
+            self.inner, self.config = model, model.config
 
         def get_input_embeddings(self):
             return self.inner.get_input_embeddings()

@@ -161,7 +161,7 @@ def gang(root: Path) -> dict[str, dict[str, Any]]:
     """Everything that two processes do."""
     plans = [job(root, f"gang/{name}", run, name=name) for name, run in GANG.items()]
     plans.append(job(root, "gang/best", ("dpo", BEST["best"] | {"deepspeed": zero(2)}), name="best"))
-    return play(root, plans, 2, port=29651)
+    return play(root, plans, 2)
 
 
 def close(left: dict[str, Any], right: dict[str, Any]) -> None:

@@ -174,13 +174,14 @@ class Job:
 
         from finetune_trainer import earlier, model
         from finetune_trainer.checkpoint import resume
-        from finetune_trainer.engine import Engine, before_loading
+        from finetune_trainer.engine import Engine
         from finetune_trainer.feed import draw_seed
         from finetune_trainer.flops import model_cost
         from finetune_trainer.methods import METHODS, hooks, switched_off
         from finetune_trainer.saving import Saver
         from finetune_trainer.schedule import learning_rate, sequences_wanted, steps_for
         from finetune_trainer.state import TrainableState
+        from finetune_trainer.zero import before_loading
 
         config, world = self.config, self.world
         stream = self.prepared.train
