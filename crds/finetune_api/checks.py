@@ -563,17 +563,25 @@ def unused(spec: FineTuneJobSpec) -> Iterator[Finding]:
     """Parameters of a training where there is none; its seed is that of the sampling."""
     if not STAGES[spec.stage].makes:
         return
-    for section in ("method", "training", "deepspeed"):
+    for section, used in _USED.items():
         given = getattr(spec, section).model_dump(mode="json", exclude_defaults=True)
         for name, value in given.items():
-            if name not in ("type", "seed", "zero_optimization"):
-                told = "seed only" if section == "training" else "nothing"
+            if name not in used:
                 yield (
                     f"{section}.{name}",
                     value,
-                    f"{told} in spec.{section} with spec.stage: {spec.stage}",
+                    f"nothing of it with spec.stage: {spec.stage}",
                     "remove it: nothing is trained",
                 )
+
+
+_USED = {
+    "method": ("type",),  # rules.py has it
+    "training": ("seed",),
+    "deepspeed": ("zero_optimization",),  # rules.py has it
+    "data": ("train", "eval", "packing", "max_length", "chat_template", "max_bad_rows"),
+}
+"""What of a section a stage that makes data reads, or a rule refuses."""
 
 
 CHECKS: tuple[tuple[str, Callable[[Any], Iterator[Finding]]], ...] = (

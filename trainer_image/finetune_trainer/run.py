@@ -112,6 +112,7 @@ class Job(Attempt):
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
+        self.telemetry.update(formats={name: counts["format"] for name, counts in self.prepared.report.items()})
         self.objective = objective(config, self.tokenizer, self.prepared.labels)
         self.collate: Callable[[list[Any]], dict[str, Any]] = lambda items: self.objective.collate(
             items, self._pad_token_id()
@@ -359,14 +360,20 @@ class Job(Attempt):
             self.history.add(line)
             self._print(for_people(line, self.max_steps))
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, Any]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
+        from finetune_trainer.report import SHOWN_LABELS
+
         if not self.prepared.eval:
             return {}
         before = self.telemetry.progress().phase
         self._phase("evaluating")
         figures = self.engine.evaluate(self.prepared.eval, self.collate)
-        told = self.log.evaluated(self.step, figures)
+        told: dict[str, Any] = self.log.evaluated(self.step, figures)
+        if self.engine.confusion:
+            self.tally.confusion = self.engine.confusion[""]
+            if len(self.objective.labels) <= SHOWN_LABELS:
+                told["eval_confusion"] = self.tally.confusion
         self._compare(figures)
         self._phase(before)
         return told
@@ -529,6 +536,8 @@ class Job(Attempt):
             config=config,
             records=self.history.records(),
             evaluation=self.tally.evaluation,
+            labels=self.objective.labels,
+            confusion=self.tally.confusion,
             answers=answers,
             data=self.prepared.report,
             attempts=self._attempts(),
