@@ -84,6 +84,7 @@ def find(use: UseConfig, cache: Path, data: list[DataSource], training: Training
             eval=data,
             max_length=max_length,
             chat_template=use.chat_template,
+            check_contamination=False,
         ),
         training=training,
         evaluation=Evaluation(),

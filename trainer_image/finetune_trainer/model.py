@@ -173,7 +173,7 @@ def load_finished(path: Path, config: TrainerConfig, device: torch.device, descr
     """A model to be used, whole on ``device``; a classifier has the labels that ``config.json`` in ``described_by``
     names."""
     described: dict[str, Any] = {}
-    if kind_of(config.stage).new_head:
+    if kind_of(config.stage).new_head and (described_by / "config.json").is_file():
         described = {"config": AutoConfig.from_pretrained(described_by, local_files_only=True)}
     model = _load(path, config, device, dtype_of(config, device), None, described)
     model.eval()
