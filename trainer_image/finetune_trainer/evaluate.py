@@ -14,7 +14,6 @@ from typing import Any
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE, ENV_WORK, EvaluateConfig
 from finetune_api.spec import Training
-from finetune_api.stages import STAGES
 from finetune_trainer.faults import diagnose, exit_code
 from finetune_trainer.outcome import RunError
 
@@ -43,15 +42,14 @@ def evaluate(wanted: EvaluateConfig, cache: Path) -> tuple[dict[str, Figures], d
     tokenizer = model.load_tokenizer(found.words, config)
     prepared = data.prepare(config, fetched, tokenizer)
     tuned, off = finished.load(found, world)
-    needed = STAGES[config.stage].reference or wanted.compare
-    if needed and off is None:
-        what = f"stage {config.stage} compares it" if STAGES[config.stage].reference else "--compare compares it"
+    chosen = objective(config, tokenizer, prepared.labels)
+    if off is None and (chosen.reference is not None or wanted.compare):
+        what = f"stage {config.stage} compares it" if chosen.reference is not None else "--compare compares it"
         raise RunError(
             Cause.INVALID_CONFIGURATION,
             f"{wanted.model.uri} is a whole model, and {what} with the one it was made of. Name the adapter "
             "(its folder, or --adapter), or choose another --stage.",
         )
-    chosen = objective(config, tokenizer, prepared.labels)
     engine = Engine(tuned, config, world, chosen, Stop(), switched_off=off, learns=False)
 
     def collate(items: list[Any]) -> dict[str, Any]:
