@@ -1069,7 +1069,7 @@ BAD: tuple[Bad, ...] = (
         "half of the preferences wrong",
         {"spec.stage": "dpo", "spec.dpo": {"label_smoothing": 0.5}},
         "spec.dpo.label_smoothing",
-        "less than 0.5",
+        "from 0 to 0.499",
         SCHEMA,
     ),
     Bad(
