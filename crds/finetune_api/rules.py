@@ -16,6 +16,7 @@ from typing import Any
 
 from finetune_api.base import seconds
 from finetune_api.compatibility import COMPATIBILITY, CONTINUED, Row
+from finetune_api.formats import formats_for
 from finetune_api.schema import METHOD_PARAMETERS, spec_schema
 from finetune_api.spec import CHAT_TEMPLATES
 from finetune_api.stages import SECTIONS, STAGES
@@ -315,6 +316,20 @@ def _source_rules(at: str) -> list[Rule]:
     ]
 
 
+def _format_of_stage(field: str) -> Rule:
+    """A format whose records the stage cannot learn from; of auto, the trainer tells."""
+    allowed = {stage: formats_for(stage) for stage in STAGES}
+    return Rule(
+        at="spec",
+        field=f"data.{field}",
+        holds=lambda self: all(source.format in allowed[self.stage] for source in getattr(self.data, field)),
+        cel=f"self.data.{field}.all(s, s.format in {allowed}[self.stage])",
+        problem="a source's format gives nothing that spec.stage learns from",
+        accepted="formats of the stage (docs/data.md lists them)",
+        remedy="choose another format or another spec.stage; auto takes what fits",
+    )
+
+
 def _distinct(at: str) -> Rule:
     return Rule(
         at=at,
@@ -478,6 +493,14 @@ RULES: tuple[Rule, ...] = (
         accepted="train: true with spec.deepspeed.zero_optimization.stage 0, 1 or 2",
         remedy="choose a lower stage, or remove train: true to learn a new adapter on top of it",
     ),
+    Rule(
+        at="spec.model",
+        field="rope_parameters.factor",
+        holds=lambda self: (self.rope_parameters.rope_type == "default") == (self.rope_parameters.factor == 1),
+        cel="(self.rope_parameters.rope_type == 'default') == (self.rope_parameters.factor == 1.0)",
+        accepted="a factor above 1 with rope_type linear, dynamic, yarn or llama3, and none with default",
+        remedy="set both, e.g. {rope_type: yarn, factor: 4}, or neither",
+    ),
     # ---- the method
     *_parameters_of_methods(),
     Rule(
@@ -586,6 +609,8 @@ RULES: tuple[Rule, ...] = (
         accepted="1: every held-out row is evaluated once",
         remedy="remove weight; it is for training rows only",
     ),
+    _format_of_stage("train"),
+    _format_of_stage("eval"),
     _distinct("spec.data.train"),
     _distinct("spec.data.eval"),
     Rule(

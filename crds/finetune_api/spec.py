@@ -79,6 +79,16 @@ class AdapterSource(HyperModel):
     merged into the model, and stays as it is."""
 
 
+class RopeParameters(HyperModel):
+    """How rotary positions are stretched, so that the model takes longer texts than it was made for."""
+
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    """default: as the model has it. linear: position interpolation (arXiv:2306.15595); dynamic: NTK-aware, by the
+    length at hand; yarn (arXiv:2309.00071); llama3: as Llama 3.1. Written to the result's config.json."""
+    factor: float = Field(1.0, ge=1, le=1024)
+    """The new longest text, in lengths of the model's own."""
+
+
 class ModelSource(HyperModel):
     """The model to start from."""
 
@@ -93,6 +103,8 @@ class ModelSource(HyperModel):
     """Name of the GGUF file inside uri, where the model is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
+    rope_parameters: RopeParameters = RopeParameters()
+    """How rotary positions are stretched. An adapter's result must be used with the same."""
     adapters: list[AdapterSource] = Field(default=[], max_length=16)
     """Adapters trained over the model earlier, in the order they were: the new one is stacked on top of them, or the
     last one is trained on."""
@@ -138,6 +150,19 @@ class Data(HyperModel):
     max_bad_rows: int = Field(0, ge=0, le=1000000000)
     """How many rows of each source may be unlike their format: they are left out, counted and reported.
     One more ends the job before anything is trained."""
+    temperature: float = Field(1.0, ge=1, le=1000000)
+    """Evens out sources of different sizes: rows come weight x (reference / rows of the source)^(1 - 1/temperature)
+    times in an epoch. 1: as weight says; large: of every source equally many. stopping_strategy gives the reference."""
+    stopping_strategy: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
+    """With a temperature above 1: all_exhausted takes the largest source as the reference (smaller ones are repeated),
+    first_exhausted the smallest (of larger ones every epoch sees a fresh part)."""
+    deduplication: Literal["none", "exact", "near"] = "none"
+    """Leave out training rows that repeat an earlier one, in all sources together: exact but for white space, or near
+    (MinHash)."""
+    deduplication_threshold: float = Field(0.8, ge=0.3, le=1)
+    """Share of its three-word sequences that a near duplicate has in common with the earlier row."""
+    check_contamination: bool = True
+    """Count the held-out rows of which at least half stands in the training rows, and report them."""
 
 
 class Training(HyperModel):

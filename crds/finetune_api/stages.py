@@ -53,7 +53,7 @@ class Dpo(HyperModel):
     length does not count) and others of its documentation."""
     beta: float = Field(0.1, gt=0, le=1000)
     """How closely the model stays with the reference; tau of ipo."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(0.0, ge=0, le=0.499)  # API servers judge 0 < 0.5 in whole numbers
     """Probability that a preference is the wrong way round; of sigmoid (conservative DPO), robust and exo_pair."""
     rpo_alpha: float | None = Field(None, ge=0, le=1000)
     """Weight of the better answer's own loss, per token (arXiv:2404.19733). Unset: 0."""

@@ -6,6 +6,7 @@ meant, ``UPDATE_GOLDEN=1 pytest tests/trainer/test_data_golden.py`` writes them 
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,11 +17,13 @@ pytest.importorskip("transformers", reason="needs the trainer extra")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finetune_api import formats as api
 from finetune_api.spec import CHAT_TEMPLATES, DataFormat, DataSource
 from finetune_trainer.data.encode import document, judged, preference
 from finetune_trainer.data.formats import FORMATS, TABLE
 from finetune_trainer.data.recognise import UnknownFormatError, recognise
 from finetune_trainer.data.records import (
+    KIND_NAMES,
     BadRowError,
     Conversation,
     Judged,
@@ -39,6 +42,7 @@ from finetune_trainer.data.sources import BadRows, records
 from finetune_trainer.outcome import RunError
 from finetune_trainer.templates import TEMPLATES
 from tests.trainer.test_data_render import byte_level, learned
+from tests.trainer.tiny import ROOT
 
 GOLDEN = Path(__file__).parent / "data_golden"
 FILES = {path.name.partition(".")[0]: path for path in GOLDEN.iterdir() if ".expected" not in path.name}
@@ -48,6 +52,13 @@ def test_every_format_has_a_golden_file_and_every_template_a_name() -> None:
     assert set(FORMATS) | {"auto"} == set(get_args(DataFormat))
     assert set(FILES) == set(FORMATS)
     assert set(TEMPLATES) == set(CHAT_TEMPLATES)
+
+
+def test_the_api_knows_what_each_format_gives() -> None:
+    assert {name: entry.kind.__name__ for name, entry in TABLE.items()} == api.FORMATS
+    kinds = {kind.__name__: kind for kind in KIND_NAMES}
+    for wanted, serving in api.SERVES.items():
+        assert {name for name, kind in kinds.items() if accepts(kind, kinds[wanted])} == set(serving)
 
 
 def read(name: str, wanted: type | None = None, form: str = "auto", **more: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -263,3 +274,23 @@ def said(messages: list[dict[str, Any]]) -> None:
         assert isinstance(message["content"], str)
         for call in message.get("tool_calls", []):
             assert isinstance(call["function"]["name"], str) and isinstance(call["function"]["arguments"], dict)
+
+
+# --- the documentation ------------------------------------------------------------------------------------------
+
+_EXAMPLES = re.findall(r"^```json (\w+)\n(.*?)^```$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_documentation_shows_every_format() -> None:
+    assert {name for name, _ in _EXAMPLES} == set(FORMATS)
+
+
+@pytest.mark.parametrize(("name", "text"), _EXAMPLES, ids=[name for name, _ in _EXAMPLES])
+def test_the_rows_of_the_documentation_are_what_it_says(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    source = DataSource(uri=(tmp_path / "rows.jsonl").as_uri())
+    counts: dict[str, Any] = {"rows": 0, "unused": 0}
+    bad = BadRows(source.uri, 0)
+    found = [record for _, _, record in records(source, tmp_path / "rows.jsonl", TABLE[name].kind, bad, counts)]
+    bad.close()
+    assert counts["format"] == name and len(found) == counts["rows"] == len(text.splitlines())

@@ -402,6 +402,30 @@ BAD: tuple[Bad, ...] = (
         "for training rows only",
     ),
     Bad(
+        "conversations for DPO",
+        {"spec.stage": "dpo", "spec.data.train[0].format": "alpaca"},
+        "spec.data.train",
+        "gives nothing that spec.stage learns from",
+    ),
+    Bad(
+        "held-out texts for SFT",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl", "format": "text"}]},
+        "spec.data.eval",
+        "choose another format or another spec.stage",
+    ),
+    Bad(
+        "a factor without a type",
+        {"spec.model.rope_parameters": {"factor": 4}},
+        "spec.model.rope_parameters.factor",
+        "set both",
+    ),
+    Bad(
+        "a type without a factor",
+        {"spec.model.rope_parameters": {"rope_type": "yarn"}},
+        "spec.model.rope_parameters.factor",
+        "set both",
+    ),
+    Bad(
         "the path of a template",
         {"spec.data.chat_template": "templates/mine.jinja"},
         "spec.data.chat_template",

@@ -110,7 +110,7 @@ GOOD: tuple[Good, ...] = (
                     {"uri": "file:///data/rows.parquet"},
                     {"uri": "gs://bucket/folder/"},
                     {"uri": "s3://bucket/rows/**/part-[0-9]*.csv.zst", "columns": {"question": "instruction"}},
-                    {"uri": "s3://bucket/books/*.txt", "format": "text", "sample_by": "document"},
+                    {"uri": "s3://bucket/books/*.txt", "sample_by": "document"},
                 ],
                 "eval": [{"uri": "az://container/rows.jsonl", "format": "messages"}],
                 "max_length": 4096,
@@ -121,6 +121,7 @@ GOOD: tuple[Good, ...] = (
             "spec.training.eval_steps": 50,
         },
     ),
+    Good("stretched positions", {"spec.model.rope_parameters": {"rope_type": "yarn", "factor": 4}}),
     Good("the name of a template", {"spec.data.chat_template": "llama-2"}),
     Good(
         "every number of the training",

@@ -235,6 +235,7 @@ def _load(
         options["ignore_mismatched_sizes"] = True
     with _explained(f"the model {config.model.uri}", kind):
         path = _readable(path, config)
+        _stretch(path, config, options)
         try:
             model, info = _from_pretrained(path, kind, options)
         except ValueError as error:
@@ -262,6 +263,39 @@ def _load(
     if qlora is not None:
         _guard_4bit(model)
     return model
+
+
+def _stretch(path: Path, config: TrainerConfig, options: dict[str, Any]) -> None:
+    """Add ``model.rope_parameters`` to what the model is loaded with, by the names of transformers.
+
+    RunError(INVALID_CONFIGURATION) where the model has no rotary positions, or several kinds of them.
+    """
+    wanted = config.model.rope_parameters
+    if wanted.rope_type == "default":
+        return
+    remote = config.model.trust_remote_code
+    given = options.get("config") or AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=remote)
+    own, length = getattr(given, "rope_parameters", None), getattr(given, "max_position_embeddings", None)
+    if not own or not length or any(isinstance(value, dict) for value in own.values()):
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"{config.model.uri} ({given.model_type}) has no rotary positions, or several kinds of them: spec.model."
+            "rope_parameters cannot stretch them. Remove it, or choose another model.",
+        )
+    changed: dict[str, Any] = {"rope_type": wanted.rope_type, "factor": wanted.factor}
+    changed |= {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    original = int(own.get("original_max_position_embeddings") or length)
+    if wanted.rope_type in ("yarn", "llama3"):
+        changed["original_max_position_embeddings"] = original
+    if wanted.rope_type == "llama3":  # of Llama 3.1
+        changed |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    # The dynamic kind takes the model's own length as the one from which it stretches.
+    longest = length if wanted.rope_type == "dynamic" else max(length, round(original * wanted.factor))
+    if "config" in options:
+        given.rope_parameters, given.max_position_embeddings = changed, longest
+    else:
+        options |= {"rope_parameters": changed, "max_position_embeddings": longest}
+    log.info("positions are stretched: %s %g, up to %d tokens", wanted.rope_type, wanted.factor, longest)
 
 
 def _from_pretrained(path: Path, kind: Kind, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

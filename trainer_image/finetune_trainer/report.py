@@ -365,12 +365,16 @@ def _checkpoints(report: Report) -> str:
 
 
 def _data(data: dict[str, dict[str, Any]]) -> str:
-    columns = [name for name in next(iter(data.values())) if name != "uri"]
+    """What the preparation counted, and the first bad rows."""
+    listed = dict.fromkeys(name for counts in data.values() for name in counts)
+    columns = [n for n in listed if n not in ("uri", "bad_examples") and any(counts.get(n) for counts in data.values())]
     rows = [
         (source, counts.get("uri", ""), *(_cell(counts.get(name)) for name in columns))
         for source, counts in data.items()
     ]
-    return table(("Source", "From", *(name.replace("_", " ").capitalize() for name in columns)), rows)
+    made = table(("Source", "From", *(name.replace("_", " ").capitalize() for name in columns)), rows)
+    bad = [(source, place) for source, counts in data.items() for place in counts.get("bad_examples", [])]
+    return made + ("<h3>Bad rows, left out</h3>" + table(("Source", "First of them"), bad) if bad else "")
 
 
 def _cell(value: Any) -> str:

@@ -157,6 +157,7 @@ class Job:
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
+        self.telemetry.update(formats={name: counts["format"] for name, counts in self.prepared.report.items()})
         self.objective = objective(config, self.tokenizer, self.prepared.labels)
         self.collate: Callable[[list[Any]], dict[str, Any]] = lambda items: self.objective.collate(
             items, self._pad_token_id()

@@ -57,7 +57,7 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
         chosen["tokenizer_name_or_path"] = model.name_or_path
         chosen["tokenizer_kwargs"] = {"local_files_only": True}
     adapted = attach(model, CONFIGS[method.type], chosen, config)
-    if method.type == "p_tuning":
+    if method.type == "p_tuning" and torch.amp.is_autocast_available(model.device.type):
         for network in adapted.prompt_encoder.values():
             # In the float32 of its weights: many CPUs have no LSTM in bfloat16.
             network.forward = torch.autocast(model.device.type, enabled=False)(network.forward)
