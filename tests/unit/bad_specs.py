@@ -1091,6 +1091,7 @@ BAD: tuple[Bad, ...] = (
         {"spec.stage": "token_classification", "spec.token_classification": {"labels": ["O", "B-PER", "O"]}},
         "spec.token_classification.labels",
         "every label once",
+        CONDITION,
     ),
     Bad(
         "labels of a number",
