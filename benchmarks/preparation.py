@@ -115,7 +115,8 @@ def prepare(folder: Path, rows: Path) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
             f"{what}: {size:.0f} MB, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s, "
-            f"{size / seconds:.1f} MB/s, {tokens / worked:,.0f} tokens per second of one core; peak memory {peak:.0f} MiB, {imported:.0f} of them before",
+            f"{size / seconds:.1f} MB/s, {tokens / worked:,.0f} tokens per second of one core; "
+            f"peak memory {peak:.0f} MiB, {imported:.0f} of them before",
             flush=True,
         )
 
