@@ -185,6 +185,68 @@ def _what_stages_exclude() -> list[Rule]:
     ]
 
 
+def _of_stages_with_targets() -> list[Rule]:
+    """sequence_classification, token_classification, seq2seq."""
+    silent = tuple(name for name, stage in STAGES.items() if stage.record in ("Labelled", "Tagged", "SourceTarget"))
+    labels = [
+        Rule(
+            at=f"spec.{section}",
+            field="labels",
+            holds=lambda self: len(set(self.labels)) == len(self.labels) != 1,
+            cel="size(self.labels) != 1 && self.labels.all(a, self.labels.exists_one(b, b == a))",
+            problem="one label alone, or one named twice",
+            accepted="every label once, two of them at least",
+            remedy="list all of them, or none: they are then found in the training rows",
+        )
+        for section in ("sequence_classification", "token_classification")
+    ]
+    return [
+        *labels,
+        Rule(
+            at="spec.sequence_classification",
+            field="labels",
+            holds=lambda self: not self.labels or self.problem_type != "regression",
+            cel="size(self.labels) == 0 || self.problem_type != 'regression'",
+            problem="a regression has no labels",
+            accepted="none with problem_type: regression",
+            remedy="remove them, or set problem_type: single_label_classification",
+        ),
+        Rule(
+            at="spec",
+            field="data.chat_template",
+            holds=lambda self: self.data.chat_template == "" or self.stage not in silent,
+            cel=f"self.data.chat_template == '' || !(self.stage in {list(silent)})",
+            problem="there is a chat template, but the rows of this stage are no conversations",
+            accepted=f"none with spec.stage {', '.join(silent)}",
+            remedy="remove it; seq2seq.source_prefix is put before sources",
+        ),
+        Rule(
+            at="spec",
+            field="evaluation.predict_with_generate",
+            holds=lambda self: not self.evaluation.predict_with_generate or self.stage == "seq2seq",
+            cel="!self.evaluation.predict_with_generate || self.stage == 'seq2seq'",
+            accepted="false but with spec.stage: seq2seq",
+            remedy="remove it, or set spec.stage: seq2seq; evaluation.prompts shows what other models write",
+        ),
+        Rule(
+            at="spec",
+            field="evaluation.predict_with_generate",
+            holds=lambda self: not self.evaluation.predict_with_generate or self.method.type != "moelora",
+            cel="!self.evaluation.predict_with_generate || self.method.type != 'moelora'",
+            accepted="false with spec.method.type: moelora",
+            remedy="remove it: while writing, the model would not know the task of the row",
+        ),
+        Rule(
+            at="spec",
+            field="evaluation.predict_with_generate",
+            holds=lambda self: not self.evaluation.predict_with_generate or len(self.data.eval) > 0,
+            cel="!self.evaluation.predict_with_generate || size(self.data.eval) > 0",
+            accepted="false, as spec.data.eval is empty",
+            remedy="add held-out rows in spec.data.eval, or remove it",
+        ),
+    ]
+
+
 _SMOOTHED = ("sigmoid", "robust", "exo_pair")
 """The losses of dpo that know label_smoothing."""
 
@@ -519,6 +581,7 @@ RULES: tuple[Rule, ...] = (
     # ---- the stage
     *_parameters_of_stages(),
     *_what_stages_exclude(),
+    *_of_stages_with_targets(),
     Rule(
         at="spec.dpo",
         field="label_smoothing",

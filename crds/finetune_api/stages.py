@@ -132,8 +132,6 @@ class Stage:
     """Several rows may share a sequence."""
     generates: bool = True
     """The model writes text, so that ``evaluation.prompts`` can be put to it."""
-    reference: bool = False
-    """What the model said at first is needed all along."""
     parameters: type[HyperModel] | None = None
     """The class of ``spec.<stage>``."""
 
@@ -144,8 +142,8 @@ STAGES: dict[str, Stage] = {
         "Conversation", "supervised fine-tuning; the loss covers the answers only", packing=True, parameters=Sft
     ),
     "reward": Stage("Preference", "a reward model of pairs of answers", generates=False, parameters=Reward),
-    "dpo": Stage("Preference", "preferences without a reward model", reference=True, parameters=Dpo),
-    "kto": Stage("Judged", "answers judged good or bad", reference=True, parameters=Kto),
+    "dpo": Stage("Preference", "preferences without a reward model", parameters=Dpo),
+    "kto": Stage("Judged", "answers judged good or bad", parameters=Kto),
     "orpo": Stage("Preference", "SFT and preferences in one, without a reference", parameters=Orpo),
     "sequence_classification": Stage(
         "Labelled", "labels of texts or of pairs of texts", generates=False, parameters=SequenceClassification

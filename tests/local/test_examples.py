@@ -17,6 +17,7 @@ from finetune_api.stages import STAGES
 from finetune_operator.cli.main import main
 from finetune_operator.cluster import processes
 from finetune_operator.cluster.store import Folder
+from tests.trainer import tiny_heads
 from tests.trainer.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +174,36 @@ def test_a_pipeline_of_six_stages(place: Place) -> None:
     assert json.loads((place.home / "out" / "pipeline-dpo" / "manifest.json").read_text())["inputs"].keys() >= {
         f"file://{place.home}/out/pipeline-{stage}" for stage in ("pretrain", "sft")
     }
+
+
+@pytest.mark.trainer
+def test_sentiment_by_all_weights_and_by_lora(place: Place) -> None:
+    """On a tiny DistilBERT and rows that follow a rule; both learn it, side by side."""
+    model = tiny_heads.make(place.home / "distilbert", "distilbert", initializer_range=0.12)
+    for name, count, seed in (("train", 1500, 1), ("validation", 150, 2)):
+        rows = [{"sentence": row["text"], "label": row["label"]} for row in tiny_heads.opinions(count, seed)]
+        tiny_heads.write_rows(place.home / f"{name}.jsonl", rows)
+    options = [
+        f"model.uri=file://{model}",
+        f"data.train[0].uri=file://{place.home}/train.jsonl",
+        f"data.eval[0].uri=file://{place.home}/validation.jsonl",
+        "data.eval[0].split=train",
+        "training.max_steps=80",
+        "sentiment-full:training.learning_rate=2e-3",
+        "sentiment-lora:training.learning_rate=1e-2",
+    ]
+    place.run("09", *options)
+    trained = {}
+    for name in ("sentiment-full", "sentiment-lora"):
+        status = place.status(name)
+        assert float(status["evaluation"]["accuracy"]) > 0.95, name
+        page = (place.home / "out" / name / "report.html").read_text()
+        assert "Confusion matrix" in page and "Training time" in page
+        [words] = re.findall(r"by \w+, ([\d,.]+(?: M)?) of [\d,.]+(?: M)? parameters trained", page)
+        trained[name] = int(words.replace(",", ""))
+    # (q, v) x 2 layers of rank 8, and the head: pre_classifier and classifier
+    assert trained["sentiment-lora"] == 4 * 8 * (64 + 64) + (64 * 64 + 64) + (64 * 2 + 2)
+    assert trained["sentiment-full"] > 5 * trained["sentiment-lora"]
 
 
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "stages.md").read_text(), re.M | re.S))

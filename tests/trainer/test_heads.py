@@ -111,12 +111,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(root: Path) -> dict[str, dict[str, Any]]:
-    """Everything that one process does."""
+def learned(root: Path) -> dict[str, dict[str, Any]]:
+    """The runs that learn their rule."""
     plans = [
-        job(root, f"learn/{name}", rule, changes, steps, name=f"learn/{name}")
-        for name, (rule, changes, steps) in LEARNING.items()
+        job(root, f"learn/{name}", rule, changes, steps, name=name) for name, (rule, changes, steps) in LEARNING.items()
     ]
+    (root / "learn").mkdir()
+    return play(root / "learn", plans, 1)
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> dict[str, dict[str, Any]]:
+    """The short runs, by one process."""
+    plans = []
     for name, (rule, changes) in SHORT.items():
         few = {"data": {"eval": [{"uri": f"file://{root}/{rule}-few.jsonl"}]}}
         changes = tiny.merge(changes, few)
@@ -172,9 +179,9 @@ MAIN = {"numbers": "spearman", "named": "f1", "mirrored": "exact_match"}
 
 
 @pytest.mark.parametrize("name", LEARNING)
-def test_a_rule_is_learned_from_rows_that_follow_it(alone: dict[str, dict[str, Any]], name: str) -> None:
+def test_a_rule_is_learned_from_rows_that_follow_it(learned: dict[str, dict[str, Any]], name: str) -> None:
     rule = LEARNING[name][0]
-    result = alone[f"learn/{name}"]
+    result = learned[name]
     said(result)
     told = result["evaluation"]
     assert told[MAIN.get(rule, "accuracy")] > 0.95, told
@@ -241,18 +248,18 @@ def their_loss(model: Any, tokenizer: Any, rule: str, rows: list[dict[str, Any]]
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_plain_libraries_read_the_result_and_come_to_the_same_loss(
-    alone: dict[str, dict[str, Any]], root: Path, name: str
+    learned: dict[str, dict[str, Any]], root: Path, name: str
 ) -> None:
     rule = LEARNING[name][0]
     model, tokenizer = again(root, name)
     loss = their_loss(model, tokenizer, rule, rows_of(root, rule))
-    assert loss == pytest.approx(alone[f"learn/{name}"]["evaluation"]["loss"], abs=1e-5)
+    assert loss == pytest.approx(learned[name]["evaluation"]["loss"], abs=1e-5)
     if LEARNING[name][1].get("merge"):
         merged, tokenizer = again(root, name, "merged")
         assert their_loss(merged, tokenizer, rule, rows_of(root, rule)) == pytest.approx(loss, abs=1e-4)
 
 
-def test_the_written_model_knows_its_labels(alone: dict[str, dict[str, Any]], root: Path) -> None:
+def test_the_written_model_knows_its_labels(learned: dict[str, dict[str, Any]], root: Path) -> None:
     configs = {name: again(root, name)[0].config for name in LEARNING if name != "mirrored"}
     assert configs["opinions"].id2label == {0: "negative", 1: "positive"}
     assert configs["opinions by LoRA"].label2id == {"negative": 0, "positive": 1}
@@ -265,7 +272,7 @@ def test_the_written_model_knows_its_labels(alone: dict[str, dict[str, Any]], ro
     assert not (root / "learn" / "opinions" / "output" / "chat_template.jinja").exists()
 
 
-def test_a_pipeline_of_transformers_says_the_labels(alone: dict[str, dict[str, Any]], root: Path) -> None:
+def test_a_pipeline_of_transformers_says_the_labels(learned: dict[str, dict[str, Any]], root: Path) -> None:
     from transformers import pipeline
 
     folder = str(root / "learn" / "opinions" / "output")
@@ -273,10 +280,10 @@ def test_a_pipeline_of_transformers_says_the_labels(alone: dict[str, dict[str, A
     assert [said["label"] for said in judge(["red hello the one", "the two five a green"])] == ["positive", "negative"]
 
 
-def test_figures_and_confusion_stand_in_metrics_and_report(alone: dict[str, dict[str, Any]], root: Path) -> None:
+def test_figures_and_confusion_stand_in_metrics_and_report(learned: dict[str, dict[str, Any]], root: Path) -> None:
     output = root / "learn" / "opinions" / "output"
     line = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-    matrix, told = line["eval_confusion"], alone["learn/opinions"]["evaluation"]
+    matrix, told = line["eval_confusion"], learned["opinions"]["evaluation"]
     assert sum(map(sum, matrix)) == 150
     assert (matrix[0][0] + matrix[1][1]) / 150 == pytest.approx(told["accuracy"]) == line["eval_accuracy"]
     page = (output / "report.html").read_text()
@@ -310,8 +317,8 @@ def test_two_processes_train_as_one(
     close(alone[GANG[name][0]], gang[name])
 
 
-def test_a_step_tells_the_accuracy_of_its_rows(alone: dict[str, dict[str, Any]]) -> None:
-    last = alone["learn/opinions"]["records"][-1]
+def test_a_step_tells_the_accuracy_of_its_rows(learned: dict[str, dict[str, Any]]) -> None:
+    last = learned["opinions"]["records"][-1]
     assert last["accuracy"] > 0.9
     assert not math.isnan(last["loss"])
-    assert "accuracy" not in alone["learn/numbers"]["records"][-1]
+    assert "accuracy" not in learned["numbers"]["records"][-1]

@@ -1080,6 +1080,56 @@ BAD: tuple[Bad, ...] = (
         SCHEMA,
         "Unsupported value",
     ),
+    Bad(
+        "one label alone",
+        {"spec.stage": "sequence_classification", "spec.sequence_classification": {"labels": ["yes"]}},
+        "spec.sequence_classification.labels",
+        "list all of them, or none",
+    ),
+    Bad(
+        "a tag named twice",
+        {"spec.stage": "token_classification", "spec.token_classification": {"labels": ["O", "B-PER", "O"]}},
+        "spec.token_classification.labels",
+        "every label once",
+    ),
+    Bad(
+        "labels of a number",
+        {
+            "spec.stage": "sequence_classification",
+            "spec.sequence_classification": {"labels": ["low", "high"], "problem_type": "regression"},
+        },
+        "spec.sequence_classification.labels",
+        "set problem_type: single_label_classification",
+    ),
+    Bad(
+        "a chat template for words",
+        {"spec.stage": "token_classification", "spec.data.chat_template": "chatml"},
+        "spec.data.chat_template",
+        "the rows of this stage are no conversations",
+    ),
+    Bad(
+        "a language model that is to write targets",
+        {"spec.evaluation.predict_with_generate": True, "spec.data.eval": [{"uri": "s3://a/b.jsonl"}]},
+        "spec.evaluation.predict_with_generate",
+        "set spec.stage: seq2seq",
+    ),
+    Bad(
+        "targets to write for nothing",
+        {"spec.stage": "seq2seq", "spec.evaluation.predict_with_generate": True, "spec.data.eval": []},
+        "spec.evaluation.predict_with_generate",
+        "add held-out rows",
+    ),
+    Bad(
+        "writing for an unknown task",
+        {
+            "spec.stage": "seq2seq",
+            "spec.method": {"type": "moelora", "tasks": ["one"]},
+            "spec.evaluation.predict_with_generate": True,
+            "spec.data.eval": [{"uri": "s3://a/b.jsonl"}],
+        },
+        "spec.evaluation.predict_with_generate",
+        "would not know the task",
+    ),
     Bad("beta of nothing", {"spec.stage": "kto", "spec.kto": {"beta": 0}}, "spec.kto.beta", "greater than 0", SCHEMA),
 )
 

@@ -228,4 +228,28 @@ GOOD: tuple[Good, ...] = (
     Good("an empty section", {"spec.stage": "orpo", "spec.orpo": {}}),
     Good("a centred reward", {"spec.stage": "reward", "spec.reward": {"center_rewards_coefficient": 0.01}}),
     Good("kto with weights", {"spec.stage": "kto", "spec.kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5}}),
+    Good(
+        "labels in an order",
+        {
+            "spec.stage": "sequence_classification",
+            "spec.sequence_classification": {
+                "labels": ["contradiction", "neutral", "entailment"],
+                "problem_type": "single_label_classification",
+            },
+        },
+    ),
+    Good(
+        "a regression",
+        {"spec.stage": "sequence_classification", "spec.sequence_classification": {"problem_type": "regression"}},
+    ),
+    Good("tags as they come", {"spec.stage": "token_classification", "spec.method": {"type": "p_tuning_v2"}}),
+    Good(
+        "summaries",
+        {
+            "spec.stage": "seq2seq",
+            "spec.seq2seq": {"source_prefix": "summarize: ", "max_target_length": 64},
+            "spec.data.eval": [{"uri": "s3://a/b.jsonl"}],
+            "spec.evaluation": {"predict_with_generate": True, "generation_num_beams": 4, "prompts": ["A long text."]},
+        },
+    ),
 )

@@ -229,7 +229,7 @@ def _load(
             bnb_4bit_quant_type=qlora.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=qlora.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=list(HEADS) if kind.new_head else None,
+            llm_int8_skip_modules=[f".*{name}" for name in HEADS] if kind.new_head else None,
         )
     if kind.new_head:  # a head for other labels is replaced
         options["ignore_mismatched_sizes"] = True

@@ -405,14 +405,20 @@ class Job:
             self.history.add(line)
             self._print(for_people(line, self.max_steps))
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, Any]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
+        from finetune_trainer.report import SHOWN_LABELS
+
         if not self.prepared.eval:
             return {}
         before = self.telemetry.progress().phase
         self._phase("evaluating")
         figures = self.engine.evaluate(self.prepared.eval, self.collate)
-        told = self.log.evaluated(self.step, figures)
+        told: dict[str, Any] = self.log.evaluated(self.step, figures)
+        if self.engine.confusion:
+            self.tally.confusion = self.engine.confusion[""]
+            if len(self.objective.labels) <= SHOWN_LABELS:
+                told["eval_confusion"] = self.tally.confusion
         self._compare(figures)
         self._phase(before)
         return told
@@ -573,6 +579,8 @@ class Job:
             config=config,
             records=self.history.records(),
             evaluation=self.tally.evaluation,
+            labels=self.objective.labels,
+            confusion=self.tally.confusion,
             answers=answers,
             data=self.prepared.report,
             attempts=self._attempts(),

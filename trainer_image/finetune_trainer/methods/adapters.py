@@ -5,6 +5,7 @@ A method's parameters carry PEFT's names, so its class in ``finetune_api/methods
 """
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,15 @@ def save(
 
 
 def write_labels(model: Any, directory: Path) -> None:
-    """The configuration of the model that an adapter of a classifier belongs to: it knows the labels."""
-    model.get_base_model().config.save_pretrained(directory)
+    """The configuration of the model that an adapter of a classifier belongs to: it knows the labels. Of the model as
+    it was published: a base in 4 bits is this run's own affair."""
+    base = model.get_base_model()
+    config = deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if hasattr(base, "_published_use_cache"):
+        config.use_cache = base._published_use_cache
+    config.save_pretrained(directory)
 
 
 def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerConfig) -> None:
