@@ -1101,10 +1101,17 @@ BAD: tuple[Bad, ...] = (
         "list all of them, or none",
     ),
     Bad(
+        "one tag alone",
+        {"spec.stage": "token_classification", "spec.token_classification": {"labels": ["O"]}},
+        "spec.token_classification.labels",
+        "list all of them, or none",
+    ),
+    Bad(
         "a tag named twice",
         {"spec.stage": "token_classification", "spec.token_classification": {"labels": ["O", "B-PER", "O"]}},
         "spec.token_classification.labels",
         "every label once",
+        CONDITION,
     ),
     Bad(
         "labels of a number",
