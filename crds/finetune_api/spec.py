@@ -9,19 +9,14 @@ from pydantic import Field
 
 from finetune_api.base import Duration, HyperModel, KubeModel
 from finetune_api.methods import Lora, Method
+from finetune_api.reinforcement import Grpo, Ppo
 from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
+from finetune_api.uris import DataUri, ModelUri, StorageUri
 
-Uri = Annotated[str, Field(max_length=1024)]
 # Patterns: ``schema.PATTERNS`` has the words for each.
-MODEL_URI = r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+|job://[a-z]([-a-z0-9]*[a-z0-9])?)$"
-DATA_URI = r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+)$"
-STORAGE_URI = r"^((s3|gs|az|pvc)://[^/]+.*|file:///.+)$"
 NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 SHARD_SIZE = r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$"
 
-ModelUri = Annotated[Uri, Field(pattern=MODEL_URI)]
-DataUri = Annotated[Uri, Field(pattern=DATA_URI)]
-StorageUri = Annotated[Uri, Field(pattern=STORAGE_URI)]
 Name = Annotated[str, Field(max_length=253, pattern=NAME)]
 Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
@@ -32,6 +27,8 @@ Stage = Literal[
     "dpo",
     "kto",
     "orpo",
+    "ppo",
+    "grpo",
     "sequence_classification",
     "token_classification",
     "seq2seq",
@@ -288,9 +285,9 @@ class FineTuneJobSpec(KubeModel):
     stage: Stage = "sft"
     """What is learned: pretrain (continued pretraining on running text), sft (supervised fine-tuning; the loss covers
     the answers only), reward (a reward model of pairs of answers), dpo (preferences without a reward model), kto
-    (answers judged good or bad), orpo (SFT and preferences in one, without a reference), sequence_classification
-    (labels of texts or of pairs of texts), token_classification (a label for every word), seq2seq (texts made of texts
-    by an encoder-decoder)."""
+    (answers judged good or bad), orpo (SFT and preferences in one, without a reference), ppo and grpo (rewards of what
+    the model writes itself), sequence_classification (labels of texts or of pairs of texts), token_classification (a
+    label for every word), seq2seq (texts made of texts by an encoder-decoder)."""
     model: ModelSource
     """The model to start from."""
     method: Method = Lora(type="lora")
@@ -309,6 +306,10 @@ class FineTuneJobSpec(KubeModel):
     """Parameters of stage kto."""
     orpo: Orpo | None = None
     """Parameters of stage orpo."""
+    ppo: Ppo | None = None
+    """Parameters of stage ppo."""
+    grpo: Grpo | None = None
+    """Parameters of stage grpo."""
     sequence_classification: Annotated[SequenceClassification | None, Field(alias="sequence_classification")] = None
     """Parameters of stage sequence_classification."""
     token_classification: Annotated[TokenClassification | None, Field(alias="token_classification")] = None

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import HyperModel
+from finetune_api.reinforcement import Grpo, Ppo
 
 DpoLoss = Literal[
     "sigmoid",
@@ -134,6 +135,8 @@ class Stage:
     """The model writes text, so that ``evaluation.prompts`` can be put to it."""
     reference: bool = False
     """What the model said at first is needed all along."""
+    rollouts: bool = False
+    """It learns from answers that the model writes itself: a step is one rollout."""
     parameters: type[HyperModel] | None = None
     """The class of ``spec.<stage>``."""
 
@@ -147,6 +150,8 @@ STAGES: dict[str, Stage] = {
     "dpo": Stage("Preference", "preferences without a reward model", reference=True, parameters=Dpo),
     "kto": Stage("Judged", "answers judged good or bad", reference=True, parameters=Kto),
     "orpo": Stage("Preference", "SFT and preferences in one, without a reference", parameters=Orpo),
+    "ppo": Stage("Prompt", "rewards of what the model writes itself, by PPO", rollouts=True, parameters=Ppo),
+    "grpo": Stage("Prompt", "rewards of several answers to each prompt, by GRPO", rollouts=True, parameters=Grpo),
     "sequence_classification": Stage(
         "Labelled", "labels of texts or of pairs of texts", generates=False, parameters=SequenceClassification
     ),
@@ -155,3 +160,5 @@ STAGES: dict[str, Stage] = {
 }
 SECTIONS = tuple(name for name, stage in STAGES.items() if stage.parameters is not None)
 """Stages with parameters of their own, ``spec.<stage>``."""
+ROLLOUTS = tuple(name for name, stage in STAGES.items() if stage.rollouts)
+"""Stages that learn from answers that the model writes itself."""

@@ -20,6 +20,7 @@ from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from finetune_api.base import seconds
+from finetune_api.stages import ROLLOUTS
 from finetune_operator import manifests
 from finetune_operator.cluster import ClusterError, Object
 from finetune_operator.cluster.kubernetes import KubernetesCluster, load_client
@@ -59,9 +60,7 @@ class Operator:
             self.jobs[key] = body
         self.queue.add(key)
         for other, job in self.jobs.items():
-            model = (job.get("spec") or {}).get("model") or {}
-            waits_for = [model.get("uri"), *(adapter.get("uri") for adapter in model.get("adapters") or [])]
-            if other[0] == key[0] and f"job://{key[1]}" in waits_for:
+            if other[0] == key[0] and f"job://{key[1]}" in _waits_for(job.get("spec") or {}):
                 self.queue.add(other)
 
     def watch_pods(self) -> None:
@@ -176,6 +175,13 @@ class Operator:
             for task in tasks:
                 task.cancel()
             await runner.cleanup()
+
+
+def _waits_for(spec: Object) -> list[Any]:
+    """The URIs of a spec, as it was written, that may be the output of another job."""
+    model = spec.get("model") or {}
+    judges = [(spec.get(stage) or {}).get("reward_model") or {} for stage in ROLLOUTS]
+    return [source.get("uri") for source in (model, *(model.get("adapters") or []), *judges)]
 
 
 def _registry(operator: Operator) -> kopf.OperatorRegistry:

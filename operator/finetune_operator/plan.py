@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune_api.base import seconds
 from finetune_api.compatibility import COMPATIBILITY
+from finetune_api.reinforcement import Rollout
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.stages import SECTIONS, STAGES
@@ -152,7 +153,7 @@ def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str
             }
         ),
         training=training,
-        **stage_parameters(spec),
+        **stage_parameters(spec, inputs),
         evaluation=spec.evaluation,
         deepspeed=deepspeed_config(spec, dtype),
         checkpoint_uri=mounted(checkpoint_uri(owner, spec)),
@@ -167,10 +168,21 @@ def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str
     )
 
 
-def stage_parameters(spec: FineTuneJobSpec) -> dict[str, Any]:
-    """``spec.<stage>``, with its defaults where the user wrote none."""
+def stage_parameters(spec: FineTuneJobSpec, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """``spec.<stage>``, with its defaults where the user wrote none, and with what lies where."""
     made = STAGES[spec.stage].parameters
-    return {} if made is None else {spec.stage: getattr(spec, spec.stage) or made()}
+    if made is None:
+        return {}
+    options: Any = getattr(spec, spec.stage) or made()
+    if isinstance(options, Rollout):
+        model = options.reward_model
+        options = options.model_copy(
+            update={
+                "reward_model": model and model.model_copy(update={"uri": mounted(inputs.get(model.uri, model.uri))}),
+                "reward_funcs": [f.model_copy(update={"uri": f.uri and mounted(f.uri)}) for f in options.reward_funcs],
+            }
+        )
+    return {spec.stage: options}
 
 
 def checkpoint_uri(owner: Owner, spec: FineTuneJobSpec) -> str:
@@ -211,15 +223,29 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def model_uris(spec: FineTuneJobSpec) -> list[str]:
-    """The model and its adapters: what may be the output of another job."""
-    return [spec.model.uri, *(adapter.uri for adapter in spec.model.adapters)]
+def rollout(spec: FineTuneJobSpec) -> Rollout | None:
+    """The parameters of a stage that learns from what the model writes; None of other stages."""
+    options = getattr(spec, spec.stage, None)
+    return options if isinstance(options, Rollout) else None
+
+
+def model_uris(spec: FineTuneJobSpec) -> dict[str, tuple[str, ...]]:
+    """The model, its adapters and the reward model: what may be the output of another job, and of which kinds, the
+    preferred first."""
+    uris: dict[str, tuple[str, ...]] = {}
+    options = rollout(spec)
+    if options is not None and options.reward_model is not None:
+        uris[options.reward_model.uri] = ("merged", "model", "adapter")
+    uris |= {adapter.uri: ("adapter",) for adapter in spec.model.adapters}
+    return {spec.model.uri: ("merged", "model")} | uris
 
 
 def claims(spec: FineTuneJobSpec, inputs: Mapping[str, str]) -> tuple[str, ...]:
     """Names of all claims the job reads or writes through pvc://."""
     uris = [inputs.get(uri, uri) for uri in model_uris(spec)] + [spec.output.uri, spec.checkpoint.uri or ""]
     uris += [source.uri for source in (*spec.data.train, *spec.data.eval)]
+    if (options := rollout(spec)) is not None:
+        uris += [function.uri or "" for function in options.reward_funcs]
     return tuple(sorted({uri[len("pvc://") :].split("/", 1)[0] for uri in uris if uri.startswith("pvc://")}))
 
 

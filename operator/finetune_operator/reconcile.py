@@ -131,17 +131,17 @@ def _profile(settings: Settings, spec: FineTuneJobSpec | None) -> tuple[Profile 
 def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
     """Outputs of the jobs this one starts from."""
     resolved: dict[str, str] = {}
-    for uri in model_uris(spec):
+    for uri, kinds in model_uris(spec).items():
         if uri.startswith("job://"):
-            found = _output(cluster, namespace, uri, adapter=uri != spec.model.uri)
+            found = _output(cluster, namespace, uri, kinds)
             if found.waiting:
                 return found
             resolved |= found.resolved
     return Inputs(resolved=resolved)
 
 
-def _output(cluster: Cluster, namespace: str, uri: str, *, adapter: bool) -> Inputs:
-    """What another job wrote: a whole model, or an adapter."""
+def _output(cluster: Cluster, namespace: str, uri: str, kinds: tuple[str, ...]) -> Inputs:
+    """What another job wrote, of one of these kinds: a whole model, or an adapter."""
     name = uri.removeprefix("job://")
     other = cluster.finetunejob(namespace, name)
     if other is None:
@@ -152,13 +152,13 @@ def _output(cluster: Cluster, namespace: str, uri: str, *, adapter: bool) -> Inp
     if not is_true(status, Condition.COMPLETE):
         return Inputs(waiting=f"Waiting for FineTuneJob {name} ({status.state or 'Pending'}).")
     written = {o.kind: o.uri for o in status.outputs}
-    output = written.get("adapter") if adapter else written.get("merged") or written.get("model")
+    output = next((written[kind] for kind in kinds if kind in written), None)
     if output is not None:
         return Inputs(resolved={uri: output})
     problem = (
         "wrote a whole model and no adapter; accepted in spec.model.adapters: an output of kind adapter. Name it in "
         "spec.model.uri."
-        if adapter
+        if kinds == ("adapter",)
         else "wrote an adapter only, not a whole model; accepted: an output of kind model or merged. Run it again with "
         "output.merge: true, or name it in spec.model.adapters beside its base."
     )

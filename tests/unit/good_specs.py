@@ -214,4 +214,33 @@ GOOD: tuple[Good, ...] = (
     Good("an empty section", {"spec.stage": "orpo", "spec.orpo": {}}),
     Good("a centred reward", {"spec.stage": "reward", "spec.reward": {"center_rewards_coefficient": 0.01}}),
     Good("kto with weights", {"spec.stage": "kto", "spec.kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5}}),
+    Good("ppo with a reward model", {"spec.stage": "ppo", "spec.ppo": {"reward_model": {"uri": "job://reward"}}}),
+    Good(
+        "ppo in more words",
+        {
+            "spec.stage": "ppo",
+            "spec.ppo": {
+                "reward_model": {"uri": "hf://team/reward", "revision": "v2", "weight": 0.5},
+                "reward_funcs": [{"type": "length", "target_length": 50, "weight": -1}],
+                "kl_target": 6,
+                "missing_eos_penalty": 1,
+                "num_mini_batches": 2,
+            },
+        },
+    ),
+    Good(
+        "grpo with every reward function",
+        {
+            "spec.stage": "grpo",
+            "spec.grpo": {
+                "reward_funcs": [
+                    {"type": "exact_match", "pattern": r"####\s*(.+)", "column": "solution"},
+                    {"type": "format", "pattern": "<answer>.*</answer>"},
+                    {"type": "python", "uri": "s3://team/rewards.py", "function": "clear"},
+                ],
+                "loss_type": "luspo",
+                "importance_sampling_level": "sequence",
+            },
+        },
+    ),
 )

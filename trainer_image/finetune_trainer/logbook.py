@@ -83,6 +83,8 @@ class Tally:
     """Answers before training, by prompt."""
     evaluation: dict[str, float] = field(default_factory=dict)
     evaluated_step: int = -1
+    kl_coef: float | None = None
+    """PPO's, of the next step."""
 
     def document(self) -> bytes:
         """As JSON."""

@@ -33,6 +33,7 @@ from finetune_api.run import (
     Termination,
     TrainerConfig,
 )
+from finetune_api.stages import STAGES
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
 from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
@@ -105,6 +106,8 @@ class Job:
         self.last_checkpoint: CheckpointInfo | None = None
         self.outputs: list[OutputInfo] = []
         self.fence: Any = None
+        self.parts: Any = None
+        self.rollouts: Any = None
         self.save_steps = int(os.environ.get(ENV_SAVE_STEPS) or config.save_steps)
         self.save_total_limit = int(os.environ.get(ENV_SAVE_TOTAL_LIMIT) or config.save_total_limit)
         self.work = Path(os.environ.get(ENV_WORK) or tempfile.mkdtemp(prefix="finetune-"))
@@ -196,6 +199,7 @@ class Job:
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
         added = hooks(trained, config, self.max_steps)
         off = switched_off(trained, config)
+        self._furnish(trained, off is not None)
         self.engine = Engine(trained, config, world, self.objective, self.stop, added, off)
         if self.engine.needs_references:
             self._references()
@@ -212,6 +216,7 @@ class Job:
             self.tally = Tally.of(self.resumed.run)
             self.loss = next((record["loss"] for record in reversed(self.history.records())), None)
             self._say_resumed()
+        self._begin_rollouts()
         self.log = Logbook(
             self.telemetry,
             self.tally,
@@ -235,6 +240,34 @@ class Job:
             on_saved=self._saved,
         )
 
+    def _furnish(self, trained: Any, can_switch_off: bool) -> None:
+        """What stands beside the policy, where the stage learns from what the model writes."""
+        if not STAGES[self.config.stage].rollouts:
+            return
+        from dataclasses import replace
+
+        from finetune_trainer import earlier, rewards, rollout
+
+        # Switched off, an adapter that is trained on would leave the model it was made for.
+        can_switch_off &= earlier.trained_on(self.config, self.fetched) is None
+        self._phase("loading", "loading what judges the answers")
+        self.parts = rollout.furnish(
+            self.config,
+            trained,
+            can_switch_off,
+            lambda: rewards.load(self.config, self.fetched, self.tokenizer, trained, self.world.device),
+        )
+        told = rollout.figures(self.parts.judges.names, self.objective.figures)
+        self.objective = replace(self.objective, figures=told)
+
+    def _begin_rollouts(self) -> None:
+        if not STAGES[self.config.stage].rollouts:
+            return
+        from finetune_trainer.rollout import Rollouts
+
+        kl_coef = self.world.share("kl_coef", self.tally.kl_coef)
+        self.rollouts = Rollouts(self.engine, self.tokenizer, self.config, self.parts, kl_coef)
+
     def _references(self) -> None:
         """While the model is the one it starts from, also where the run goes on from a checkpoint. Collective."""
         self._phase("preparing", "asking the reference")
@@ -248,6 +281,9 @@ class Job:
         """Digests of what the result depends on; held-out rows do not change it."""
         model = self.config.model
         wanted = {model.uri, *(adapter.uri for adapter in model.adapters), *(s.uri for s in self.config.data.train)}
+        if (judged := self.config.ppo or self.config.grpo) is not None:
+            wanted |= {judged.reward_model.uri} if judged.reward_model else set()
+            wanted |= {function.uri for function in judged.reward_funcs if function.uri}
         return {
             uri: digest
             for uri, digest in self.fetched.digests.items()
@@ -299,24 +335,10 @@ class Job:
 
     def train(self) -> bool:
         """The steps. False: stopped on request, saved."""
-        from finetune_trainer.feed import Feed
-
-        config, world, engine = self.config, self.world, self.engine
+        world, engine = self.world, self.engine
         self._answer_before()
         self._phase("training", f"training from step {self.step} to {self.max_steps}")
-        feed = Feed(
-            self.prepared.train,
-            self.collate,
-            self.objective,
-            rank=world.rank,
-            size=world.size,
-            per_device=config.training.per_device_train_batch_size,
-            global_batch=config.global_batch_size,
-            first_step=self.step + 1,
-            position=self.resumed.position,
-            end=self.wanted,
-            pin=world.device.type == "cuda",
-        )
+        feed = self._feed()
         self.position = self.resumed.position
         trace, profile = self._trace(), Profile(world.first and world.device.type == "cuda")
         batch, waited = feed.take()
@@ -329,7 +351,11 @@ class Job:
                 return False
             began = time.monotonic()
             weights, rate = agreed.next_weights, self.rate(batch.step - 1)
-            outcome = engine.step(batch, weights, rate)
+            if self.rollouts is None:
+                outcome = engine.step(batch, weights, rate)
+            else:
+                outcome, batch = self.rollouts.step(batch, rate)
+                weights, self.tally.kl_coef = outcome.weights, self.rollouts.kl_coef
             following, waits = feed.take()
             agreed = engine.agree(outcome, batch, following, fatal=self.saver.fatal is not None, saving=self.saver.busy)
             loss, norm = mean_loss(agreed.loss_sums, weights), float(outcome.grad_norm)
@@ -372,6 +398,30 @@ class Job:
             self.saver.wait()
         return True
 
+    def _feed(self) -> Any:
+        from finetune_trainer.feed import Feed
+
+        config, collate, objective = self.config, self.collate, self.objective
+        per_device = config.training.per_device_train_batch_size
+        if self.rollouts is not None:
+            from finetune_trainer import rollout
+
+            collate, objective = rollout.prompts, rollout.reading(objective.terms)
+            per_device = rollout.prompts_at_once(config)
+        return Feed(
+            self.prepared.train,
+            collate,
+            objective,
+            rank=self.world.rank,
+            size=self.world.size,
+            per_device=per_device,
+            global_batch=config.global_batch_size,
+            first_step=self.step + 1,
+            position=self.resumed.position,
+            end=self.wanted,
+            pin=self.world.device.type == "cuda",
+        )
+
     def _stepped(self, step: Step) -> None:
         self.log.note(step)
         self.stop.beat()
@@ -398,7 +448,10 @@ class Job:
             return {}
         before = self.telemetry.progress().phase
         self._phase("evaluating")
-        figures = self.engine.evaluate(self.prepared.eval, self.collate)
+        if self.rollouts is None:
+            figures = self.engine.evaluate(self.prepared.eval, self.collate)
+        else:
+            figures = self.rollouts.evaluate(self.prepared.eval)
         told = self.log.evaluated(self.step, figures)
         self._phase(before)
         return told
@@ -477,6 +530,8 @@ class Job:
         """The answers after, the result and the report, and the last word."""
         self._phase("exporting", "writing the result")
         answers = self._answers()
+        if self.rollouts is not None:
+            self.parts.detach()
         weights = self.engine.weights(only_trainable=not self._whole_model)
         if self.world.first:
             self._export(weights, answers)

@@ -97,7 +97,7 @@ def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fres
         if (namespace, other) not in given and state != State.SUCCEEDED:
             found = f"is {state} here" if state else "was not run here"
             mistakes.append(
-                f"{label}: spec.model names {uri}: {other} {found}; accepted: a job that has "
+                f"{label}: it starts from {uri}: {other} {found}; accepted: a job that has "
                 "succeeded, or one given with this one. Add its file to the command."
             )
     folder = cluster.folder(namespace, name)

@@ -92,7 +92,10 @@ def _load(entry: Path, name: str) -> tuple[Rows, Counts] | None:
     try:
         counts = json.loads((entry / "counts.json").read_text())
         ids, learned, starts = (np.load(entry / f"{part}.npy", mmap_mode="r") for part in ("ids", "learned", "starts"))
-        labels = np.load(entry / "labels.npy", mmap_mode="r") if (entry / "labels.npy").exists() else None
+        labels, notes, note_starts = (
+            np.load(entry / f"{part}.npy", mmap_mode="r") if (entry / f"{part}.npy").exists() else None
+            for part in ("labels", "notes", "note_starts")
+        )
         numbers = {path.stem: np.load(path, mmap_mode="r") for path in sorted((entry / "numbers").glob("*.npy"))}
         parts = int(counts["parts"])
     except (OSError, ValueError, KeyError):
@@ -100,14 +103,14 @@ def _load(entry: Path, name: str) -> tuple[Rows, Counts] | None:
     if len(ids) != len(learned) or len(ids) != counts["tokens"] or int(starts[-1]) != len(ids):
         return None
     del counts["parts"]
-    return Rows(name, ids, learned, starts, parts, labels, numbers), counts
+    return Rows(name, ids, learned, starts, parts, labels, numbers, notes, note_starts), counts
 
 
 def _store(entry: Path, rows: Rows, counts: Counts) -> None:
     partial = entry.with_name(f".partial-{uuid.uuid4().hex[:8]}")
     (partial / "numbers").mkdir(parents=True)
     try:
-        for part in ("ids", "learned", "starts", "labels"):
+        for part in ("ids", "learned", "starts", "labels", "notes", "note_starts"):
             if getattr(rows, part) is not None:
                 np.save(partial / f"{part}.npy", getattr(rows, part))
         for key, values in rows.numbers.items():
