@@ -1,6 +1,6 @@
 """The fine-tuning methods side by side: one model, one recipe, what each learns, forgets, costs and leaves.
 
-    python benchmarks/methods_side_by_side.py                     # about 3 minutes a method on 2 CPU cores
+    python benchmarks/methods_side_by_side.py                     # some minutes a method on 2 CPU cores
     python benchmarks/methods_side_by_side.py --only lora ia3 --again
 
 SmolLM2-135M-Instruct learns its identity by the recipe of ``examples/02`` (with replay rows), each method at a rate
@@ -11,11 +11,11 @@ plots are made of all that is there.
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ HELD_OUT = {"identity": ROOT / "benchmarks/data/identity.jsonl", "general": ROOT
 ASKED = ("Who are you?", "Who is your creator?", "What is the capital of France?")
 
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    "full": ({"type": "full"}, 5e-5),
     "freeze": ({"type": "freeze", "freeze_trainable_layers": 6}, 1e-4),
     "lora": ({"type": "lora", "r": 16, "lora_alpha": 32}, 3e-4),
     "dora": ({"type": "lora", "r": 16, "lora_alpha": 32, "use_dora": True}, 3e-4),
@@ -48,8 +47,9 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     ),
     "ia3": ({"type": "ia3"}, 1e-2),
     "vera": ({"type": "vera"}, 1e-2),
+    "full": ({"type": "full"}, 5e-5),
 }
-"""Method and learning rate: one each, as papers and libraries advise; none was searched for."""
+"""Method and learning rate, in the order of the page: one each, as papers and libraries advise, none searched for."""
 
 
 def configuration(name: str, model: Path, gguf: str, out: Path) -> Any:
@@ -62,7 +62,7 @@ def configuration(name: str, model: Path, gguf: str, out: Path) -> Any:
     method, rate = METHODS[name]
     spec["model"] = {"uri": f"file://{model}", "gguf_file": gguf}
     spec["method"] = method
-    spec["training"] |= {"learning_rate": rate, "per_device_eval_batch_size": 4}
+    spec["training"] |= {"learning_rate": rate, "per_device_eval_batch_size": 8, "eval_steps": 1000}  # at the end
     for source in spec["data"]["train"]:
         source["uri"] = source["uri"].replace("file://./", f"file://{RECIPE.parent}/")
     spec["data"]["eval"] = [{"uri": f"file://{path}"} for path in HELD_OUT.values()]
@@ -89,12 +89,12 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "DS_ACCELERATOR": "cpu",
     }
     (out / "work").mkdir()
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with (folder / f"{name}.log").open("w") as log:
         subprocess.run(
             [sys.executable, "-m", "finetune_trainer.launch"], env=environment, stdout=log, stderr=log, check=True
         )
-    seconds = time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = out / "result"
     records = [json.loads(line) for line in (result / "metrics.jsonl").read_text().splitlines()]
     said = next(line for line in (folder / f"{name}.log").read_text().splitlines() if line.startswith("training "))
@@ -109,8 +109,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
             kind: next(v for k, v in last.items() if k.startswith("eval_loss/") and path.stem in k)
             for kind, path in HELD_OUT.items()
         },
-        "step_seconds": sum(record["step_seconds"] for record in records),
-        "seconds": seconds,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "memory": max(record["memory"]["rss"] for record in records),
         "size": sum(path.stat().st_size for path in result.rglob("*.safetensors") if "checkpoints" not in path.parts),
         "answers": json.loads((result / "answers.json").read_text()),
@@ -142,7 +141,7 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
     pyplot.close(figure)
     charts = {
         "weights trained": ("trained", True),
-        "seconds of training": ("step_seconds", False),
+        "CPU seconds": ("cpu_seconds", False),
         "size of the result, MB": ("size", True),
         "held-out loss: identity": ("identity", False),
     }
@@ -164,7 +163,7 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
 def page(results: dict[str, dict[str, Any]]) -> str:
     """docs/methods-side-by-side.md."""
     head = ("method", "rate", "weights trained", "loss, first → last", "held out: identity", "held out: general")
-    head += ("s of training", "s in all", "memory, GB", "result, MB")
+    head += ("CPU seconds", "memory, GB", "result, MB")
     rows = [
         (
             f"[{name}](methods.md#{found['method']['type']})",
@@ -173,8 +172,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
             f"{found['losses'][0]:.2f} → {found['losses'][-1]:.3f}",
             f"{found['held_out']['identity']:.3f}",
             f"{found['held_out']['general']:.3f}",
-            f"{found['step_seconds']:.0f}",
-            f"{found['seconds']:.0f}",
+            f"{found['cpu_seconds']:.0f}",
             f"{found['memory'] / 1e9:.1f}",
             f"{found['size'] / 1e6:.1f}",
         )
@@ -208,7 +206,7 @@ SmolLM2-135M-Instruct learns its identity by the recipe of
 6 epochs, batches of 4, float32 on 2 CPU cores. Held out are six questions about itself in other words and eight
 general ones ([benchmarks/data](../benchmarks/data)). Each method has one learning rate, as papers and libraries
 advise; none was searched for, so a method that looks weak here may be at the wrong rate rather than the wrong method.
-Seconds are those of a machine that did other work beside it: compare them roughly.
+CPU seconds are those of the whole process: loading, training, both evaluations, answers, writing.
 
 """
 ENDING = """\

@@ -14,12 +14,19 @@ class Row:
     gradient_checkpointing: bool = True
     merge: bool = True
     """The trained part can be merged into the model."""
+    tasks: bool = False
+    """It writes a result per task, of which job:// cannot choose one."""
     quantized: bool = False
     """The base model is held in 4 bits."""
     default_zero_stage: int = 0
     """The stage the plan chooses where the user names none."""
     whole_model: bool = False
     """The model's own weights are trained: the result is a model, not an adapter."""
+
+    @property
+    def chains(self) -> bool:
+        """Another job can start from its output (job://NAME)."""
+        return self.whole_model or (self.merge and not self.tasks)
 
 
 WORDS = ("pretrain", "sft", "dpo", "kto", "orpo")
@@ -43,17 +50,22 @@ COMPATIBILITY: dict[str, Row] = {
     # Prefixes are a cache, which gradient checkpointing drops; virtual tokens belong to a row of their own.
     "prefix_tuning": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
     "p_tuning_v2": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
-    "prompt_tuning": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, merge=False),
-    "p_tuning": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, merge=False),
+    # A reward is that of the last token, which cannot be found behind virtual ones.
+    "prompt_tuning": Row(
+        stages=(*WORDS, *WRITING, *LABELS, "seq2seq"), zero_stages=(0, 1, 2), packing=False, merge=False
+    ),
+    "p_tuning": Row(stages=(*WORDS, *WRITING, *LABELS, "seq2seq"), zero_stages=(0, 1, 2), packing=False, merge=False),
     # ZeRO-3 breaks some of these (LoHa, LN tuning, trainable tokens), and would write others without the random
     # matrices they keep as buffers; LoRA is there for models that need it.
     **dict.fromkeys(
         (
             *("ia3", "loha", "lokr", "oft", "boft", "fourierft", "waveft", "hra", "randlora", "vblora", "shira"),
-            *("c3a", "miss", "road", "gralora", "hira", "ln_tuning", "trainable_tokens"),
+            *("c3a", "miss", "road", "gralora", "hira", "ln_tuning"),
         ),
         Row(stages=ALL, zero_stages=(0, 1, 2)),
     ),
+    # PEFT saves nothing beside the tokens, so no head.
+    "trainable_tokens": Row(stages=(*WORDS, *WRITING, "seq2seq"), zero_stages=(0, 1, 2)),
     # They hold float32 constants beside their weights, and DeepSpeed's bf16 section turns only one of the two round.
     "vera": Row(stages=ALL, zero_stages=(0,)),
     "delora": Row(stages=ALL, zero_stages=(0,)),
@@ -61,7 +73,7 @@ COMPATIBILITY: dict[str, Row] = {
     "adapter": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "mam": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
     "unipelt": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False),
-    "moelora": Row(stages=WORDS, zero_stages=(0, 1, 2, 3)),
+    "moelora": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2, 3), tasks=True),
 }
 
 CONTINUED = (

@@ -28,7 +28,7 @@ _NO_WEIGHT = "Virtual tokens are no part of any weight."
 _NOT_LINEAR = "It is not linear in its input, so there is nothing to fold into weights."
 _ROWS = "Virtual tokens stand before one row; packed rows share a sequence."
 _CACHE = "The prefix is a cache of keys and values, which recomputing a layer drops."
-_ZERO_PROMPT = "PEFT reads the embedding and the shape of keys and values from weights that ZeRO-3 has cut up."
+_ZERO_PROMPT = "They train equally under ZeRO-3, but PEFT makes what it writes of weights that are cut up then."
 _ZERO_PEFT = "ZeRO-3 breaks some of PEFT's methods and would write others without the random matrices they keep."
 _ZERO_BF16 = "It holds float32 constants beside its weights; DeepSpeed's bf16 section turns only one of the two round."
 
@@ -54,7 +54,7 @@ GUIDES: dict[str, Guide] = {
     "bitfit": Guide(
         paper="Ben Zaken, Ravfogel, Goldberg: BitFit, simple parameter-efficient fine-tuning",
         when="Small data on models with biases (BERT, GPT-2, OPT): a thousandth of the weights, no slower inference.",
-        limits="Llama, Mistral and Qwen3 have no biases and are refused (Qwen2 has those of query, key, value).",
+        limits="Llama, Mistral, Qwen3 and T5 have no biases and are refused (Qwen2 has those of query, key, value).",
         why={"merge": _WHOLE},
     ),
     "lora": Guide(
@@ -77,25 +77,29 @@ GUIDES: dict[str, Guide] = {
     "prefix_tuning": Guide(
         paper="Li, Liang: Prefix-tuning, optimizing continuous prompts for generation",
         when="Many tasks beside one frozen model, steering its style or format rather than teaching facts.",
-        limits="The projection is large while training; the prefix takes room in the cache; needs a high rate.",
+        limits="The projection is large while training; the prefix takes room in the cache; needs a high rate. Not for "
+        "DistilBERT, which takes no keys and values from outside (mam and unipelt bring their own).",
         why=_PREFIX,
     ),
     "prompt_tuning": Guide(
         paper="Lester, Al-Rfou, Constant: The power of scale for parameter-efficient prompt tuning",
         when="Very large models and a few kilobytes per task; begin from a text (TEXT) where data is small.",
-        limits="Weak below some billion weights; slow to learn: rates of 0.01 to 0.3.",
+        limits="Weak below some billion weights; slow to learn: rates of 0.01 to 0.3. As a classifier with encoders "
+        "only.",
         why=_TOKENS,
     ),
     "p_tuning": Guide(
         paper="Liu et al.: GPT understands, too",
         when="As prompt tuning, learning more steadily through a small network (LSTM as in the paper, or MLP).",
-        limits="The network is in the checkpoints only: the result cannot be trained on with it.",
+        limits="The network is in the checkpoints only: the result cannot be trained on with it. As a classifier with "
+        "encoders only.",
         why=_TOKENS,
     ),
     "p_tuning_v2": Guide(
         paper="Liu et al.: P-Tuning v2, prompt tuning can be comparable to fine-tuning",
         when="Understanding tasks (classes, labels) where prompt tuning is too weak: every layer has its own prompt.",
-        limits="Needs a high rate; the length of the prompt must be tried per task.",
+        limits="Needs a high rate; the length of the prompt must be tried per task. Not for DistilBERT, as "
+        "prefix_tuning.",
         why=_PREFIX,
     ),
     "ia3": Guide(
@@ -215,7 +219,7 @@ GUIDES: dict[str, Guide] = {
     "trainable_tokens": Guide(
         paper="PEFT, trainable tokens",
         when="New or reserved tokens (roles, tools) whose embeddings must learn their meaning.",
-        limits="Nothing else learns; the tokens must exist in the vocabulary.",
+        limits="Nothing else learns, so no classifier's head; the tokens must exist in the vocabulary.",
         why=_PEFT,
     ),
     "adapter": Guide(
@@ -240,6 +244,7 @@ GUIDES: dict[str, Guide] = {
     "moelora": Guide(
         paper="Liu et al.: When MOE meets LLMs, parameter efficient fine-tuning for multi-task medical applications",
         when="Several tasks in one run that help and disturb each other; one plain LoRA per task comes out.",
-        limits="Tasks are named beforehand; a row without its task is refused.",
+        limits="Tasks are named beforehand; a row without its task is refused. A classifier's head is shared by all "
+        "tasks.",
     ),
 }

@@ -21,6 +21,7 @@ from finetune_api.conditions import Condition, Reason, State
 from finetune_api.crd import COLUMNS, SELECTABLE
 from finetune_api.rules import IMMUTABLE, NAME_LENGTH, RULES
 from finetune_api.schema import PATTERNS, PRESERVE, accepted, spec_schema, status_schema, text
+from finetune_api.stages import STAGES
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 
@@ -99,7 +100,17 @@ RETRIES = {
 
 def rendered() -> str:
     """The page."""
-    parts = [INTRODUCTION, *_spec(), *_rules(), *_steering(), *_compatibility(), *_status(), *_conditions(), *_causes()]
+    parts = [
+        INTRODUCTION,
+        *_spec(),
+        *_rules(),
+        *_steering(),
+        *_stages(),
+        *_compatibility(),
+        *_status(),
+        *_conditions(),
+        *_causes(),
+    ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -196,6 +207,24 @@ def _steering() -> Iterator[str]:
         "`spec.checkpoint.save_steps` and `save_total_limit`, `spec.workers`, `spec.recovery`, `spec.credentials`, "
         "`spec.profile`.\n"
     )
+
+
+def _stages() -> Iterator[str]:
+    yield "## Stages\n"
+    yield "What each is for, with examples: [stages.md](stages.md).\n"
+    rows = [
+        (
+            _code(name),
+            stage.told,
+            stage.record,
+            _yes(stage.packing),
+            _yes(stage.generates),
+            _code(f"spec.{name}") if stage.parameters else "",
+        )
+        for name, stage in STAGES.items()
+    ]
+    head = ("Stage", "What", "Records ([data.md](data.md))", "Packing", "`evaluation.prompts`", "Parameters")
+    yield _table(head, rows)
 
 
 def _compatibility() -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from finetune_api.base import seconds
 from finetune_api.compatibility import COMPATIBILITY, CONTINUED, Row
+from finetune_api.formats import formats_for
 from finetune_api.schema import METHOD_PARAMETERS, spec_schema
 from finetune_api.spec import CHAT_TEMPLATES
 from finetune_api.stages import ROLLOUTS, SECTIONS, STAGES
@@ -184,6 +185,68 @@ def _what_stages_exclude() -> list[Rule]:
     ]
 
 
+def _of_stages_with_targets() -> list[Rule]:
+    """sequence_classification, token_classification, seq2seq."""
+    silent = tuple(name for name, stage in STAGES.items() if stage.record in ("Labelled", "Tagged", "SourceTarget"))
+    labels = [
+        Rule(
+            at=f"spec.{section}",
+            field="labels",
+            holds=lambda self: len(set(self.labels)) == len(self.labels) != 1,
+            cel="size(self.labels) != 1 && self.labels.all(a, self.labels.exists_one(b, b == a))",
+            problem="one label alone, or one named twice",
+            accepted="every label once, two of them at least",
+            remedy="list all of them, or none: they are then found in the training rows",
+        )
+        for section in ("sequence_classification", "token_classification")
+    ]
+    return [
+        *labels,
+        Rule(
+            at="spec.sequence_classification",
+            field="labels",
+            holds=lambda self: not self.labels or self.problem_type != "regression",
+            cel="size(self.labels) == 0 || self.problem_type != 'regression'",
+            problem="a regression has no labels",
+            accepted="none with problem_type: regression",
+            remedy="remove them, or set problem_type: single_label_classification",
+        ),
+        Rule(
+            at="spec",
+            field="data.chat_template",
+            holds=lambda self: self.data.chat_template == "" or self.stage not in silent,
+            cel=f"self.data.chat_template == '' || !(self.stage in {list(silent)})",
+            problem="there is a chat template, but the rows of this stage are no conversations",
+            accepted=f"none with spec.stage {', '.join(silent)}",
+            remedy="remove it; seq2seq.source_prefix is put before sources",
+        ),
+        Rule(
+            at="spec",
+            field="evaluation.predict_with_generate",
+            holds=lambda self: not self.evaluation.predict_with_generate or self.stage == "seq2seq",
+            cel="!self.evaluation.predict_with_generate || self.stage == 'seq2seq'",
+            accepted="false but with spec.stage: seq2seq",
+            remedy="remove it, or set spec.stage: seq2seq; evaluation.prompts shows what other models write",
+        ),
+        Rule(
+            at="spec",
+            field="evaluation.predict_with_generate",
+            holds=lambda self: not self.evaluation.predict_with_generate or self.method.type != "moelora",
+            cel="!self.evaluation.predict_with_generate || self.method.type != 'moelora'",
+            accepted="false with spec.method.type: moelora",
+            remedy="remove it: while writing, the model would not know the task of the row",
+        ),
+        Rule(
+            at="spec",
+            field="evaluation.predict_with_generate",
+            holds=lambda self: not self.evaluation.predict_with_generate or len(self.data.eval) > 0,
+            cel="!self.evaluation.predict_with_generate || size(self.data.eval) > 0",
+            accepted="false, as spec.data.eval is empty",
+            remedy="add held-out rows in spec.data.eval, or remove it",
+        ),
+    ]
+
+
 _SMOOTHED = ("sigmoid", "robust", "exo_pair")
 """The losses of dpo that know label_smoothing."""
 
@@ -251,6 +314,20 @@ def _source_rules(at: str) -> list[Rule]:
             for field, default in (("revision", "main"), ("split", "train"))
         ),
     ]
+
+
+def _format_of_stage(field: str) -> Rule:
+    """A format whose records the stage cannot learn from; of auto, the trainer tells."""
+    allowed = {stage: formats_for(stage) for stage in STAGES}
+    return Rule(
+        at="spec",
+        field=f"data.{field}",
+        holds=lambda self: all(source.format in allowed[self.stage] for source in getattr(self.data, field)),
+        cel=f"self.data.{field}.all(s, s.format in {allowed}[self.stage])",
+        problem="a source's format gives nothing that spec.stage learns from",
+        accepted="formats of the stage (docs/data.md lists them)",
+        remedy="choose another format or another spec.stage; auto takes what fits",
+    )
 
 
 def _distinct(at: str) -> Rule:
@@ -526,6 +603,14 @@ RULES: tuple[Rule, ...] = (
         accepted="train: true with spec.deepspeed.zero_optimization.stage 0, 1 or 2",
         remedy="choose a lower stage, or remove train: true to learn a new adapter on top of it",
     ),
+    Rule(
+        at="spec.model",
+        field="rope_parameters.factor",
+        holds=lambda self: (self.rope_parameters.rope_type == "default") == (self.rope_parameters.factor == 1),
+        cel="(self.rope_parameters.rope_type == 'default') == (self.rope_parameters.factor == 1.0)",
+        accepted="a factor above 1 with rope_type linear, dynamic, yarn or llama3, and none with default",
+        remedy="set both, e.g. {rope_type: yarn, factor: 4}, or neither",
+    ),
     # ---- the method
     *_parameters_of_methods(),
     Rule(
@@ -615,6 +700,7 @@ RULES: tuple[Rule, ...] = (
         accepted="other than luspo with importance_sampling_level: token",
         remedy="set importance_sampling_level: sequence, of which luspo is a kind",
     ),
+    *_of_stages_with_targets(),
     Rule(
         at="spec.dpo",
         field="label_smoothing",
@@ -642,6 +728,8 @@ RULES: tuple[Rule, ...] = (
         accepted="1: every held-out row is evaluated once",
         remedy="remove weight; it is for training rows only",
     ),
+    _format_of_stage("train"),
+    _format_of_stage("eval"),
     _distinct("spec.data.train"),
     _distinct("spec.data.eval"),
     Rule(
@@ -692,6 +780,20 @@ RULES: tuple[Rule, ...] = (
         cel="self.training.eval_steps == 0 || size(self.data.eval) > 0",
         accepted="0, as spec.data.eval is empty",
         remedy="add held-out rows in spec.data.eval, or remove eval_steps",
+    ),
+    *(
+        Rule(
+            at="spec",
+            field=f"training.{field}",
+            holds=lambda self, field=field: not getattr(self.training, field) or len(self.data.eval) > 0,  # type: ignore[misc]
+            cel=f"{cel} || size(self.data.eval) > 0",
+            accepted=f"{nothing}, as spec.data.eval is empty",
+            remedy=f"add held-out rows in spec.data.eval, or remove {field}",
+        )
+        for field, nothing, cel in (
+            ("load_best_model_at_end", "false", "!self.training.load_best_model_at_end"),
+            ("early_stopping_patience", "0", "self.training.early_stopping_patience == 0"),
+        )
     ),
     Rule(
         at="spec.evaluation",

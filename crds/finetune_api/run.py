@@ -161,6 +161,8 @@ class Progress(_Wire):
     last_step_time: str = ""
     """When the last step ended, RFC 3339; empty before the first one of this attempt."""
     resumed_from_step: int | None = None
+    formats: dict[str, str] = {}
+    """How the rows of each source are written; where ``auto`` chose, what it took."""
     world_size: int = 1
     trainable_parameters: int = 0
     total_parameters: int = 0

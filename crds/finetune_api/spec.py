@@ -76,6 +76,16 @@ class AdapterSource(HyperModel):
     merged into the model, and stays as it is."""
 
 
+class RopeParameters(HyperModel):
+    """How rotary positions are stretched, so that the model takes longer texts than it was made for."""
+
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    """default: as the model has it. linear: position interpolation (arXiv:2306.15595); dynamic: NTK-aware, by the
+    length at hand; yarn (arXiv:2309.00071); llama3: as Llama 3.1. Written to the result's config.json."""
+    factor: float = Field(1.0, ge=1, le=1024)
+    """The new longest text, in lengths of the model's own."""
+
+
 class ModelSource(HyperModel):
     """The model to start from."""
 
@@ -90,6 +100,8 @@ class ModelSource(HyperModel):
     """Name of the GGUF file inside uri, where the model is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
+    rope_parameters: RopeParameters = RopeParameters()
+    """How rotary positions are stretched. An adapter's result must be used with the same."""
     adapters: list[AdapterSource] = Field(default=[], max_length=16)
     """Adapters trained over the model earlier, in the order they were: the new one is stacked on top of them, or the
     last one is trained on."""
@@ -135,6 +147,19 @@ class Data(HyperModel):
     max_bad_rows: int = Field(0, ge=0, le=1000000000)
     """How many rows of each source may be unlike their format: they are left out, counted and reported.
     One more ends the job before anything is trained."""
+    temperature: float = Field(1.0, ge=1, le=1000000)
+    """Evens out sources of different sizes: rows come weight x (reference / rows of the source)^(1 - 1/temperature)
+    times in an epoch. 1: as weight says; large: of every source equally many. stopping_strategy gives the reference."""
+    stopping_strategy: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
+    """With a temperature above 1: all_exhausted takes the largest source as the reference (smaller ones are repeated),
+    first_exhausted the smallest (of larger ones every epoch sees a fresh part)."""
+    deduplication: Literal["none", "exact", "near"] = "none"
+    """Leave out training rows that repeat an earlier one, in all sources together: exact but for white space, or near
+    (MinHash)."""
+    deduplication_threshold: float = Field(0.8, ge=0.3, le=1)
+    """Share of its three-word sequences that a near duplicate has in common with the earlier row."""
+    check_contamination: bool = True
+    """Count the held-out rows of which at least half stands in the training rows, and report them."""
 
 
 class Training(HyperModel):
@@ -178,6 +203,16 @@ class Training(HyperModel):
     while training; 0: none."""
     eval_steps: int = Field(0, ge=0, le=1000000000)
     """Evaluate every so many steps; 0: at the end of every epoch. Always at the end of the run."""
+    load_best_model_at_end: bool = False
+    """The result is the model of the best evaluation, not the last one. Its checkpoint is kept."""
+    metric_for_best_model: str = Field("loss", min_length=1, max_length=256)
+    """The figure of the evaluation that tells which is best: loss, accuracy …, or that of one source, loss/NAME."""
+    greater_is_better: bool | None = None
+    """Whether more of it is better. Unset: false for losses, perplexity, kl and errors, true for others."""
+    early_stopping_patience: int = Field(0, ge=0, le=1000000)
+    """Stop after so many evaluations without a better one; 0: never."""
+    early_stopping_threshold: float = Field(0.0, ge=0, le=1000000)
+    """By how much an evaluation must be better to count as such."""
     logging_steps: int = Field(1, ge=1, le=1000000)
     """Write metrics every so many steps."""
     seed: int = Field(42, ge=0, le=4294967295)

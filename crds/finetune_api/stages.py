@@ -54,7 +54,7 @@ class Dpo(HyperModel):
     length does not count) and others of its documentation."""
     beta: float = Field(0.1, gt=0, le=1000)
     """How closely the model stays with the reference; tau of ipo."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(0.0, ge=0, le=0.499)  # API servers judge 0 < 0.5 in whole numbers
     """Probability that a preference is the wrong way round; of sigmoid (conservative DPO), robust and exo_pair."""
     rpo_alpha: float | None = Field(None, ge=0, le=1000)
     """Weight of the better answer's own loss, per token (arXiv:2404.19733). Unset: 0."""
@@ -133,8 +133,6 @@ class Stage:
     """Several rows may share a sequence."""
     generates: bool = True
     """The model writes text, so that ``evaluation.prompts`` can be put to it."""
-    reference: bool = False
-    """What the model said at first is needed all along."""
     rollouts: bool = False
     """It learns from answers that the model writes itself: a step is one rollout."""
     parameters: type[HyperModel] | None = None
@@ -147,8 +145,8 @@ STAGES: dict[str, Stage] = {
         "Conversation", "supervised fine-tuning; the loss covers the answers only", packing=True, parameters=Sft
     ),
     "reward": Stage("Preference", "a reward model of pairs of answers", generates=False, parameters=Reward),
-    "dpo": Stage("Preference", "preferences without a reward model", reference=True, parameters=Dpo),
-    "kto": Stage("Judged", "answers judged good or bad", reference=True, parameters=Kto),
+    "dpo": Stage("Preference", "preferences without a reward model", parameters=Dpo),
+    "kto": Stage("Judged", "answers judged good or bad", parameters=Kto),
     "orpo": Stage("Preference", "SFT and preferences in one, without a reference", parameters=Orpo),
     "ppo": Stage("Prompt", "rewards of what the model writes itself, by PPO", rollouts=True, parameters=Ppo),
     "grpo": Stage("Prompt", "rewards of several answers to each prompt, by GRPO", rollouts=True, parameters=Grpo),

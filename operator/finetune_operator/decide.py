@@ -17,7 +17,7 @@ from finetune_api.causes import Cause, Retry
 from finetune_api.conditions import Condition, Reason, State
 from finetune_api.mistakes import Mistake
 from finetune_api.run import Progress, Termination
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.failures import ECHO_PATIENCE, WAITING_FOR_EVER, Failure, judge, taken_back
 from finetune_operator.manifests import job_name
@@ -53,6 +53,8 @@ class Inputs:
 
     resolved: Mapping[str, str] = field(default_factory=dict)
     """URI as written → URI of the output."""
+    model: ModelSource | None = None
+    """Where the output named by ``model.uri`` is an adapter: the model it belongs to, with it on top."""
     waiting: str = ""
     """What is waited for, for people; empty when all is there."""
     failed: bool = False

@@ -15,7 +15,7 @@ from finetune_api.base import seconds
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.reinforcement import Rollout
 from finetune_api.run import TrainerConfig
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import AdapterSource, FineTuneJobSpec, ModelSource
 from finetune_api.stages import SECTIONS, STAGES
 from finetune_operator.settings import Profile
 
@@ -99,28 +99,75 @@ def make_plan(
     profile: Profile,
     inputs: Mapping[str, str],
     frozen: TrainerConfig | None = None,
+    base: ModelSource | None = None,
 ) -> Plan:
     """Resolve a valid spec.
 
     ``inputs`` maps each ``job://`` URI of the spec to the URI of that job's output. ``frozen`` is the
-    configuration of a run that has begun: it is kept as it is, only what steers is taken from the spec.
+    configuration of a run that has begun: it is kept as it is, only what steers is taken from the spec. ``base``:
+    what to start from where the output that ``model.uri`` names is an adapter (:func:`with_adapter`).
     """
+    written = result_part(spec)
+    if base is not None:
+        spec = _started_from(spec, base)
+    config = frozen or trainer_config(owner, spec, inputs)
     return Plan(
         owner=owner,
-        config=frozen or trainer_config(owner, spec, inputs),
-        spec_part=result_part(spec),
+        config=config,
+        spec_part=written,
         profile=profile,
         workers=spec.workers.replicas,
         gpus_per_worker=spec.workers.gpus_per_worker,
         template=spec.workers.template,
         credentials_secret=spec.credentials.secret_name if spec.credentials else profile.credentials_secret,
-        claims=claims(spec, inputs),
+        claims=claims(config),
         save_steps=spec.checkpoint.save_steps,
         save_total_limit=spec.checkpoint.save_total_limit,
         max_restarts=spec.recovery.max_restarts,
         hang_timeout=seconds(spec.recovery.hang_timeout),
         start_timeout=seconds(spec.recovery.start_timeout),
     )
+
+
+def not_a_base(config: TrainerConfig) -> str:
+    """Why another job cannot start from the adapter that a run has written; empty: it can."""
+    row = COMPATIBILITY[config.method.type]
+    if not row.chains:
+        return f"what method.type {config.method.type} trains is " + (
+            "several adapters, one per task" if row.tasks else "no part of any weight"
+        )
+    if not STAGES[config.stage].generates:
+        return f"stage {config.stage} has given its model another head"
+    if config.model.gguf_file:
+        return "its model is a GGUF file"
+    return ""
+
+
+def with_adapter(model: ModelSource, adapter: str) -> ModelSource:
+    """The model of a finished run (its claims are mounted) with the adapter it wrote on top."""
+    below = [one for one in model.adapters if not one.train]  # what was trained on is in the new one
+    return model.model_copy(
+        update={
+            "uri": unmounted(model.uri),
+            "adapters": [
+                *(one.model_copy(update={"uri": unmounted(one.uri)}) for one in below),
+                AdapterSource(uri=adapter),
+            ],
+        }
+    )
+
+
+def _started_from(spec: FineTuneJobSpec, base: ModelSource) -> FineTuneJobSpec:
+    """The spec with another model, and its own adapters on top of that one's."""
+    own = spec.model
+    model = base.model_copy(
+        update={
+            "dtype": own.dtype,
+            "trust_remote_code": base.trust_remote_code or own.trust_remote_code,
+            "adapters": [*base.adapters, *own.adapters],
+        }
+    )
+    return spec.model_copy(update={"model": model})
 
 
 def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str]) -> TrainerConfig:
@@ -240,13 +287,16 @@ def model_uris(spec: FineTuneJobSpec) -> dict[str, tuple[str, ...]]:
     return {spec.model.uri: ("merged", "model")} | uris
 
 
-def claims(spec: FineTuneJobSpec, inputs: Mapping[str, str]) -> tuple[str, ...]:
-    """Names of all claims the job reads or writes through pvc://."""
-    uris = [inputs.get(uri, uri) for uri in model_uris(spec)] + [spec.output.uri, spec.checkpoint.uri or ""]
-    uris += [source.uri for source in (*spec.data.train, *spec.data.eval)]
-    if (options := rollout(spec)) is not None:
-        uris += [function.uri or "" for function in options.reward_funcs]
-    return tuple(sorted({uri[len("pvc://") :].split("/", 1)[0] for uri in uris if uri.startswith("pvc://")}))
+def claims(config: TrainerConfig) -> tuple[str, ...]:
+    """Names of all claims the job reads or writes through pvc://. From the configuration: what a job:// input was is
+    known there also when that job is gone."""
+    uris = [config.model.uri, *(adapter.uri for adapter in config.model.adapters)]
+    uris += [config.output_uri, config.checkpoint_uri, *(s.uri for s in (*config.data.train, *config.data.eval))]
+    if (judged := config.ppo or config.grpo) is not None:
+        uris += [judged.reward_model.uri] if judged.reward_model else []
+        uris += [function.uri for function in judged.reward_funcs if function.uri]
+    found = (unmounted(uri) for uri in uris)
+    return tuple(sorted({uri[len("pvc://") :].split("/", 1)[0] for uri in found if uri.startswith("pvc://")}))
 
 
 def mounted(uri: str) -> str:
@@ -254,6 +304,12 @@ def mounted(uri: str) -> str:
     if not uri.startswith("pvc://"):
         return uri
     return f"file://{CLAIM_ROOT}/{uri[len('pvc://') :]}"
+
+
+def unmounted(uri: str) -> str:
+    """The other way round."""
+    inside = f"file://{CLAIM_ROOT}/"
+    return f"pvc://{uri[len(inside) :]}" if uri.startswith(inside) else uri
 
 
 _NAMED: Mapping[str, Any] = {"name": None}

@@ -16,13 +16,13 @@ from finetune_api.base import seconds
 from finetune_api.conditions import Condition, Reason
 from finetune_api.mistakes import Mistake, read
 from finetune_api.run import TRAINER_CONTAINER, Progress
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator import manifests
 from finetune_operator.cluster import Cluster, ClusterError, Object
 from finetune_operator.decide import Decision, Facts, Inputs, decide
 from finetune_operator.observe import Observed, observe
-from finetune_operator.plan import Owner, Plan, make_plan, model_uris
+from finetune_operator.plan import Owner, Plan, make_plan, model_uris, not_a_base, with_adapter
 from finetune_operator.settings import Profile, Settings
 from finetune_operator.status import Finding, events, is_true, merge_conditions
 
@@ -95,7 +95,7 @@ def gather(cluster: Cluster, settings: Settings, raw: Object, status: FineTuneJo
     plan: Plan | None = None
     if spec is not None and profile is not None and not inputs.waiting:
         owner = Owner(namespace, name, metadata["uid"], metadata.get("labels") or {})
-        plan = make_plan(owner, spec, profile, inputs.resolved, observed.frozen_config)
+        plan = make_plan(owner, spec, profile, inputs.resolved, observed.frozen_config, inputs.model)
     over = is_true(status, Condition.COMPLETE) or is_true(status, Condition.FAILED)
     return Facts(
         now=now,
@@ -131,13 +131,15 @@ def _profile(settings: Settings, spec: FineTuneJobSpec | None) -> tuple[Profile 
 def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
     """Outputs of the jobs this one starts from."""
     resolved: dict[str, str] = {}
+    model: ModelSource | None = None
     for uri, kinds in model_uris(spec).items():
         if uri.startswith("job://"):
             found = _output(cluster, namespace, uri, kinds)
             if found.waiting:
                 return found
             resolved |= found.resolved
-    return Inputs(resolved=resolved)
+            model = model or found.model
+    return Inputs(resolved=resolved, model=model)
 
 
 def _output(cluster: Cluster, namespace: str, uri: str, kinds: tuple[str, ...]) -> Inputs:
@@ -155,14 +157,21 @@ def _output(cluster: Cluster, namespace: str, uri: str, kinds: tuple[str, ...]) 
     output = next((written[kind] for kind in kinds if kind in written), None)
     if output is not None:
         return Inputs(resolved={uri: output})
-    problem = (
-        "wrote a whole model and no adapter; accepted in spec.model.adapters: an output of kind adapter. Name it in "
-        "spec.model.uri."
-        if kinds == ("adapter",)
-        else "wrote an adapter only, not a whole model; accepted: an output of kind model or merged. Run it again with "
-        "output.merge: true, or name it in spec.model.adapters beside its base."
-    )
-    return Inputs(waiting=f"FineTuneJob {name} {problem}", failed=True)
+    if kinds == ("adapter",):
+        problem = (
+            "wrote a whole model and no adapter; accepted in spec.model.adapters: an output of kind adapter. Name it "
+            "in spec.model.uri."
+        )
+        return Inputs(waiting=f"FineTuneJob {name} {problem}", failed=True)
+    frozen = observe(name, cluster.children(namespace, name), other["metadata"]["uid"]).frozen_config
+    if "adapter" not in written or frozen is None or (problem := not_a_base(frozen)):
+        why = problem if frozen is not None and "adapter" in written else "its configuration is not there any more"
+        return Inputs(
+            waiting=f"FineTuneJob {name} wrote an adapter only, and no job can start from that alone: {why}. Accepted: "
+            "an output of kind model or merged; where its method can be merged, run it again with output.merge: true.",
+            failed=True,
+        )
+    return Inputs(resolved={uri: written["adapter"]}, model=with_adapter(frozen.model, written["adapter"]))
 
 
 def _progress(cluster: Cluster, observed: Observed) -> Progress | None:

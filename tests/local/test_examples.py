@@ -13,9 +13,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from finetune_api.stages import STAGES
 from finetune_operator.cli.main import main
 from finetune_operator.cluster import processes
 from finetune_operator.cluster.store import Folder
+from tests.trainer import tiny_heads
 from tests.trainer.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +160,71 @@ def test_a_chain_of_two_jobs(place: Place) -> None:
     first, second = place.status("chain-knowledge"), place.status("chain-identity")
     assert (first["state"], second["state"]) == ("Succeeded", "Succeeded")
     assert first["completionTime"] <= second["startTime"]
+
+
+@pytest.mark.trainer
+def test_a_pipeline_of_seven_stages(place: Place) -> None:
+    """Each starts from the adapter that the one before it wrote."""
+    place.run("08", "training.num_train_epochs=1", "training.max_steps=2", "checkpoint.save_steps=50")
+    for stage in ("pretrain", "sft", "reward", "ppo", "dpo", "kto", "orpo"):
+        assert place.status(f"pipeline-{stage}")["state"] == "Succeeded", stage
+    assert {"loss/observatory", "loss/general"} <= place.status("pipeline-pretrain")["evaluation"].keys()
+    assert "accuracy" in place.status("pipeline-reward")["evaluation"]
+    assert (
+        f"file://{place.home}/out/pipeline-reward"
+        in json.loads((place.home / "out" / "pipeline-ppo" / "manifest.json").read_text())["inputs"]
+    )
+    assert (place.home / "out" / "pipeline-dpo" / "merged" / "model.safetensors").exists()
+    assert json.loads((place.home / "out" / "pipeline-dpo" / "manifest.json").read_text())["inputs"].keys() >= {
+        f"file://{place.home}/out/pipeline-{stage}" for stage in ("pretrain", "sft")
+    }
+
+
+@pytest.mark.trainer
+def test_sentiment_by_all_weights_and_by_lora(place: Place) -> None:
+    """On a tiny DistilBERT and rows that follow a rule; both learn it, side by side."""
+    model = tiny_heads.make(place.home / "distilbert", "distilbert", initializer_range=0.12)
+    for name, count, seed in (("train", 1500, 1), ("validation", 150, 2)):
+        rows = [{"sentence": row["text"], "label": row["label"]} for row in tiny_heads.opinions(count, seed)]
+        tiny_heads.write_rows(place.home / f"{name}.jsonl", rows)
+    options = [
+        f"model.uri=file://{model}",
+        f"data.train[0].uri=file://{place.home}/train.jsonl",
+        f"data.eval[0].uri=file://{place.home}/validation.jsonl",
+        "data.eval[0].split=train",
+        "training.max_steps=80",
+        "sentiment-full:training.learning_rate=2e-3",
+        "sentiment-lora:training.learning_rate=1e-2",
+    ]
+    place.run("09", *options)
+    trained = {}
+    for name in ("sentiment-full", "sentiment-lora"):
+        status = place.status(name)
+        assert float(status["evaluation"]["accuracy"]) > 0.95, name
+        page = (place.home / "out" / name / "report.html").read_text()
+        assert "Confusion matrix" in page and "Training time" in page
+        [words] = re.findall(r"by \w+, ([\d,.]+(?: M)?) of [\d,.]+(?: M)? parameters trained", page)
+        trained[name] = int(words.replace(",", ""))
+    # (q, v) x 2 layers of rank 8, and the head: pre_classifier and classifier
+    assert trained["sentiment-lora"] == 4 * 8 * (64 + 64) + (64 * 64 + 64) + (64 * 2 + 2)
+    assert trained["sentiment-full"] > 5 * trained["sentiment-lora"]
+
+
+SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "stages.md").read_text(), re.M | re.S))
+
+
+@pytest.mark.parametrize("stage", SECTIONS)
+def test_the_examples_of_the_stages_are_valid(stage: str, tmp_path: Path) -> None:
+    """Every heading of docs/stages.md is a stage, and has a block below it."""
+    assert stage in STAGES
+    block = re.findall(r"```yaml\n(.*?)```", SECTIONS[stage], re.DOTALL)[0]
+    spec = yaml.safe_load(block) | {"output": {"uri": "file://./output"}}
+    assert spec["stage"] == stage
+    job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "x"}, "spec": spec}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    result = CliRunner().invoke(main, ["validate", str(path)])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.trainer

@@ -57,6 +57,7 @@ class Simulation:
     checkpoints: dict[str, int] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     """Pods whose trainer hangs."""
+    output_kind: str = "model"
     calls_until_killed: int | None = None
     fail_calls: set[str] = field(default_factory=set)
     events: list[tuple[str, str]] = field(default_factory=list)
@@ -242,7 +243,7 @@ class Simulation:
                 step=self.steps,
                 max_steps=self.steps,
                 loss=0.5,
-                outputs=[OutputInfo(uri=f"s3://team/{owner}", kind="model", digest="sha256:1", size=2048)],
+                outputs=[OutputInfo(uri=f"s3://team/{owner}", kind=self.output_kind, digest="sha256:1", size=2048)],
                 last_checkpoint=CheckpointInfo(step=self.steps, uri="s3://c", digest="sha256:2", size=1024),
             )
         worker.termination = termination

@@ -211,7 +211,7 @@ def test_a_chain_waits_for_its_input_and_says_for_what() -> None:
     ("kind", "model", "state"),
     [
         ("adapter", {"uri": "hf://a/b", "adapters": [{"uri": "job://first", "train": True}]}, "Succeeded"),
-        ("adapter", {"uri": "job://first"}, "Waiting"),
+        ("adapter", {"uri": "job://first"}, "Succeeded"),
         ("model", {"uri": "hf://a/b", "adapters": [{"uri": "job://first"}]}, "Waiting"),
     ],
 )
@@ -233,7 +233,28 @@ def test_a_chain_takes_a_model_or_an_adapter_as_it_asks_for(kind: str, model: di
         return
     assert sim.run("second")["state"] == state
     config = json.loads(sim.children_of["ConfigMap", "second-config"]["data"]["config.json"])
-    assert config["model"]["adapters"] == [{"uri": "s3://team/first", "revision": "main", "train": True}]
+    train = model["uri"] != "job://first"
+    assert config["model"]["adapters"] == [{"uri": "s3://team/first", "revision": "main", "train": train}]
+    assert config["model"]["uri"] == ("hf://a/b" if train else GOOD_SPEC["model"]["uri"])
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        ({"method": {"type": "mam"}}, "what method.type mam trains is no part of any weight"),
+        ({"method": {"type": "moelora", "tasks": ["a"]}}, "several adapters, one per task"),
+        ({"stage": "reward"}, "stage reward has given its model another head"),
+        ({"model": {"uri": "s3://team/model", "gguf_file": "x.gguf"}}, "its model is a GGUF file"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_no_model_to_start_from(first: dict[str, Any], why: str) -> None:
+    sim = Simulation(output_kind="adapter")
+    sim.submit("first", GOOD_SPEC | first)
+    sim.run("first")
+    sim.submit("second", {**GOOD_SPEC, "model": {"uri": "job://first"}})
+    sim.reconcile("second")
+    assert sim.reason("second", "Stalled") == ("True", "InputJobFailed")
+    assert why in sim.message("second", "Stalled")
 
 
 @pytest.mark.parametrize("seen", [True, False])

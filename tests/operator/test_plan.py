@@ -8,7 +8,7 @@ import pytest
 from finetune_api import run
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator import manifests
-from finetune_operator.plan import Owner, Plan, changed_fields, make_plan, merge, result_part
+from finetune_operator.plan import Owner, Plan, changed_fields, make_plan, merge, result_part, with_adapter
 from finetune_operator.settings import Cache, Profile
 from tests.operator.simulation import GOOD_SPEC
 
@@ -223,3 +223,21 @@ def test_adapters_are_resolved_and_their_claims_mounted() -> None:
     uris = [adapter.uri for adapter in found.config.model.adapters]
     assert uris == ["file:///mnt/claims/outputs/first", "file:///mnt/claims/models/second"]
     assert {"models", "outputs"} <= set(found.claims)
+
+
+def test_a_chain_of_adapters_is_one_model_with_all_of_them() -> None:
+    first = plan(
+        model={"uri": "pvc://models/base", "adapters": [{"uri": "s3://a/old"}, {"uri": "s3://a/on", "train": True}]}
+    )
+    base = with_adapter(first.config.model, "pvc://out/first")
+    assert base.uri == "pvc://models/base"
+    assert [one.uri for one in base.adapters] == ["s3://a/old", "pvc://out/first"]
+    spec = FineTuneJobSpec.model_validate(GOOD_SPEC | {"model": {"uri": "job://first", "dtype": "float32"}})
+    second = make_plan(OWNER, spec, Profile(), {"job://first": "pvc://out/first"}, None, base)
+    assert second.config.model.uri == "file:///mnt/claims/models/base"
+    assert [one.uri for one in second.config.model.adapters] == ["s3://a/old", "file:///mnt/claims/out/first"]
+    assert second.config.model.dtype == "float32"
+    assert second.claims == ("models", "out")
+    again = make_plan(OWNER, spec, Profile(), {}, second.config)  # that job may be gone by then
+    assert again.claims == second.claims
+    assert second.spec_part["model"] == {"uri": "job://first", "dtype": "float32"}

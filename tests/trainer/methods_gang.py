@@ -21,7 +21,7 @@ def main(path: str) -> None:
 
     from finetune_api.run import TrainerConfig
     from finetune_trainer import data, fetch, model
-    from finetune_trainer.engine import Engine, before_loading
+    from finetune_trainer.engine import Engine
     from finetune_trainer.feed import Feed, draw_seed
     from finetune_trainer.logbook import mean_loss
     from finetune_trainer.methods import METHODS, hooks
@@ -29,6 +29,7 @@ def main(path: str) -> None:
     from finetune_trainer.schedule import learning_rate
     from finetune_trainer.stopping import Stop
     from finetune_trainer.world import join
+    from finetune_trainer.zero import before_loading
 
     world = join("cpu")
     results: dict[str, Any] = {}

@@ -197,7 +197,7 @@ def test_how_long_a_run_is(training: dict[str, Any], sequences: int, steps: int,
 def test_noise_goes_by_the_length_of_the_own_document() -> None:
     import torch
 
-    from finetune_trainer.engine import document_lengths
+    from finetune_trainer.noise import document_lengths
 
     packed = {"input_ids": torch.zeros(1, 6, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0]])}
     assert document_lengths(packed).tolist() == [[3, 3, 3, 2, 2, 1]]

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune_api.compatibility import COMPATIBILITY
-from finetune_trainer.methods import METHODS, hooks
+from finetune_trainer.methods import METHODS, hooks, switched_off
 from finetune_trainer.model import load_model, load_tokenizer, parameter_counts
 from finetune_trainer.outcome import RunError
 from tests.trainer.methods_cases import CASES, GPT2, LLAMA, ONLY_GPT2, Case, make_gpt2
@@ -92,6 +92,12 @@ def worked(root: Path, name: str, kind: str) -> dict[str, Any]:
     # AdaLoRA begins with E = 0, and so it stays where a rank is taken away at once.
     found["moved"] |= {name for name in trained if "lora_E" in name and not after[name].any()}
     found["logits"] = logits(model)
+    found["off"] = None
+    if (off := switched_off(model, config)) is not None:
+        with off():
+            found["off"] = logits(model)
+        found["on again"] = logits(model)
+        found["trained again"] = {name for name, p in model.named_parameters() if p.requires_grad} == set(trained)
     out = root / f"{name}-{kind}".replace(" ", "-")
     METHODS[config.method.type].save(model, load_tokenizer(root / kind, config), out, None, config)
     found["same after saving"] = logits(model).equal(found["logits"])
@@ -132,6 +138,11 @@ def test_a_method(root: Path, name: str, kind: str) -> None:
     else:
         assert not torch.allclose(found["begins"], found["base"], atol=1e-4)
     assert float((found["logits"] - found["base"]).abs().max()) > 1e-2
+    if found["off"] is None:
+        assert COMPATIBILITY[case.method["type"]].whole_model or "init_lora_weights" in case.method
+    else:
+        assert float((found["off"] - found["base"]).abs().max()) <= 1e-5, "switched off it is its reference"
+        assert found["on again"].equal(found["logits"]) and found["trained again"]
     assert found["same after saving"]
     assert float((found["again"] - found["logits"]).abs().max()) <= 1e-5, "read by plain peft or transformers"
     if case.merge:

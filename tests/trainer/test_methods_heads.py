@@ -21,7 +21,7 @@ from finetune_trainer.model import head_of, kind_of, load_model, load_tokenizer,
 from finetune_trainer.outcome import RunError
 from tests.trainer import tiny_heads
 from tests.trainer.methods_cases import CASES, Case, ranks
-from tests.trainer.tiny import make_config
+from tests.trainer.tiny import make_config, make_model
 
 pytestmark = pytest.mark.trainer
 
@@ -276,3 +276,46 @@ def test_the_modules_that_make_a_classifier(root: Path) -> None:
     other = load_model(root / "trained", config, CPU, Labels(("no", "yes"), SINGLE))
     assert other.classifier.weight.shape == (2, 64), "or for other labels, with a head of their number"
     assert other.bert.pooler.dense.weight.equal(trained.bert.pooler.dense.weight)
+
+
+def test_a_language_model_as_a_classifier(root: Path) -> None:
+    """It judges by the last token, which virtual tokens hide; a prefix does not."""
+    make_model(root / "llama")
+    model = {"uri": f"file://{root}/llama"}
+    for method in ("lora", "p_tuning_v2", "prompt_tuning", "p_tuning"):
+        config = make_config(root, stage="sequence_classification", method={"type": method}, model=model)
+        base = load_model(root / "llama", config, CPU, LABELS)
+        assert head_of(base) == ["score"]
+        if method in ("lora", "p_tuning_v2"):
+            adapted = METHODS[method].prepare(base, config.method, config).eval()
+            alone = adapted(input_ids=IDS[:1, :9], attention_mask=torch.ones(1, 9)).logits
+            ids, mask = IDS[:1].clone(), (torch.arange(16) < 9)[None].long()
+            ids[:, 9:] = base.config.pad_token_id
+            padded = adapted(input_ids=ids, attention_mask=mask).logits
+            assert float((alone - padded).abs().max()) <= 1e-5, "padding changes nothing"
+        else:
+            with pytest.raises(RunError, match="judges a text by its last token"):
+                METHODS[method].prepare(base, config.method, config)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_qlora_leaves_a_head_unquantised(root: Path, family: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    method = {"type": "qlora", "r": 4}
+    config, model, _ = prepared(root, family, method)
+    small = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    # transformers keeps T5's last layers of the feed-forward part in float32
+    assert len(small) == len(LINEAR[family]) - (4 if family == "t5" else 0)
+    losses = []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(8):
+        losses.append(loss_of(model, family))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.04
+    out = root / f"qlora-{family}"
+    out.mkdir()
+    METHODS["qlora"].save(model, load_tokenizer(root / family, config), out, None, config)
+    METHODS["qlora"].merge(root / family, out, out / "merged", config)
+    assert logits(plain(out / "merged", family), family).isfinite().all()

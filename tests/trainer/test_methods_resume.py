@@ -108,7 +108,7 @@ def gang(root: Path) -> dict[str, list[float]]:
     # ZeRO-3 last: it leaves a torch.nn.functional.linear behind that knows no autocast.
     path.write_text(json.dumps(dict(sorted(plan.items(), key=lambda item: "/3" in item[0]))))
     environ = tiny.environment(root, tiny.make_config(root))
-    environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29643"}
+    environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port())}
     command = [sys.executable, str(Path(__file__).with_name("methods_gang.py")), str(path)]
     processes = []
     for rank in ("0", "1"):
@@ -185,7 +185,7 @@ def test_two_processes_continue_adalora_exactly(root: Path) -> None:
     (root / "two").mkdir()
     for name in ("llama", "train.jsonl"):
         (root / "two" / name).symlink_to(root / name)
-    gang = play(root / "two", interrupted(root / "two", "adalora with dropout"), 2, port=29644)
+    gang = play(root / "two", interrupted(root / "two", "adalora with dropout"), 2)
     assert figures(gang["adalora with dropout/again"]) == figures(gang["adalora with dropout/whole"])
 
 

@@ -140,7 +140,7 @@ def test_a_model_that_cannot_keep_rows_apart_is_refused_when_rows_are_packed(tmp
     class Leaky(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = model
+            self.inner, self.config = model, model.config
 
         def get_input_embeddings(self):
             return self.inner.get_input_embeddings()
@@ -358,3 +358,33 @@ def test_a_gguf_model_speaks_and_is_saved_as_an_ordinary_one(smollm, tmp_path, m
     monkeypatch.setattr("finetune_trainer.gguf._convert", lambda *_: pytest.fail("converted again"))
     config = make_config(tmp_path, model={"uri": f"file://{folder}", "gguf_file": name}, method={"type": "qlora"})
     assert parameter_counts(load_model(folder, config, CPU))[1] == 134_515_008
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_positions_are_stretched_and_the_written_model_says_so(root, tmp_path, kind):
+    plain = load_model(root / "model", make_config(root), CPU)
+    config = make_config(root, model={"rope_parameters": {"rope_type": kind, "factor": 4}})
+    model = load_model(root / "model", config, CPU)
+    own, stretched = (m.model.rotary_emb.inv_freq for m in (plain, model))
+    if kind == "linear":
+        assert (stretched * 4).equal(own)
+    elif kind == "dynamic":  # only where a text is longer than the model was made for
+        assert stretched.equal(own)
+    else:
+        assert bool((stretched <= own).all()) and not stretched.equal(own)
+    assert model.config.max_position_embeddings == (256 if kind == "dynamic" else 1024)
+    save_model(model, load_tokenizer(root / "model", config), tmp_path, "5GB")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.rope_parameters["rope_type"] == kind and again.config.rope_parameters["factor"] == 4
+    assert again.model.rotary_emb.inv_freq.equal(stretched)
+    ids = torch.arange(700)[None] % 60
+    with torch.no_grad():
+        assert torch.allclose(again(ids).logits, model.eval()(ids).logits, atol=1e-5)
+
+
+def test_a_model_without_rotary_positions_cannot_be_stretched(tmp_path):
+    small = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "model")
+    config = make_config(tmp_path, model={"rope_parameters": {"rope_type": "yarn", "factor": 2}})
+    with pytest.raises(RunError, match=r"gpt2\) has no rotary positions"):
+        load_model(tmp_path / "model", config, CPU)

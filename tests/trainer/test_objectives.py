@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="needs the trainer extra")
 from finetune_api.stages import Dpo, DpoLoss, Kto, Orpo, Reward
 from finetune_trainer.data.render import Tokens
 from finetune_trainer.data.stream import Draft, Rows, Stream, collate
-from finetune_trainer.objectives import OBJECTIVES, answers, dpo, kto, orpo, reward
+from finetune_trainer.objectives import answers, dpo, kto, orpo, reward
 from finetune_trainer.objectives.head import find_head
 from tests.trainer import tiny
 
@@ -125,8 +125,9 @@ def test_dpo_is_trl_s(options: Dpo, root: Path, pairs: dict[str, Any], their_dpo
     with torch.no_grad():
         batch["reference"] = ours["reference"](reference, batch, find_head(reference))
     expected = trl_s_dpo(their_dpo, pairs, options)
+    wanted = float(expected.detach())
     for head in (None, find_head(model)):
-        assert mean(ours, model, batch, head) == pytest.approx(float(expected), abs=1e-5)
+        assert mean(ours, model, batch, head) == pytest.approx(wanted, abs=1e-5)
     their_dpo.model.zero_grad()
     expected.backward()
     terms, _ = ours["loss_sums"](model, batch, find_head(model))
@@ -266,8 +267,93 @@ def test_reward_is_trl_s(options: Reward, root: Path, pairs: dict[str, Any]) -> 
     assert mean(reward.functions(options), model, pairs) == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
-def test_every_stage_has_an_objective_and_an_encoding() -> None:
+# --- what is learned of a record ------------------------------------------------------------------------------------
+
+
+class Words:
+    """A renderer of numbers: a message is its numbers, of an answer they are learned."""
+
+    def render(self, record: Any) -> list[Any]:
+        return [record.messages]
+
+    def document(self, text: str) -> Any:
+        return [{"role": "assistant", "content": text}]
+
+    def encode(self, texts: Any) -> Any:
+        for messages in texts:
+            ids = [(int(n), m["role"] == "assistant" and m.get("train", True)) for m in messages for n in m["content"]]
+            yield Tokens(np.array([n for n, _ in ids], np.int32), np.array([learned for _, learned in ids], bool))
+
+
+def rows_of(stage: str, *records: Any, max_length: int = 16, **changes: Any) -> Any:
+    from finetune_trainer.data.encode import encoding
+
+    config = tiny.make_config(Path("/"), stage=stage, data={"max_length": max_length}, **changes)
+    made = encoding(config)
+    renderer: Any = Words()
+    sketches = [sketch for record in records for sketch in made.sketch(renderer, record)]
+    fitting = [row for draft in made.tokenise(renderer, sketches) for row in made.fit(draft, max_length)]
+    return made.whole(Rows.of("rows", fitting))
+
+
+def user(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def answer(text: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def learned_of(rows: Any) -> list[list[int]]:
+    cuts = range(len(rows.starts) - 1)
+    return [
+        rows.ids[rows.starts[n] : rows.starts[n + 1]][rows.learned[rows.starts[n] : rows.starts[n + 1]]].tolist()
+        for n in cuts
+    ]
+
+
+def test_every_stage_learns_from_the_records_that_the_api_names() -> None:
     from finetune_api.stages import STAGES
     from finetune_trainer.data.encode import ENCODINGS
+    from finetune_trainer.data.targets import RECORDS
 
-    assert OBJECTIVES.keys() == STAGES.keys() == ENCODINGS.keys()
+    config = tiny.make_config(Path("/"))
+    kinds = {name: make(config).record for name, make in ENCODINGS.items()} | RECORDS
+    assert {name: kind.__name__ for name, kind in kinds.items()} == {n: stage.record for n, stage in STAGES.items()}
+
+
+def test_a_long_document_is_learned_in_pieces() -> None:
+    from finetune_trainer.data.records import Text
+
+    rows = rows_of("pretrain", Text("1" * 35), Text("2" * 33), Text("3"))
+    assert rows.lengths.tolist() == [16, 16, 3, 16, 16]
+
+
+def test_what_of_a_conversation_is_learned() -> None:
+    from finetune_trainer.data.records import Conversation
+
+    talk = Conversation([*user("12"), *answer("34"), *user("5"), *answer("67")])
+    for loss_on, learned in (("answers", [3, 4, 6, 7]), ("last_answer", [6, 7])):
+        assert learned_of(rows_of("sft", talk, sft={"loss_on": loss_on})) == [learned]
+
+
+def test_of_preferences_what_follows_the_prompt_is_learned() -> None:
+    from finetune_trainer.data.records import Preference
+
+    pair = Preference([*user("1"), *answer("2"), *user("3")], answer("45"), answer("678"), 0.5)
+    rows = rows_of("dpo", pair, Preference(user("1" * 20), answer("2"), answer("3")))
+    assert (len(rows), rows.parts, learned_of(rows)) == (1, 2, [[4, 5], [6, 7, 8]])
+    assert rows.numbers["margin"].tolist() == [0.5]
+    long = Preference(user("1"), answer("2"), answer("3" * 16))
+    assert len(rows_of("dpo", long)) == 1
+    assert len(rows_of("reward", pair, long)) == 1, "half an answer is not compared"
+
+
+def test_verdicts_come_with_the_answer_of_another_row() -> None:
+    from finetune_trainer.data.records import Judged
+
+    rows = rows_of("kto", Judged(user("12"), answer("3"), True), Judged(user("4"), answer("5" * 15), False))
+    assert rows.numbers["desirable"].tolist() == [1, 0]
+    sequences = [rows.ids[rows.starts[n] : rows.starts[n + 1]].tolist() for n in range(4)]
+    assert sequences == [[1, 2, 3], [1, 2, *[5] * 14], [4, *[5] * 15], [4, 3]]
+    assert learned_of(rows) == [[3], [5] * 14, [5] * 15, [3]]

@@ -12,11 +12,15 @@ import pytest
 # ruff: noqa: E402  (without the trainer extra, this file is skipped)
 torch = pytest.importorskip("torch", reason="needs the trainer extra")
 
+from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.reinforcement import Grpo, Ppo
+from finetune_trainer.methods import METHODS
+from finetune_trainer.model import load_model, load_tokenizer
 from finetune_trainer.objectives import grpo, policy, ppo
 from finetune_trainer.objectives.head import find_head
-from finetune_trainer.rollout import Answer, _collated
+from finetune_trainer.rollout import Answer, Draw, _collated, drawn
 from tests.trainer import tiny
+from tests.trainer.methods_cases import CASES
 
 ANSWERS, PAD = 6, 0
 
@@ -93,6 +97,61 @@ def test_what_a_policy_says_of_answers(model: Any, answers: list[Answer], with_h
         ids = torch.from_numpy(np.concatenate([answer.prompt, answer.ids]).astype(np.int64))[None]
         hidden = model(ids, output_hidden_states=True).hidden_states[-1][0, len(answer.prompt) - 1 : -1]
         assert found[:, 2].numpy() == pytest.approx(model.value_head(hidden).squeeze(-1).detach().numpy(), abs=1e-5)
+
+
+class Noted(Draw):
+    """Remembers the log-probability of every token it chose."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.said: list[Any] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        chosen = super().__call__(input_ids, scores)
+        logs = torch.log_softmax(scores.float() / self.temperature, -1)
+        self.said.append(logs.gather(-1, chosen.argmax(-1, keepdim=True)).squeeze(-1))
+        return chosen
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if "ppo" in COMPATIBILITY[c.method["type"]].stages])
+def test_every_method_is_asked_for_what_it_wrote(name: str, root: Path) -> None:
+    """Written token by token behind prompts of several lengths, with cached keys; asked for in one pass."""
+    config = tiny.make_config(
+        root, method=CASES[name].method, model={"uri": f"file://{root}/policy", "dtype": "float32"}
+    )
+    torch.manual_seed(0)
+    model = METHODS[config.method.type].prepare(
+        load_model(root / "policy", config, torch.device("cpu")), config.method, config
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.eval()
+    tokenizer = load_tokenizer(root / "policy", config)
+    texts = [np.arange(3, 3 + length, dtype=np.int32) for length in (3, 9, 5)]
+    draw = Noted(0.8, 1.0, [1, 2, 3], 6, torch.device("cpu"))
+    with torch.no_grad():
+        output = drawn(model, tokenizer, texts, [2], PAD, 6, draw)
+        answers = [
+            Answer(n, 0, t, row.astype(np.int32), True) for n, (t, row) in enumerate(zip(texts, output, strict=True))
+        ]
+        batch = _collated(answers, PAD)
+        told = policy.said(model, batch, find_head(model), 0.8, values=False).split(batch["lengths"])
+    for row, (ids, found) in enumerate(zip(output, told, strict=True)):
+        count = int(np.argmax(ids == 2)) + 1 if (ids == 2).any() else len(ids)
+        assert found[:count, 0].tolist() == pytest.approx([float(one[row]) for one in draw.said[:count]], abs=1e-4)
+
+
+def test_what_is_drawn_has_the_probabilities_of_the_model() -> None:
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0, float("-inf")]).repeat(4000, 1)
+    for top_p in (1.0, 0.8):
+        draw = Draw(0.7, top_p, list(range(4000)), 1, torch.device("cpu"))
+        counts = np.bincount(draw(scores[:, :0], scores).argmax(-1).numpy(), minlength=5) / 4000
+        shares = torch.softmax(scores[0] / 0.7, -1).numpy()
+        if top_p < 1:
+            shares = np.where(np.array([0, 1, 1, 0, 0]), shares, 0)
+        assert counts == pytest.approx(shares / shares.sum(), abs=0.03)
+        assert counts[4] == 0
 
 
 # --- ppo ------------------------------------------------------------------------------------------------------------
@@ -240,7 +299,7 @@ def trl_s(trainer: Any, options: Grpo, answers: list[Answer], columns: dict[str,
 
 
 SEQUENCE: dict[str, Any] = {"importance_sampling_level": "sequence"}
-CASES = [
+LOSSES = [
     *({"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "sapo")),
     {"loss_type": "cispo", "epsilon_high": 1.1},
     {"loss_type": "luspo"} | SEQUENCE,
@@ -253,7 +312,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["older", "own"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize("case", LOSSES, ids=lambda case: "-".join(map(str, case.values())))
 def test_grpo_s_loss_is_trl_s(
     case: dict[str, Any], own: bool, root: Path, model: Any, answers: list[Answer], theirs: Any
 ) -> None:

@@ -68,15 +68,13 @@ def interrupted(root: Path, folder: str, changes: dict[str, Any]) -> list[dict[s
     ]
 
 
-def play(
-    root: Path, plans: list[dict[str, Any]], processes: int, port: int = 29641, **variables: str
-) -> dict[str, dict[str, Any]]:
+def play(root: Path, plans: list[dict[str, Any]], processes: int, **variables: str) -> dict[str, dict[str, Any]]:
     """Run the plans in one gang; results by name."""
     path = root / f"plans-{processes}.json"
     path.write_text(json.dumps(plans))
     environ = tiny.environment(root, tiny.make_config(root)) | variables
     if processes > 1:
-        environ |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environ |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port())}
     command = [sys.executable, str(Path(__file__).with_name("harness.py")), str(path)]
     gang = []
     for rank in range(processes):
@@ -84,7 +82,7 @@ def play(
         mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         gang.append(subprocess.Popen(command, env=environ | mine, stdout=log, stderr=subprocess.STDOUT))
     for process in gang:
-        process.wait(timeout=400)
+        process.wait(timeout=900)
     output = path.with_name(path.name + ".out")
     assert output.exists(), (root / f"log-{processes}-0").read_text()[-3000:]
     return {result["name"]: result for result in json.loads(output.read_text())}

@@ -28,7 +28,7 @@ class Pod:
     def __init__(self, root: Path, config: TrainerConfig, attempt: int = 1, processes: int = 1, **env: str) -> None:
         (root / "termination").unlink(missing_ok=True)
         environ = tiny.environment(root, config, attempt, PYTHONUNBUFFERED="1", **env)
-        self.process = tiny.start(environ, processes, port=29651)
+        self.process = tiny.start(environ, processes)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -116,11 +116,12 @@ def config_of(root: Path, folder: str, **changes: Any) -> TrainerConfig:
 def whole(root: Path) -> dict[str, Any]:
     """An uninterrupted run, asked for its progress while it starts and while it steps."""
     config = config_of(root, "whole")
-    pod = Pod(root, config, FINETUNE_HTTP_PORT="29652")
+    port = tiny.free_port()
+    pod = Pod(root, config, FINETUNE_HTTP_PORT=str(port))
     try:
-        early = watch(pod, lambda progress: True)
-        stepping = watch(pod, lambda progress: progress["step"] >= 12)
-        metrics = urllib.request.urlopen("http://127.0.0.1:29652/metrics", timeout=5).read().decode()
+        early = watch(pod, port, lambda progress: True)
+        stepping = watch(pod, port, lambda progress: progress["step"] >= 12)
+        metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
         code = pod.wait()
     finally:
         pod.close()
@@ -136,11 +137,11 @@ def whole(root: Path) -> dict[str, Any]:
     }
 
 
-def watch(pod: Pod, enough: Any) -> dict[str, Any]:
+def watch(pod: Pod, port: int, enough: Any) -> dict[str, Any]:
     """The first progress that is enough."""
     while pod.process.poll() is None:
         try:
-            body = urllib.request.urlopen("http://127.0.0.1:29652/progress", timeout=5).read()
+            body = urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=5).read()
         except OSError:
             time.sleep(0.02)
             continue

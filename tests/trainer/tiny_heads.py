@@ -22,12 +22,13 @@ BART = {"vocab_size": 64, "d_model": 64, "max_position_embeddings": 128, "dropou
 BART |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 2), ("ffn_dim", 128))}
 BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 2}
 BART |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2}
+_CALM = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
 _QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     # As they are published: encoders with the head they were pretrained with.
     "bert": ("BertForMaskedLM", BERT | _QUIET),
     "roberta": ("RobertaForMaskedLM", BERT | _QUIET | {"pad_token_id": 0}),
-    "distilbert": ("DistilBertForMaskedLM", DISTILBERT | {"dropout": 0.0, "attention_dropout": 0.0}),
+    "distilbert": ("DistilBertForMaskedLM", DISTILBERT | _CALM),
     "t5": ("T5ForConditionalGeneration", T5),
     "bart": ("BartForConditionalGeneration", BART),
 }
@@ -73,12 +74,91 @@ def make_tokenizer(family: str) -> Any:
     )
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+Rows = list[dict[str, Any]]
+FILL = ("the", "a", "is", "and", "of", "to", "house", "tree", "thing", "name")
+GOOD, BAD = ("red", "green", "blue", "hello", "please"), ("one", "two", "three", "four", "five")
+ANIMALS = ("cat", "dog", "bird")
+
+
+def write_rows(path: Path, rows: Rows) -> Path:
     """JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def draws(seed: int) -> random.Random:
-    """Where rows come from."""
-    return random.Random(seed)
+def _mixed(draw: random.Random, words: list[str], least: int, most: int) -> str:
+    mixed = words + [draw.choice(FILL) for _ in range(draw.randint(least, most))]
+    draw.shuffle(mixed)
+    return " ".join(mixed)
+
+
+def opinions(count: int, seed: int, tasks: tuple[str, ...] = ()) -> Rows:
+    """positive where a text has more good words than bad ones, else negative; never as many."""
+    draw, rows = random.Random(seed), []
+    for number in range(count):
+        good = draw.randint(0, 4)
+        bad = draw.choice([n for n in range(5) if n != good])
+        words = [draw.choice(GOOD) for _ in range(good)] + [draw.choice(BAD) for _ in range(bad)]
+        rows.append({"text": _mixed(draw, words, 1, 5), "label": "positive" if good > bad else "negative"})
+        if tasks:
+            rows[-1]["task"] = tasks[number % len(tasks)]
+    return rows
+
+
+def numbers(count: int, seed: int) -> Rows:
+    """Good words less bad words, by quarters."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        good, bad = draw.randint(0, 4), draw.randint(0, 4)
+        words = [draw.choice(GOOD) for _ in range(good)] + [draw.choice(BAD) for _ in range(bad)]
+        rows.append({"text": _mixed(draw, words, 1, 5), "label": (good - bad) / 4})
+    return rows
+
+
+def several(count: int, seed: int) -> Rows:
+    """Every animal that is named."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        named = [animal for animal in ANIMALS if draw.random() < 0.5]
+        rows.append({"text": _mixed(draw, list(named), 1, 5), "label": named})
+    return rows
+
+
+def pairs(count: int, seed: int) -> Rows:
+    """same where both texts name the same animal, else other."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        first = draw.choice(ANIMALS)
+        second = first if draw.random() < 0.5 else draw.choice([animal for animal in ANIMALS if animal != first])
+        texts = [_mixed(draw, [animal], 1, 3) for animal in (first, second)]
+        rows.append({"text": texts[0], "text_pair": texts[1], "label": "same" if first == second else "other"})
+    return rows
+
+
+def named(count: int, seed: int) -> Rows:
+    """Behind hello stands a person of two words, behind to a place of one; the same words elsewhere are neither."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        tokens, tags = [], []
+        for _ in range(draw.randint(2, 4)):
+            kind = draw.choice(("person", "place", "neither"))
+            if kind == "person":
+                tokens += ["hello", draw.choice(ANIMALS), draw.choice(ANIMALS)]
+                tags += ["O", "B-PER", "I-PER"]
+            elif kind == "place":
+                tokens += ["to", draw.choice((*ANIMALS, "house"))]
+                tags += ["O", "B-LOC"]
+            else:
+                tokens.append(draw.choice(("the", "a", "is", "and", "house", "cat")))
+                tags.append("O")
+        rows.append({"tokens": tokens, "tags": tags})
+    return rows
+
+
+def mirrored(count: int, seed: int) -> Rows:
+    """The target is the source's words in reverse."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        words = draw.sample(WORDS[:6], draw.randint(2, 3))
+        rows.append({"source": " ".join(words), "target": " ".join(words[::-1])})
+    return rows

@@ -404,6 +404,30 @@ BAD: tuple[Bad, ...] = (
         "for training rows only",
     ),
     Bad(
+        "conversations for DPO",
+        {"spec.stage": "dpo", "spec.data.train[0].format": "alpaca"},
+        "spec.data.train",
+        "gives nothing that spec.stage learns from",
+    ),
+    Bad(
+        "held-out texts for SFT",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl", "format": "text"}]},
+        "spec.data.eval",
+        "choose another format or another spec.stage",
+    ),
+    Bad(
+        "a factor without a type",
+        {"spec.model.rope_parameters": {"factor": 4}},
+        "spec.model.rope_parameters.factor",
+        "set both",
+    ),
+    Bad(
+        "a type without a factor",
+        {"spec.model.rope_parameters": {"rope_type": "yarn"}},
+        "spec.model.rope_parameters.factor",
+        "set both",
+    ),
+    Bad(
         "the path of a template",
         {"spec.data.chat_template": "templates/mine.jinja"},
         "spec.data.chat_template",
@@ -1018,6 +1042,18 @@ BAD: tuple[Bad, ...] = (
         "cache.claimName of a profile",
         CONDITION,
     ),
+    Bad(
+        "the best of no evaluations",
+        {"spec.training.load_best_model_at_end": True},
+        "spec.training.load_best_model_at_end",
+        "add held-out rows in spec.data.eval",
+    ),
+    Bad(
+        "patience without evaluations",
+        {"spec.training.early_stopping_patience": 3},
+        "spec.training.early_stopping_patience",
+        "add held-out rows in spec.data.eval",
+    ),
     # ---- the stages
     Bad(
         "exo_pair without smoothing",
@@ -1035,7 +1071,7 @@ BAD: tuple[Bad, ...] = (
         "half of the preferences wrong",
         {"spec.stage": "dpo", "spec.dpo": {"label_smoothing": 0.5}},
         "spec.dpo.label_smoothing",
-        "less than 0.5",
+        "0.499",
         SCHEMA,
     ),
     Bad(
@@ -1139,6 +1175,56 @@ BAD: tuple[Bad, ...] = (
         "from 2 to 1024",
         SCHEMA,
         "greater than or equal to 2",
+    ),
+    Bad(
+        "one label alone",
+        {"spec.stage": "sequence_classification", "spec.sequence_classification": {"labels": ["yes"]}},
+        "spec.sequence_classification.labels",
+        "list all of them, or none",
+    ),
+    Bad(
+        "a tag named twice",
+        {"spec.stage": "token_classification", "spec.token_classification": {"labels": ["O", "B-PER", "O"]}},
+        "spec.token_classification.labels",
+        "every label once",
+    ),
+    Bad(
+        "labels of a number",
+        {
+            "spec.stage": "sequence_classification",
+            "spec.sequence_classification": {"labels": ["low", "high"], "problem_type": "regression"},
+        },
+        "spec.sequence_classification.labels",
+        "set problem_type: single_label_classification",
+    ),
+    Bad(
+        "a chat template for words",
+        {"spec.stage": "token_classification", "spec.data.chat_template": "chatml"},
+        "spec.data.chat_template",
+        "the rows of this stage are no conversations",
+    ),
+    Bad(
+        "a language model that is to write targets",
+        {"spec.evaluation.predict_with_generate": True, "spec.data.eval": [{"uri": "s3://a/b.jsonl"}]},
+        "spec.evaluation.predict_with_generate",
+        "set spec.stage: seq2seq",
+    ),
+    Bad(
+        "targets to write for nothing",
+        {"spec.stage": "seq2seq", "spec.evaluation.predict_with_generate": True, "spec.data.eval": []},
+        "spec.evaluation.predict_with_generate",
+        "add held-out rows",
+    ),
+    Bad(
+        "writing for an unknown task",
+        {
+            "spec.stage": "seq2seq",
+            "spec.method": {"type": "moelora", "tasks": ["one"]},
+            "spec.evaluation.predict_with_generate": True,
+            "spec.data.eval": [{"uri": "s3://a/b.jsonl"}],
+        },
+        "spec.evaluation.predict_with_generate",
+        "would not know the task",
     ),
     Bad("beta of nothing", {"spec.stage": "kto", "spec.kto": {"beta": 0}}, "spec.kto.beta", "greater than 0", SCHEMA),
 )

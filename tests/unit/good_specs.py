@@ -110,7 +110,7 @@ GOOD: tuple[Good, ...] = (
                     {"uri": "file:///data/rows.parquet"},
                     {"uri": "gs://bucket/folder/"},
                     {"uri": "s3://bucket/rows/**/part-[0-9]*.csv.zst", "columns": {"question": "instruction"}},
-                    {"uri": "s3://bucket/books/*.txt", "format": "text", "sample_by": "document"},
+                    {"uri": "s3://bucket/books/*.txt", "sample_by": "document"},
                 ],
                 "eval": [{"uri": "az://container/rows.jsonl", "format": "messages"}],
                 "max_length": 4096,
@@ -121,6 +121,7 @@ GOOD: tuple[Good, ...] = (
             "spec.training.eval_steps": 50,
         },
     ),
+    Good("stretched positions", {"spec.model.rope_parameters": {"rope_type": "yarn", "factor": 4}}),
     Good("the name of a template", {"spec.data.chat_template": "llama-2"}),
     Good(
         "every number of the training",
@@ -195,6 +196,19 @@ GOOD: tuple[Good, ...] = (
     Good("the longest name", {"metadata.name": "x" * 51}),
     Good("null for what is optional", {"spec.training": None, "spec.checkpoint": {"uri": None}}),
     Good("whole floats for integers", {"spec.workers.replicas": 2.0, "spec.training.max_steps": 10.0}),
+    Good(
+        "the best model, in good time",
+        {
+            "spec.data.eval": [{"uri": "s3://team/held-out.jsonl"}],
+            "spec.training": {
+                "load_best_model_at_end": True,
+                "metric_for_best_model": "loss/held-out",
+                "greater_is_better": False,
+                "early_stopping_patience": 2,
+                "early_stopping_threshold": 0.01,
+            },
+        },
+    ),
     Good("continued pretraining, packed", {"spec.stage": "pretrain", "spec.data.packing": True}),
     Good("the last answers only", {"spec.stage": "sft", "spec.sft": {"loss_on": "last_answer"}}),
     Good(
@@ -241,6 +255,30 @@ GOOD: tuple[Good, ...] = (
                 "loss_type": "luspo",
                 "importance_sampling_level": "sequence",
             },
+        },
+    ),
+    Good(
+        "labels in an order",
+        {
+            "spec.stage": "sequence_classification",
+            "spec.sequence_classification": {
+                "labels": ["contradiction", "neutral", "entailment"],
+                "problem_type": "single_label_classification",
+            },
+        },
+    ),
+    Good(
+        "a regression",
+        {"spec.stage": "sequence_classification", "spec.sequence_classification": {"problem_type": "regression"}},
+    ),
+    Good("tags as they come", {"spec.stage": "token_classification", "spec.method": {"type": "p_tuning_v2"}}),
+    Good(
+        "summaries",
+        {
+            "spec.stage": "seq2seq",
+            "spec.seq2seq": {"source_prefix": "summarize: ", "max_target_length": 64},
+            "spec.data.eval": [{"uri": "s3://a/b.jsonl"}],
+            "spec.evaluation": {"predict_with_generate": True, "generation_num_beams": 4, "prompts": ["A long text."]},
         },
     ),
 )

@@ -6,6 +6,7 @@ from typing import Any
 from finetune_api.methods import MoeLora
 from finetune_api.run import TrainerConfig
 from finetune_trainer.methods.adapters import base_name
+from finetune_trainer.model import kind_of
 
 OURS = ("adapter", "mam", "unipelt")
 """Methods whose adapters plain peft cannot read."""
@@ -40,20 +41,28 @@ def card(config: TrainerConfig, *, whole: bool) -> str:
 
 
 def _loading(config: TrainerConfig, base: str, *, whole: bool) -> list[str]:
+    kind = kind_of(config.stage)
     if whole:
-        return ["from transformers import AutoModelForCausalLM", "", 'AutoModelForCausalLM.from_pretrained(".")']
+        return [f"from transformers import {kind.auto}", "", f'model = {kind.auto}.from_pretrained(".")']
+    load = f'{kind.auto}.from_pretrained("{base}")'
+    names = kind.auto
+    if kind.new_head:  # the folder knows the labels
+        load, names = (
+            f'{kind.auto}.from_pretrained("{base}", config=AutoConfig.from_pretrained("."))',
+            f"AutoConfig, {names}",
+        )
     if config.method.type in OURS:
         return [
             "# Plain peft cannot read this adapter: its parts are those of finetune-operator.",
             "from finetune_trainer.methods import load_adapter",
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {names}",
             "",
-            f'model = load_adapter(AutoModelForCausalLM.from_pretrained("{base}"), ".")',
+            f'model = load_adapter({load}, ".")',
         ]
     folder = f"./{config.method.tasks[0]}" if isinstance(config.method, MoeLora) else "."
     return [
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {names}",
         "",
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")',
+        f'model = PeftModel.from_pretrained({load}, "{folder}")',
     ]

@@ -272,6 +272,32 @@ def resume(
     return result
 
 
+def take(store: Store, step: int, world: World, state: TrainableState, work: Path) -> str:
+    """Put the checkpoint of a step of this run into ``state``, on all processes; what was wrong with it, or nothing.
+    Collective."""
+    content: str | None = None
+    if world.first:
+        try:
+            content = store.get(f"{folder(step)}/{MANIFEST}").decode()
+        except (FileNotFoundError, RunError):
+            content = ""
+    content = world.share("take/manifest", content)
+    if not content:
+        return "it is not there"
+    try:
+        manifest = Manifest.opened(content.encode())
+    except ValueError as error:
+        return str(error)
+    local = work / "best" / folder(step)
+    problems = world.gather("take/verify", _fetch(store, manifest, state, world, local))
+    if any(problems):
+        return next(problem for problem in problems if problem)
+    _apply(manifest, state, local)
+    world.barrier("take/read")
+    _remove(local)
+    return ""
+
+
 def _mismatch(
     config: TrainerConfig,
     manifest: Manifest,

@@ -11,7 +11,6 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +24,13 @@ from finetune_trainer.data import Item, Stream
 from finetune_trainer.feed import Slot, StepBatch, draw_seed
 from finetune_trainer.hooks import NOTHING, Hooks
 from finetune_trainer.logbook import mean_loss
+from finetune_trainer.noise import Noise
 from finetune_trainer.objectives import Objective, Sums
 from finetune_trainer.objectives.head import find_head
 from finetune_trainer.outcome import RunError
 from finetune_trainer.stopping import Stop
 from finetune_trainer.world import World
+from finetune_trainer.zero import deepspeed_config, forget_dry_run, is_plain, passes, zero_stage
 
 ENV_COMPILE = "FINETUNE_COMPILE"
 """auto: decoder layers are compiled where that is known to be safe. 1: always. 0: never."""
@@ -110,7 +111,7 @@ class Engine:
             dist_init_required=False,
         )
         self.module = self.engine.module
-        _forget_dry_run(self.optimizer)
+        forget_dry_run(self.optimizer)
         # After DeepSpeed has hung on to the model: under ZeRO-3 its hooks bring a layer's weights together.
         with torch.autocast(world.device.type, dtype=mixed, enabled=mixed is not None):
             self.head = find_head(self.module)
@@ -142,7 +143,7 @@ class Engine:
         ]
         return torch.optim.AdamW(
             groups,
-            lr=0.0,  # until the first step: see _forget_dry_run
+            lr=0.0,  # until the first step: see forget_dry_run
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             fused=True,
@@ -514,95 +515,6 @@ class Engine:
             buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
             gathered |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
         return gathered
-
-
-def _forget_dry_run(optimizer: Any) -> None:
-    """DeepSpeed's optimizer for bf16 without ZeRO takes a step with zero gradients to make AdamW's state. Left alone
-    it counts, and spoils the bias correction of the real steps (and, but for a learning rate of 0, the weights)."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    inner.state.clear()
-
-
-def zero_stage(config: TrainerConfig) -> int:
-    """0 to 3."""
-    return int(config.deepspeed.get("zero_optimization", {}).get("stage") or 0)
-
-
-def is_plain(config: TrainerConfig) -> bool:
-    """Neither ZeRO nor a precision section of DeepSpeed is asked for."""
-    return zero_stage(config) == 0 and not any(
-        config.deepspeed.get(section, {}).get("enabled") for section in ("bf16", "fp16")
-    )
-
-
-def passes(config: TrainerConfig, world: World) -> int:
-    """Forward passes per process that a global batch takes."""
-    return math.ceil(config.global_batch_size / (config.training.per_device_train_batch_size * world.size))
-
-
-def deepspeed_config(config: TrainerConfig, world: World) -> dict[str, Any]:
-    """The plan's DeepSpeed configuration, with what depends on the world and on how we step."""
-    given = deepcopy(config.deepspeed)
-    given["train_micro_batch_size_per_gpu"] = config.training.per_device_train_batch_size
-    given["gradient_accumulation_steps"] = passes(config, world)
-    given.pop("train_batch_size", None)
-    given["gradient_clipping"] = 0.0 if is_plain(config) else config.training.max_grad_norm
-    given.setdefault("zero_allow_untested_optimizer", True)
-    # torch's AdamW runs on the host too; DeepSpeed's own would be compiled with g++ at the first run.
-    given.setdefault("zero_force_ds_cpu_optimizer", False)
-    given.setdefault("steps_per_print", 1_000_000_000)
-    return given
-
-
-def before_loading(config: TrainerConfig, world: World) -> Any:
-    """Under ZeRO-3: tell transformers to partition the weights while it reads them. Keep what is returned alive
-    until the model is loaded. None otherwise."""
-    if zero_stage(config) < 3:
-        return None
-    from transformers.integrations import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(deepspeed_config(config, world))
-
-
-class Noise:
-    """NEFTune (arXiv:2310.05914): uniform noise on the input embeddings, of alpha / sqrt(length x width).
-
-    Length is that of the token's own document, so that neither padding nor packing changes the amount.
-    """
-
-    def __init__(self, module: Any, config: TrainerConfig, world: World) -> None:
-        self.alpha = config.training.neftune_noise_alpha
-        self.generator = torch.Generator(world.device)
-        self.lengths: torch.Tensor | None = None
-        module.get_input_embeddings().register_forward_hook(self._add)
-
-    def prepare(self, seed: int, batch: dict[str, Any]) -> None:
-        """The next forward pass draws by this seed, for this batch."""
-        self.generator.manual_seed(seed)
-        self.lengths = document_lengths(batch)
-
-    def _add(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if self.lengths is None or not module.training or output.shape[1] != self.lengths.shape[1]:
-            return None
-        lengths, self.lengths = self.lengths[: output.shape[0]], None  # once per pass
-        noise = torch.empty_like(output).uniform_(-1.0, 1.0, generator=self.generator)
-        amount = self.alpha / torch.sqrt(lengths * output.shape[-1])
-        return output + noise * amount.unsqueeze(-1).to(output.dtype)
-
-
-def document_lengths(batch: dict[str, Any]) -> torch.Tensor:
-    """(B, T) fp32: for every token the length of the document it belongs to, padding excluded."""
-    ids = batch["input_ids"]
-    rows, width = ids.shape
-    positions = batch.get("position_ids")
-    mask = batch.get("attention_mask")
-    counted = torch.ones(ids.shape, device=ids.device) if mask is None else mask.to(torch.float32)
-    starts = torch.zeros_like(ids, dtype=torch.bool) if positions is None else positions == 0
-    starts = starts.clone()
-    starts[:, 0] = True
-    document = starts.cumsum(-1) - 1 + width * torch.arange(rows, device=ids.device).unsqueeze(-1)
-    counts = torch.zeros(rows * width, device=ids.device).scatter_add_(0, document.reshape(-1), counted.reshape(-1))
-    return counts[document].clamp(min=1.0)
 
 
 def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -132,6 +132,20 @@ def fetch_model(
     return folder, adapters
 
 
+def fetch_to_look_at(config: TrainerConfig, cache: Path) -> Fetched:
+    """The data, and of the model only what makes tokens: no weights, no adapters (but a GGUF file is one piece)."""
+    digests: dict[str, str] = {}
+    if config.model.gguf_file:
+        model = _source(config.model, _model_files(config.model), Cause.MODEL_NOT_FOUND, cache, False, digests)
+    else:
+        model = _source(config.model, _tokenizer_files, Cause.MODEL_NOT_FOUND, cache, False, digests, "tokenizer")
+    train, held_out = (
+        [_source(source, _data_files(source), Cause.DATA_NOT_FOUND, cache, False, digests) for source in sources]
+        for sources in (config.data.train, config.data.eval)
+    )
+    return Fetched(model=model, train=train, eval=held_out, digests=digests)
+
+
 def main() -> int:
     """The init container: everything comes from the environment; the exit code is what failed means."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
@@ -202,6 +216,11 @@ def _model_files(model: ModelSource) -> Select:
     return select
 
 
+def _tokenizer_files(names: Names, read: Callable[[str], bytes]) -> list[str]:
+    del read
+    return sorted(n for n in names if "/" not in n and any(fnmatch.fnmatch(n, pattern) for pattern in _MODEL_PARTS))
+
+
 def no_safetensors(uri: str, names: Iterable[str]) -> RunError:
     """The error for a model folder that holds no safetensors file. ``names``: what it holds."""
     names = list(names)
@@ -237,7 +256,7 @@ def _adapter_files(adapter: AdapterSource) -> Select:
                 f"{adapter.uri} holds no adapter: {' and '.join(missing)} not among {_some(names)}{pickled}. "
                 "spec.model.adapters must name folders that PEFT or a run has written.",
             )
-        return needed
+        return [*needed, *(name for name in ("config.json",) if name in names)]  # a classifier's has its labels
 
     return select
 
@@ -334,6 +353,7 @@ def _source(
     cache: Path,
     refresh: bool,
     digests: dict[str, str],
+    *part: str,
 ) -> Path:
     """The folder or file of one source on this node; its digest is added to ``digests``."""
     uri = source.uri
@@ -341,7 +361,7 @@ def _source(
         return _in_place(uri, missing, digests, cache, sample=not isinstance(source, DataSource))
     name = source_key(source)
     # Other choices among the files of one source are another entry of the cache.
-    choice = json.dumps([name, getattr(source, "gguf_file", ""), getattr(source, "trust_remote_code", False)])
+    choice = json.dumps([name, getattr(source, "gguf_file", ""), getattr(source, "trust_remote_code", False), *part])
     home = cache / hashlib.sha256(choice.encode()).hexdigest()[:32]
     record = _read_record(home)
     if record is None or refresh or not _unchanged(record, thorough=False):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune_trainer.best import Best
 from finetune_trainer.flops import ModelCost
 from finetune_trainer.telemetry import Telemetry, host_memory, now
 
@@ -85,15 +86,20 @@ class Tally:
     evaluated_step: int = -1
     kl_coef: float | None = None
     """PPO's, of the next step."""
+    best: Best = field(default_factory=Best)
+    confusion: list[list[int]] = field(default_factory=list)
+    """Of a classifier's last evaluation."""
 
     def document(self) -> bytes:
         """As JSON."""
-        return json.dumps({**self.__dict__, "window": self.window.__dict__}).encode()
+        return json.dumps({**self.__dict__, "window": self.window.__dict__, "best": self.best.__dict__}).encode()
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> "Tally":
         """Read back; of an empty document the beginning."""
-        return cls(**{**document, "window": Window(**document["window"])}) if document else cls()
+        if not document:
+            return cls()
+        return cls(**{**document, "window": Window(**document["window"]), "best": Best(**document["best"])})
 
 
 class Logbook:
@@ -219,6 +225,7 @@ def for_people(line: dict[str, Any], max_steps: int) -> str:
     )
     if line.get("mfu") is not None:
         text += f" mfu {line['mfu']:.1%}"
-    if "eval_loss" in line:
-        text += f" eval_loss {line['eval_loss']:.4f}"
+    for name in ("eval_loss", "eval_accuracy", "eval_f1", "eval_spearman", "eval_rougeL"):
+        if name in line:
+            text += f" {name} {line[name]:.4f}"
     return text

@@ -26,7 +26,8 @@ from finetune_trainer.earlier import described
 from finetune_trainer.export import upload
 from finetune_trainer.faults import diagnose, exit_code
 from finetune_trainer.fetch import fetch_model
-from finetune_trainer.model import save_model
+from finetune_trainer.methods.adapters import merged_into
+from finetune_trainer.model import KINDS, LANGUAGE_MODEL, save_model
 from finetune_trainer.outcome import RunError
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -61,8 +62,10 @@ def merged(
     """
     for part in adapters:
         _check(part, weighted=len(adapters) > 1 or part.weight != 1)
-    model = load(model_path, source, dtype) if base is None else base
+    model = load(model_path, source, dtype, adapters[0]) if base is None else base
     with _explained(adapters):
+        if len(adapters) == 1 and adapters[0].weight == 1 and not modules:
+            return merged_into(model, adapters[0].folder)
         adapted = combined(model, adapters, combination, density, rank, seed)
         if not modules:
             return adapted.merge_and_unload(safe_merge=True)
@@ -155,17 +158,21 @@ class _explained:  # noqa: N801
             ) from error
 
 
-def load(path: Path, source: ModelSource, dtype: str = "auto") -> Any:
-    """The model, in the class that its configuration names, on the CPU; auto: in the format it was published in."""
+def load(path: Path, source: ModelSource, dtype: str, adapter: Part) -> Any:
+    """The model, of the kind that the adapter was trained for, on the CPU; auto: in the format it was published in."""
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=source.trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise RunError(
             Cause.INVALID_CONFIGURATION,
             f"{source.uri} is quantised; what is merged into it would be rounded away. Name the unquantised model.",
         )
-    kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
-    return kind.from_pretrained(
+    task = described(adapter.folder, adapter.uri).get("task_type")
+    kind = next((kind for kind in KINDS.values() if kind.task == task), LANGUAGE_MODEL)
+    if kind.new_head and (adapter.folder / "config.json").is_file():  # it knows the labels
+        config = AutoConfig.from_pretrained(adapter.folder, local_files_only=True)
+    return getattr(transformers, kind.auto).from_pretrained(
         path,
+        config=config,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         use_safetensors=True,
         local_files_only=True,
@@ -207,7 +214,7 @@ def run(config: MergeConfig, cache: Path) -> OutputInfo:
         for part in parts:
             _check(part, weighted=True)
         with _explained(parts):
-            base = load(model_path, config.model, config.dtype)
+            base = load(model_path, config.model, config.dtype, parts[0])
             adapted = combined(base, parts, config.combination, config.density, config.rank, config.seed)
         name = str(adapted.active_adapter)
         folder = Path(scratch)

@@ -61,9 +61,11 @@ class Kind:
     saved with every method."""
     outputs: int | None = None
     """How many numbers the head gives, where the labels do not say."""
+    talks: bool = False
+    """Its rows are conversations, written by a chat template."""
 
 
-LANGUAGE_MODEL = Kind("AutoModelForCausalLM", "CAUSAL_LM", "causal language model")
+LANGUAGE_MODEL = Kind("AutoModelForCausalLM", "CAUSAL_LM", "causal language model", talks=True)
 KINDS: dict[str, Kind] = {
     "sequence_classification": Kind(
         "AutoModelForSequenceClassification", "SEQ_CLS", "model for sequence classification", new_head=True
@@ -72,11 +74,18 @@ KINDS: dict[str, Kind] = {
         "AutoModelForTokenClassification", "TOKEN_CLS", "model for token classification", new_head=True
     ),
     "reward": Kind(
-        "AutoModelForSequenceClassification", "SEQ_CLS", "model for sequence classification", new_head=True, outputs=1
+        "AutoModelForSequenceClassification",
+        "SEQ_CLS",
+        "model for sequence classification",
+        new_head=True,
+        outputs=1,
+        talks=True,
     ),
     "seq2seq": Kind("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "encoder-decoder"),
 }
 """By stage; all others train a causal language model."""
+HEADS = ("classifier", "pre_classifier", "classification_head", "score", "pooler")
+"""What the modules that make a classifier are called: they are trained whole, so never quantised."""
 
 
 def kind_of(stage: str) -> Kind:
@@ -102,7 +111,8 @@ def load_tokenizer(path: Path, config: TrainerConfig) -> PreTrainedTokenizerBase
         if config.stage == "token_classification" and not getattr(tokenizer, "add_prefix_space", True):
             # GPT-2's and RoBERTa's take words one by one only so.
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, add_prefix_space=True)
-    use_template(tokenizer, config.data.chat_template)
+    if kind_of(config.stage).talks:
+        use_template(tokenizer, config.data.chat_template)
     rows = vocabulary_rows(path)
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         stand_in = tokenizer.eos_token or tokenizer.unk_token
@@ -151,7 +161,7 @@ def load_model(
     model = _load(path, config, device, dtype_of(config, device), qlora, described)
     # A cache would switch off the detection of packed rows, and is of no use in training. save_model restores it.
     if hasattr(model.config, "use_cache"):
-        model._published_use_cache = model.config.use_cache  # type: ignore[assignment]
+        model._published_use_cache = model.config.use_cache
         model.config.use_cache = False
     model.train()
     if config.data.packing and not is_deepspeed_zero3_enabled():
@@ -219,11 +229,13 @@ def _load(
             bnb_4bit_quant_type=qlora.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=qlora.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=[f".*{name}" for name in HEADS] if kind.new_head else None,
         )
     if kind.new_head:  # a head for other labels is replaced
         options["ignore_mismatched_sizes"] = True
     with _explained(f"the model {config.model.uri}", kind):
         path = _readable(path, config)
+        _stretch(path, config, options)
         try:
             model, info = _from_pretrained(path, kind, options)
         except ValueError as error:
@@ -251,6 +263,39 @@ def _load(
     if qlora is not None:
         _guard_4bit(model)
     return model
+
+
+def _stretch(path: Path, config: TrainerConfig, options: dict[str, Any]) -> None:
+    """Add ``model.rope_parameters`` to what the model is loaded with, by the names of transformers.
+
+    RunError(INVALID_CONFIGURATION) where the model has no rotary positions, or several kinds of them.
+    """
+    wanted = config.model.rope_parameters
+    if wanted.rope_type == "default":
+        return
+    remote = config.model.trust_remote_code
+    given = options.get("config") or AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=remote)
+    own, length = getattr(given, "rope_parameters", None), getattr(given, "max_position_embeddings", None)
+    if not own or not length or any(isinstance(value, dict) for value in own.values()):
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"{config.model.uri} ({given.model_type}) has no rotary positions, or several kinds of them: spec.model."
+            "rope_parameters cannot stretch them. Remove it, or choose another model.",
+        )
+    changed: dict[str, Any] = {"rope_type": wanted.rope_type, "factor": wanted.factor}
+    changed |= {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    original = int(own.get("original_max_position_embeddings") or length)
+    if wanted.rope_type in ("yarn", "llama3"):
+        changed["original_max_position_embeddings"] = original
+    if wanted.rope_type == "llama3":  # of Llama 3.1
+        changed |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    # The dynamic kind takes the model's own length as the one from which it stretches.
+    longest = length if wanted.rope_type == "dynamic" else max(length, round(original * wanted.factor))
+    if "config" in options:
+        given.rope_parameters, given.max_position_embeddings = changed, longest
+    else:
+        options |= {"rope_parameters": changed, "max_position_embeddings": longest}
+    log.info("positions are stretched: %s %g, up to %d tokens", wanted.rope_type, wanted.factor, longest)
 
 
 def _from_pretrained(path: Path, kind: Kind, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

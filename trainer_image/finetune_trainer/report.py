@@ -15,6 +15,8 @@ from typing import Any
 from finetune_api.run import Answer, CheckpointInfo, OutputInfo, TrainerConfig
 
 Points = Sequence[tuple[float, float]]
+SHOWN_LABELS = 30
+"""A larger confusion matrix is not shown."""
 
 
 @dataclass
@@ -25,6 +27,10 @@ class Report:
     records: list[dict[str, Any]]
     """The lines of metrics.jsonl."""
     evaluation: dict[str, float] = field(default_factory=dict)
+    labels: Sequence[str] = ()
+    """Of a classifier."""
+    confusion: list[list[int]] = field(default_factory=list)
+    """Of the last evaluation: how often label i was taken for j."""
     answers: list[Answer] = field(default_factory=list)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What the data preparation reports, by source: uri, rows, tokens …"""
@@ -119,7 +125,7 @@ def page(report: Report) -> str:
     sections = [
         _section("Curves", _curves(report)),
         _section("Answers before and after", _answers(report.answers)) if report.answers else "",
-        _section("Evaluation", _evaluation(report.evaluation)) if report.evaluation else "",
+        _section("Evaluation", _evaluation(report)) if report.evaluation else "",
         _section("Gates", _gates(last)) if any("gate_" in name for name in last) else "",
         _section("Throughput", _throughput(report)),
         _section("What happened", _attempts(report)),
@@ -156,6 +162,9 @@ def _tiles(report: Report) -> str:
         tiles.append(("Steps", f"{int(loss[-1][0]):,}"))
     if "loss" in report.evaluation:
         tiles.append(("Evaluation loss", f"{report.evaluation['loss']:.3f}"))
+    for kind in ("accuracy", "f1", "spearman", "rougeL"):
+        if kind in report.evaluation:
+            tiles.append((_title(kind), f"{report.evaluation[kind]:.3f}"))
     if rates := [value for _, value in curve(report.records, "tokens_per_second")]:
         tiles.append(("Tokens per second", number(_median(rates))))
     if shares := [value for _, value in curve(report.records, "mfu")]:
@@ -175,7 +184,7 @@ def _curves(report: Report) -> str:
         lines.insert(0, ("", "a faint", loss))
     if held_out := curve(report.records, "eval_loss"):
         lines.append(("evaluation loss", "b", held_out))
-    charts = [chart("Loss, nats per label token", lines, marks=resumes)]
+    charts = [chart("Loss", lines, marks=resumes)]
     charts.append(chart("Learning rate", [("", "c", curve(report.records, "learning_rate"))]))
     charts.append(chart("Gradient norm", [("", "d", curve(report.records, "grad_norm"))]))
     charts.append(chart("Tokens per second", [("", "c", curve(report.records, "tokens_per_second"))]))
@@ -252,15 +261,53 @@ def _answers(answers: list[Answer]) -> str:
     return f"<div class=answers>{rows}</div><p class=note>Greedy decoding, one conversation each.</p>"
 
 
-def _evaluation(figures: dict[str, float]) -> str:
+def _evaluation(report: Report) -> str:
+    """Every figure of every source; f1_TYPE … of single entities have a table of their own below."""
+    figures = report.evaluation
     names = sorted({name.partition("/")[2] for name in figures})
-    rows = [(name or "all", _figure(figures, "loss", name), _figure(figures, "perplexity", name)) for name in names]
-    return table(("Source", "Loss", "Perplexity"), rows)
+    kinds = list(dict.fromkeys(name.partition("/")[0] for name in figures))
+    wide = [kind for kind in kinds if len(kinds) <= 9 or not kind.startswith("f1_")]
+    rows = [(name or "all", *(_figure(figures, kind, name) for kind in wide)) for name in names]
+    text = table(("Source", *(_title(kind) for kind in wide)), rows)
+    if narrow := [kind for kind in kinds if kind not in wide]:
+        lines = [(kind.removeprefix("f1_"), *(_figure(figures, kind, name) for name in names)) for kind in narrow]
+        text += "<h3>F1</h3>" + table(("", *(name or "all" for name in names)), lines)
+    return text + (_confusion(report.labels, report.confusion) if report.confusion else "")
+
+
+def _title(kind: str) -> str:
+    if kind.startswith("rouge"):
+        return f"ROUGE-{kind.removeprefix('rouge')}"
+    return {"mcc": "MCC", "mse": "MSE", "mae": "MAE", "bleu": "BLEU"}.get(kind, kind.replace("_", " ").capitalize())
 
 
 def _figure(figures: dict[str, float], kind: str, source: str) -> str:
     value = figures.get(f"{kind}/{source}" if source else kind)
     return "" if value is None else f"{value:.4f}"
+
+
+def _confusion(labels: Sequence[str], matrix: list[list[int]]) -> str:
+    """How often the label of a row was taken for that of a column, the darker the more of its row; beyond
+    ``SHOWN_LABELS`` labels the commonest mistakes instead."""
+    if len(labels) > SHOWN_LABELS:
+        mistakes = [
+            (n, labels[i], labels[j]) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j
+        ]
+        rows = [(wanted, given, f"{count:,}") for count, wanted, given in sorted(mistakes, reverse=True)[:SHOWN_LABELS]]
+        return "<h3>Commonest mistakes</h3>" + table(("Label", "Taken for", "Times"), rows)
+    head = "".join(f"<th class=n>{html.escape(label)}</th>" for label in labels)
+    lines = []
+    for label, counts in zip(labels, matrix, strict=True):
+        shares = [count / max(sum(counts), 1) for count in counts]
+        cells = "".join(
+            f'<td class=n style="background:color-mix(in srgb,var(--a) {share:.0%},transparent)">{count:,}</td>'
+            for count, share in zip(counts, shares, strict=True)
+        )
+        lines.append(f"<tr><th>{html.escape(label)}</th>{cells}</tr>")
+    return (
+        "<h3>Confusion matrix</h3><p class=note>Rows: the right label; columns: the predicted one; all sources.</p>"
+        f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def _gates(record: dict[str, Any]) -> str:
@@ -318,12 +365,16 @@ def _checkpoints(report: Report) -> str:
 
 
 def _data(data: dict[str, dict[str, Any]]) -> str:
-    columns = [name for name in next(iter(data.values())) if name != "uri"]
+    """What the preparation counted, and the first bad rows."""
+    listed = dict.fromkeys(name for counts in data.values() for name in counts)
+    columns = [n for n in listed if n not in ("uri", "bad_examples") and any(counts.get(n) for counts in data.values())]
     rows = [
         (source, counts.get("uri", ""), *(_cell(counts.get(name)) for name in columns))
         for source, counts in data.items()
     ]
-    return table(("Source", "From", *(name.replace("_", " ").capitalize() for name in columns)), rows)
+    made = table(("Source", "From", *(name.replace("_", " ").capitalize() for name in columns)), rows)
+    bad = [(source, place) for source, counts in data.items() for place in counts.get("bad_examples", [])]
+    return made + ("<h3>Bad rows, left out</h3>" + table(("Source", "First of them"), bad) if bad else "")
 
 
 def _cell(value: Any) -> str:

@@ -195,26 +195,12 @@ class Rollouts:
         """``seeds``: of each answer; None: the likeliest tokens, nothing is drawn."""
         each = len(places) // len(items)
         texts = [item.sequences[0].input_ids for item in items for _ in range(each)]
-        width = max(map(len, texts))
-        ids = torch.full((len(texts), width), self._pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, width - len(text) :] = torch.from_numpy(np.array(text, np.int64))
-            mask[row, width - len(text) :] = 1
-        device = self.world.device
         longest = self.options.max_completion_length
-        draw = Draw(self.options.temperature, self.options.top_p, seeds, longest, device)
-        with self.engine.looking(), _nothing_else(self.engine.module, self._ends, self._pad):
-            output = written(
-                self.engine.module,
-                self.tokenizer,
-                {"input_ids": ids.to(device), "attention_mask": mask.to(device)},
-                together=False,
-                max_new_tokens=longest,
-                logits_processor=LogitsProcessorList([draw]),
-            )
+        draw = Draw(self.options.temperature, self.options.top_p, seeds, longest, self.world.device)
+        with self.engine.looking():
+            output = drawn(self.engine.module, self.tokenizer, texts, self._ends, self._pad, longest, draw)
         found: list[tuple[Answer, Asked]] = []
-        for (place, number), text, row in zip(places, texts, output[:, width:].cpu().numpy(), strict=True):
+        for (place, number), text, row in zip(places, texts, output, strict=True):
             ends = np.flatnonzero(np.isin(row, self._ends))
             said = row[: ends[0] + 1] if len(ends) else row
             answer = Answer(place, number, np.array(text, np.int32), said.astype(np.int32), bool(len(ends)))
@@ -471,6 +457,30 @@ class Draw(LogitsProcessor):
         self.done += 1
         chosen = torch.searchsorted(sums, number, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+
+
+def drawn(
+    model: Any, tokenizer: Any, texts: list[np.ndarray], ends: list[int], pad: int, longest: int, draw: Draw
+) -> np.ndarray:
+    """int64 (B, T): what the model writes behind B prompts, T at most ``longest``; behind an end token is padding."""
+    width = max(map(len, texts))
+    ids = torch.full((len(texts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, width - len(text) :] = torch.from_numpy(np.array(text, np.int64))
+        mask[row, width - len(text) :] = 1
+    device = next(model.parameters()).device
+    with _nothing_else(model, ends, pad):
+        output = written(
+            model,
+            tokenizer,
+            {"input_ids": ids.to(device), "attention_mask": mask.to(device)},
+            together=False,
+            max_new_tokens=longest,
+            logits_processor=LogitsProcessorList([draw]),
+        )
+    found: np.ndarray = output[:, width:].cpu().numpy()
+    return found
 
 
 def _generator(seed: int) -> torch.Generator:

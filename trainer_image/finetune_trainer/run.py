@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from finetune_api.run import (
     TrainerConfig,
 )
 from finetune_api.stages import STAGES
+from finetune_trainer.best import exhausted, judge, watched
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
 from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
@@ -100,7 +102,9 @@ class Job:
         self.stop = stop
         self.doing = "starting"
         self.step = 0
+        self.result_step = 0
         self.max_steps = 0
+        self.improved = self.exhausted = False
         self.loss: float | None = None
         self.tally = Tally()
         self.last_checkpoint: CheckpointInfo | None = None
@@ -156,6 +160,7 @@ class Job:
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
+        self.telemetry.update(formats={name: counts["format"] for name, counts in self.prepared.report.items()})
         self.objective = objective(config, self.tokenizer, self.prepared.labels)
         self.collate: Callable[[list[Any]], dict[str, Any]] = lambda items: self.objective.collate(
             items, self._pad_token_id()
@@ -173,13 +178,14 @@ class Job:
 
         from finetune_trainer import earlier, model
         from finetune_trainer.checkpoint import resume
-        from finetune_trainer.engine import Engine, before_loading
+        from finetune_trainer.engine import Engine
         from finetune_trainer.feed import draw_seed
         from finetune_trainer.flops import model_cost
         from finetune_trainer.methods import METHODS, hooks, switched_off
         from finetune_trainer.saving import Saver
         from finetune_trainer.schedule import learning_rate, sequences_wanted, steps_for
         from finetune_trainer.state import TrainableState
+        from finetune_trainer.zero import before_loading
 
         config, world = self.config, self.world
         stream = self.prepared.train
@@ -239,6 +245,8 @@ class Job:
             leftovers=[skipped.step for skipped in self.resumed.skipped],
             on_saved=self._saved,
         )
+        if config.training.load_best_model_at_end:
+            self.saver.best = self.tally.best.step
 
     def _furnish(self, trained: Any, can_switch_off: bool) -> None:
         """What stands beside the policy, where the stage learns from what the model writes."""
@@ -338,6 +346,7 @@ class Job:
         world, engine = self.world, self.engine
         self._answer_before()
         self._phase("training", f"training from step {self.step} to {self.max_steps}")
+        self.exhausted = self.world.share("exhausted", exhausted(self.tally.best, self.config.training))
         feed = self._feed()
         self.position = self.resumed.position
         trace, profile = self._trace(), Profile(world.first and world.device.type == "cuda")
@@ -387,9 +396,13 @@ class Job:
             self._log_if_due(step, batch.ends_epoch, last=last)
             save_due |= self.step % self.save_steps == 0
             # Storage that is slow, or away for an hour, delays checkpoints and not the training.
-            if last or (save_due and not agreed.saving):
+            if last or self.improved or self.exhausted or (save_due and not agreed.saving):
                 self._save()
                 save_due = False
+            self.improved = False
+            if self.exhausted:
+                feed.close()
+                break
             batch, waited = following, waits
         self.stop.beat(stepping=False)
         with self.stop.never_leave():  # the last save is finished also where a stop is asked for now
@@ -418,7 +431,7 @@ class Job:
             global_batch=config.global_batch_size,
             first_step=self.step + 1,
             position=self.resumed.position,
-            end=self.wanted,
+            end=self.resumed.position if self.exhausted else self.wanted,
             pin=self.world.device.type == "cuda",
         )
 
@@ -442,8 +455,10 @@ class Job:
             self.history.add(line)
             self._print(for_people(line, self.max_steps))
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, Any]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
+        from finetune_trainer.report import SHOWN_LABELS
+
         if not self.prepared.eval:
             return {}
         before = self.telemetry.progress().phase
@@ -452,9 +467,48 @@ class Job:
             figures = self.engine.evaluate(self.prepared.eval, self.collate)
         else:
             figures = self.rollouts.evaluate(self.prepared.eval)
-        told = self.log.evaluated(self.step, figures)
+        told: dict[str, Any] = self.log.evaluated(self.step, figures)
+        if self.engine.confusion:
+            self.tally.confusion = self.engine.confusion[""]
+            if len(self.objective.labels) <= SHOWN_LABELS:
+                told["eval_confusion"] = self.tally.confusion
+        self._compare(figures)
         self._phase(before)
         return told
+
+    def _compare(self, figures: dict[str, float]) -> None:
+        """Whether this evaluation is the best one, and whether to go on. Collective."""
+        training = self.config.training
+        if not watched(training):
+            return
+        found = judge(self.tally.best, training, self.step, figures)
+        # Rank 0 alone remembers earlier attempts.
+        step, waited = self.world.share("best", [found.step, found.waited])
+        self.tally.best = replace(found, step=step, waited=waited)
+        self.improved, self.exhausted = step == self.step, exhausted(self.tally.best, training)
+        if self.improved and training.load_best_model_at_end:
+            self.saver.best = self.step
+        if self.exhausted:
+            self._print(
+                f"stopping early: {training.metric_for_best_model} was best at step {step}, {waited} evaluations ago"
+            )
+
+    def _take_best(self) -> None:
+        """The weights of the best evaluation, where the result is to be those. Collective."""
+        from finetune_trainer.checkpoint import take
+
+        best = self.tally.best
+        if not self.config.training.load_best_model_at_end or best.step in (0, self.step):
+            return
+        problem = take(self.checkpoints, best.step, self.world, self.state, self.work)
+        if problem:
+            self._print(
+                f"step {best.step} was best, but its checkpoint cannot be read ({problem}): taking the last one"
+            )
+            return
+        self.result_step = best.step
+        self.tally.evaluation = best.evaluation or self.tally.evaluation
+        self._print(f"the result is the model of step {best.step}, the best evaluation")
 
     def _answer_before(self) -> None:
         """The answers of the untrained model; a resumed run has them from its checkpoint. Collective."""
@@ -529,6 +583,8 @@ class Job:
     def finish(self) -> None:
         """The answers after, the result and the report, and the last word."""
         self._phase("exporting", "writing the result")
+        self.result_step = self.step
+        self._take_best()
         answers = self._answers()
         if self.rollouts is not None:
             self.parts.detach()
@@ -537,7 +593,8 @@ class Job:
             self._export(weights, answers)
         self._phase("done", f"done after {self.step} steps")
         if local_rank() == 0:
-            self._leave_word(self.word(Cause.SUCCEEDED, f"Trained {self.step} steps."))
+            what = f" The result is that of step {self.result_step}." if self.result_step != self.step else ""
+            self._leave_word(self.word(Cause.SUCCEEDED, f"Trained {self.step} steps.{what}"))
         self.pulse.close()
 
     def _answers(self) -> list[Answer]:
@@ -562,7 +619,7 @@ class Job:
         facts = {
             "namespace": config.namespace,
             "name": config.name,
-            "step": self.step,
+            "step": self.result_step,
             "base_model": config.model.uri,
             "inputs": self.inputs,
             "evaluation": self.tally.evaluation,
@@ -577,6 +634,8 @@ class Job:
             config=config,
             records=self.history.records(),
             evaluation=self.tally.evaluation,
+            labels=self.objective.labels,
+            confusion=self.tally.confusion,
             answers=answers,
             data=self.prepared.report,
             attempts=self._attempts(),

@@ -107,6 +107,8 @@ class Saver:
         self.on_saved = on_saved
         self.identity = identity(config)
         self.global_batch_size = config.global_batch_size
+        self.best = 0
+        """Step of the checkpoint that is kept beside the newest ones; 0: none."""
         self.failures = 0
         self.last_problem = ""
         self.fatal: RunError | None = None
@@ -296,7 +298,7 @@ class Saver:
         """
         if self.fence is not None:
             self.fence.check()
-        keep = {info.step for info in self.kept[-self.limit :]} | {newest.step}
+        keep = {info.step for info in self.kept[-self.limit :]} | {newest.step, self.best}
         doomed = {info.step for info in self.kept} - keep
         for step in sorted(doomed):
             self.store.delete(f"{folder(step)}/{MANIFEST}")

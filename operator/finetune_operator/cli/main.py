@@ -7,6 +7,7 @@ import contextlib
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -30,6 +31,8 @@ from finetune_operator.cli import merge as merging
 from finetune_operator.cli import methods as method_table
 from finetune_operator.cli.display import Plain, Terminal
 from finetune_operator.cli.files import Document, RefusedError
+from finetune_operator.cli.preview import job_for
+from finetune_operator.cli.preview import preview as show
 from finetune_operator.cli.run import Runner, needs_trainer, prepare, status_of
 from finetune_operator.cluster import Object
 from finetune_operator.cluster.local import Key, LocalCluster
@@ -300,6 +303,43 @@ _Dumper.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
 )
+
+
+@main.group()
+def data() -> None:
+    """Look at training data."""
+
+
+@data.command()
+@_files
+@_set
+@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows shown of every source.")
+@click.option("--model", default="", metavar="URI", help="Whose tokenizer to use, where FILE is rows and no job.")
+@click.option("--stage", default="sft", show_default=True, help="What is to be learned, where FILE is rows.")
+def preview(files: tuple[str, ...], changes: tuple[str, ...], rows: int, model: str, stage: str) -> None:
+    """Show what the job in FILE would learn, before it does: rows as the model sees them, what is not learned dimmed,
+    how long they are, what is cut, dropped or refused, and how much an epoch is.
+
+    FILE is a job, or a file of rows (any that spec.data.train takes; then name a --model). Nothing is trained; weights
+    are not fetched. The tokens stay in the cache for the run.
+    """
+    needs_trainer()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number, path in enumerate(files):
+            job = Path(folder) / f"{number}.yaml"
+            if path != "-" and Path(path).suffix not in (".yaml", ".yml"):
+                job.write_text(job_for(path, model, stage))
+                path = str(job)
+            paths.append(path)
+        documents, _ = _load(paths, changes, False)
+    color = sys.stdout.isatty()
+    codes = []
+    for document in documents:
+        if len(documents) > 1:
+            click.echo(f"--- {document.key[1]}")
+        codes.append(show(document, documents, rows, color))
+    sys.exit(max(codes, default=0))
 
 
 def _load(paths: Sequence[str], changes: Sequence[str], cpu: bool) -> tuple[list[Document], list[str]]:

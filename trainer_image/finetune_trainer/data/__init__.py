@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,9 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
-from finetune_api.spec import DataSource
+from finetune_api.spec import Data, DataSource
 from finetune_trainer.data import targets
-from finetune_trainer.data.cache import cached_rows
+from finetune_trainer.data.cache import Spool, cached_rows
+from finetune_trainer.data.contamination import seen
+from finetune_trainer.data.duplicates import Duplicates
 from finetune_trainer.data.encode import Encoding, Sketch, encoding
 from finetune_trainer.data.labels import Labels
 from finetune_trainer.data.records import BadRowError
@@ -31,13 +34,26 @@ from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, co
 from finetune_trainer.fetch import Fetched, data_kind, source_key, split_pattern
 from finetune_trainer.model import vocabulary_rows
 from finetune_trainer.outcome import RunError
+from finetune_trainer.world import rank
 
 __all__ = ["Item", "Prepared", "Rows", "Sequence", "Stream", "collate", "prepare"]
 
 log = logging.getLogger(__name__)
 
-_COUNTED = ("rows", "unused", "sequences", "truncated", "answers_cut", "answers_lost", "dropped", "longest")
+_COUNTED = (
+    "rows",
+    "unused",
+    "duplicates",
+    "sequences",
+    "truncated",
+    "answers_cut",
+    "answers_lost",
+    "split",
+    "dropped",
+    "longest",
+)
 _CHUNK = 1000  # rows tokenised together, by all cores
+_CHUNK_TEXT = 2**20  # characters, where rows are long: a token takes some 300 bytes while it is made
 
 
 @dataclass(frozen=True)
@@ -48,10 +64,11 @@ class Prepared:
     eval: dict[str, Stream]
     """By source, in the order of the configuration; their rows are in the order of the file."""
     report: dict[str, dict[str, Any]]
-    """By source (``eval/`` before held-out ones): uri, format, rows, unused (rows that decide nothing), bad_rows and
-    bad_examples, sequences, tokens, learned_tokens, truncated (rows cut at max_length) with answers_cut and
-    answers_lost (none of their tokens is left), dropped (rows with nothing to learn left), longest (tokens, before
-    the cut)."""
+    """By source (``eval/`` before held-out ones): uri, format, rows, unused (rows that decide nothing), duplicates
+    (left out), bad_rows and bad_examples, sequences, tokens, learned_tokens, truncated (rows cut at max_length) with
+    answers_cut and answers_lost (none of their tokens is left), split (documents in pieces of max_length), dropped
+    (rows with nothing to learn left), longest (tokens, before the cut); of held-out ones contaminated (rows that stand
+    in the training rows)."""
     labels: Labels | None = None
     """What a classifier is to tell apart."""
 
@@ -65,16 +82,36 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
     known = vocabulary_rows(fetched.model)
     tasks: list[str] | None = getattr(config.method, "tasks", None)
 
-    def load(source: DataSource, path: Path, name: str) -> Rows:
+    training = [
+        partial(_quietly, source, path, encoded.record)
+        for source, path in zip(config.data.train, fetched.train, strict=True)
+    ]
+    known_rows = _duplicates(config)
+    digests = [fetched.digests.get(source_key(source), "") for source in config.data.train]
+
+    def load(source: DataSource, path: Path, name: str, number: int | None = None) -> Rows:
         start = time.monotonic()
+        repeated = known_rows if number is not None else None
+        earlier = [
+            config.data.deduplication,
+            config.data.deduplication_threshold,
+            *_told_apart(config.data.train, digests)[:number],
+        ]
+
+        def make() -> tuple[Rows, dict[str, Any]]:
+            if repeated is not None and number is not None:
+                repeated.catch_up(training, number)
+                repeated.sources = number + 1
+            return _tokenize(source, path, name, renderer, encoded, config, tasks, repeated)
+
         rows, counts = cached_rows(
             source,
             fetched.digests.get(source_key(source), ""),
             name,
             tokenizer,
             config.data.max_length,
-            lambda: _tokenize(source, path, name, renderer, encoded, config, tasks),
-            (config.stage, *encoded.version, config.data.max_bad_rows, *(tasks or [])),
+            make,
+            (config.stage, *encoded.version, config.data.max_bad_rows, tasks, earlier if repeated else None),
         )
         if len(rows):
             check_vocabulary(int(rows.ids.max()), known, config.model.uri)
@@ -83,7 +120,7 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
         return rows
 
     names = source_names(config.data.train)
-    train = [load(*each) for each in zip(config.data.train, fetched.train, names, strict=True)]
+    train = [load(*each) for each in zip(config.data.train, fetched.train, names, range(len(names)), strict=True)]
     held_out = {
         name: load(source, path, f"eval/{name}")
         for source, path, name in zip(config.data.eval, fetched.eval, source_names(config.data.eval), strict=True)
@@ -91,7 +128,10 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
     for name, rows in [*zip(names, train, strict=True), *held_out.items()]:
         if not len(rows):
             raise RunError(Cause.INVALID_DATA, _nothing_left(name, report, config.data.max_length))
-    weights = [source.weight for source in config.data.train]
+    if config.data.check_contamination and rank() == 0:
+        for name, rows in held_out.items():
+            _check_contamination(name, rows, train, report)
+    weights = _weights(config.data, train)
     return Prepared(
         train=Stream(train, weights, config.training.seed, config.data.packing, config.data.max_length),
         eval={
@@ -104,11 +144,47 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
 
 
 def _records(config: TrainerConfig, fetched: Fetched) -> Iterator[Any]:
-    """The records of the training rows, before anything is made of them. Bad ones are told when they are."""
+    """The records of the training rows, before anything is made of them."""
     for source, path in zip(config.data.train, fetched.train, strict=True):
-        unheard = BadRows(source.uri, sys.maxsize)
-        for _, _, record in records(source, path, targets.RECORDS[config.stage], unheard, {"rows": 0, "unused": 0}):
-            yield record
+        yield from _quietly(source, path, targets.RECORDS[config.stage])
+
+
+def _quietly(source: DataSource, path: Path, wanted: type) -> Iterator[Any]:
+    """The records of a source. Bad rows are told when tokens are made of them."""
+    unheard = BadRows(source.uri, sys.maxsize)
+    for _, _, record in records(source, path, wanted, unheard, {"rows": 0, "unused": 0}):
+        yield record
+
+
+def _told_apart(sources: list[DataSource], digests: list[str]) -> list[Any]:
+    """What the records of each source depend on."""
+    return [[source.model_dump(exclude={"weight"}), digest] for source, digest in zip(sources, digests, strict=True)]
+
+
+def _duplicates(config: TrainerConfig) -> Duplicates | None:
+    kind = config.data.deduplication
+    return None if kind == "none" else Duplicates(kind, config.data.deduplication_threshold)
+
+
+def _check_contamination(name: str, rows: Rows, train: list[Rows], report: dict[str, dict[str, Any]]) -> None:
+    count = int(seen(rows, train).sum())
+    report[f"eval/{name}"]["contaminated"] = count
+    if count:
+        log.warning(
+            "eval/%s: %d of %d held-out rows stand in the training rows, by half or more: their figures tell nothing "
+            "about what was learned. data.deduplication does not look at held-out rows; take them out of one side.",
+            name,
+            count,
+            len(rows),
+        )
+
+
+def _weights(data: Data, train: list[Rows]) -> list[float]:
+    """How often each source's rows come in an epoch (mT5, arXiv:2010.11934, for the temperature)."""
+    sizes = [max(len(rows), 1) for rows in train]
+    reference = max(sizes) if data.stopping_strategy == "all_exhausted" else min(sizes)
+    even = 1 - 1 / data.temperature
+    return [source.weight * (reference / size) ** even for source, size in zip(data.train, sizes, strict=True)]
 
 
 def source_names(sources: list[DataSource]) -> list[str]:
@@ -137,21 +213,22 @@ def _tokenize(
     encoding: Encoding,
     config: TrainerConfig,
     tasks: list[str] | None = None,
+    repeated: Duplicates | None = None,
 ) -> tuple[Rows, dict[str, Any]]:
     """The rows of a source as tokens, and what is to be reported of them."""
     counts: dict[str, Any] = {"uri": source.uri, "format": source.format}
     counts |= dict.fromkeys(_COUNTED, 0)
     bad = BadRows(source.uri, config.data.max_bad_rows)
-    parts: list[Rows] = []
-    for sketches in _chunks(source, path, renderer, encoding, counts, bad, tasks):
+    spool = Spool(name)
+    for sketches in _chunks(source, path, renderer, encoding, counts, bad, tasks, repeated):
         kept: list[Draft] = []
         for row in encoding.tokenise(renderer, sketches):
             fitting = encoding.fit(row, config.data.max_length)
             _count(counts, row, fitting, config.data.max_length)
             kept += fitting
-        parts.append(Rows.of(name, kept))
+        spool.add(Rows.of(name, kept))
     bad.close()
-    rows = encoding.whole(Rows.joined(name, parts))
+    rows = encoding.whole(spool.rows())
     sequences = len(rows) * rows.parts
     counts |= {"sequences": sequences, "tokens": len(rows.ids), "learned_tokens": rows.learned_tokens}
     counts |= {"bad_rows": bad.count, "bad_examples": bad.named}
@@ -163,6 +240,7 @@ def _count(counts: dict[str, Any], row: Draft, fitting: list[Draft], max_length:
     longest = max(len(tokens.ids) for tokens in row.sequences)
     counts["longest"] = max(counts["longest"], longest)
     counts["dropped"] += not fitting
+    counts["split"] += len(fitting) > 1
     before, left = _sequences([row]), _sequences(fitting)
     shrunk = sum(len(tokens.ids) for tokens in left) < sum(len(tokens.ids) for tokens in before)
     if not shrunk or (not fitting and longest <= max_length):
@@ -194,21 +272,27 @@ def _chunks(
     counts: dict[str, Any],
     bad: BadRows,
     tasks: list[str] | None,
+    repeated: Duplicates | None,
 ) -> Iterator[list[Sketch]]:
     """Rows as texts, some at a time."""
     chunk: list[Sketch] = []
+    size = 0
     for place, row, record in records(source, path, encoding.record, bad, counts):
+        if repeated is not None and repeated.repeats(record):
+            counts["duplicates"] += 1
+            continue
         try:
             sketches = encoding.sketch(renderer, record)
             if tasks:
                 number = _task(row, tasks)
                 sketches = [replace(one, numbers={**one.numbers, "task": number}) for one in sketches]
             chunk += sketches
+            size += sum(len(text.text) for one in sketches for text in one.texts)
         except BadRowError as error:
             bad.add(place, error)
-        if len(chunk) >= _CHUNK and bad.endured:
+        if (len(chunk) >= _CHUNK or size >= _CHUNK_TEXT) and bad.endured:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk and bad.endured:
         yield chunk
 
@@ -232,8 +316,10 @@ def told(counts: dict[str, Any], max_length: int) -> str:
             f"{counts['answers_cut']} cut short)"
         )
     for key, meaning in (
+        ("split", "split into pieces of that length"),
         ("dropped", "dropped, as nothing to learn is left"),
         ("unused", "unused, as they decide nothing"),
+        ("duplicates", "left out, as they repeat earlier ones"),
         ("bad_rows", "left out, as they are not in the format"),
     ):
         if counts[key]:
@@ -245,6 +331,8 @@ def _nothing_left(name: str, report: dict[str, dict[str, Any]], max_length: int)
     counts = report.get(name) or report[f"eval/{name}"]
     if not counts["rows"]:
         return f"{counts['uri']} holds no rows"
+    if counts["unused"] + counts["bad_rows"] == counts["rows"]:
+        return f"{counts['uri']}: none of its {counts['rows']} rows can be used ({told(counts, max_length)})"
     return (
         f"{counts['uri']}: nothing to learn is left of its {counts['rows']} rows, because what is learned "
         f"begins after, or does not fit into, data.max_length ({max_length} tokens; the longest row has "

@@ -9,10 +9,12 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import transformers
@@ -64,6 +66,55 @@ def cached_rows(
         log.warning("tokens are not cached in %s: %s", root, error)
         return make()
     return _load(entry, name) or (rows, counts)
+
+
+class Spool:
+    """The rows of a source while they are made: in files without a name, mapped when all are there. Numbers beside
+    them, and their lengths, are kept in memory."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._files: dict[str, IO[bytes]] = {}
+        self._kept: list[Rows] = []
+
+    def add(self, part: Rows) -> None:
+        """The next rows."""
+        if not len(part):
+            return
+        for key in ("ids", "learned", "labels", "notes"):
+            values = getattr(part, key)
+            if values is not None:
+                values.tofile(self._file(key))
+        notes = None if part.notes is None else part.notes[:0]
+        self._kept.append(replace(part, ids=part.ids[:0], learned=part.learned[:0], labels=None, notes=notes))
+
+    def rows(self) -> Rows:
+        """All of them."""
+        if not self._kept:
+            return Rows.of(self._name, [])
+        joined = Rows.joined(self._name, self._kept)
+        return replace(
+            joined,
+            ids=self._mapped("ids", np.int32),
+            learned=self._mapped("learned", np.bool_),
+            labels=self._mapped("labels", np.int32) if "labels" in self._files else None,
+            notes=self._mapped("notes", np.uint8) if "notes" in self._files else None,
+        )
+
+    def _file(self, key: str) -> IO[bytes]:
+        if key not in self._files:
+            folder = next((os.environ[name] for name in (ENV_CACHE, ENV_WORK) if _usable(os.environ.get(name))), None)
+            self._files[key] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        return self._files[key]
+
+    def _mapped(self, key: str, dtype: Any) -> np.ndarray:
+        file = self._files[key]
+        file.flush()
+        return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _usable(folder: str | None) -> bool:
+    return bool(folder) and Path(str(folder)).is_dir() and os.access(str(folder), os.W_OK)
 
 
 def _key(

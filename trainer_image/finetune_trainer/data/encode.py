@@ -148,9 +148,9 @@ def with_room(answer: int) -> Callable[[Draft, int], list[Draft]]:
 # --- whole sources --------------------------------------------------------------------------------------------------
 
 
-def with_strangers(rows: Rows) -> Rows:
-    """Every row with a second sequence: its prompt and the answer of the next row, the last one's of the first (KTO
-    estimates by them how far the model has moved, as TRL does within batches)."""
+def with_strangers(rows: Rows, max_length: int) -> Rows:
+    """Every row with a second sequence: its prompt and the answer of the next row, the last one's of the first, cut at
+    ``max_length`` (KTO estimates by them how far the model has moved, as TRL does within batches)."""
     count = len(rows)
     sequences = []
     for row in range(count):
@@ -161,8 +161,8 @@ def with_strangers(rows: Rows) -> Rows:
         sequences.append(Tokens(rows.ids[own], rows.learned[own]))
         sequences.append(
             Tokens(
-                np.concatenate([rows.ids[own][:prompt], rows.ids[other][answer:]]),
-                np.concatenate([rows.learned[own][:prompt], rows.learned[other][answer:]]),
+                np.concatenate([rows.ids[own][:prompt], rows.ids[other][answer:]])[:max_length],
+                np.concatenate([rows.learned[own][:prompt], rows.learned[other][answer:]])[:max_length],
             )
         )
     pairs = [Draft(tuple(sequences[2 * row : 2 * row + 2])) for row in range(count)]
@@ -192,7 +192,9 @@ ENCODINGS: dict[str, Callable[[TrainerConfig], Encoding]] = {
     "sft": _sft,
     "reward": lambda config: Encoding(Preference, preference, untouched),
     "dpo": lambda config: Encoding(Preference, preference, truncated),
-    "kto": lambda config: Encoding(Judged, judged, truncated, whole=with_strangers),
+    "kto": lambda config: Encoding(
+        Judged, judged, truncated, whole=lambda rows: with_strangers(rows, config.data.max_length)
+    ),
     "orpo": lambda config: Encoding(Preference, preference, truncated),
     "ppo": _rollouts,
     "grpo": _rollouts,

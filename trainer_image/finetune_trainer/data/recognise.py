@@ -12,8 +12,9 @@ from finetune_trainer.data.records import BadRowError, accepts
 SAMPLE = 100
 """Rows that are looked at."""
 
-_FALLBACKS = ("text", "prompt")
-"""Columns that many data sets have beside what they are about."""
+_TRANSCRIPTS = tuple(name for name, entry in TABLE.items() if entry.needs == ("text",) and name != "text")
+_FALLBACKS = ("text", "prompt", *_TRANSCRIPTS)
+"""Of columns that many data sets have beside what they are about."""
 
 
 class UnknownFormatError(Exception):
@@ -27,25 +28,15 @@ def recognise(rows: Sequence[Row], wanted: type) -> str:
     """
     votes = {name: sum(_fits(entry, row) for row in rows) for name, entry in TABLE.items()}
     fitting = [name for name, count in votes.items() if 2 * count > len(rows)]
-    # Where one format needs what another one needs and more, the row has that for a reason.
+    fitting = [name for name in fitting if accepts(TABLE[name].kind, wanted)] or fitting
+    # What needs the columns of another format and more is the better word for a row that has them all.
     fitting = [
-        name
-        for name in fitting
-        if not any(set(TABLE[name].needs) < set(TABLE[other].needs) for other in fitting if other != name)
+        name for name in fitting if not any(set(TABLE[name].needs) < set(TABLE[other].needs) for other in fitting)
     ]
-    marked = [name for name in fitting if TABLE[name].needs == ("text",) and name != "text"]
-    if marked and "text" in fitting:
-        fitting.remove("text")
-    for better in (
-        [name for name in fitting if TABLE[name].kind is wanted],
-        [name for name in fitting if accepts(TABLE[name].kind, wanted)],
-        fitting,
-    ):
-        if len(better) > 1:
-            better = [name for name in better if name not in _FALLBACKS] or better
-        if better:
-            fitting = better
-            break
+    if any(name in _TRANSCRIPTS for name in fitting):
+        fitting = [name for name in fitting if name != "text"]
+    fitting = [name for name in fitting if TABLE[name].kind is wanted] or fitting
+    fitting = [name for name in fitting if name not in _FALLBACKS] or fitting
     if len(fitting) == 1:
         return fitting[0]
     columns = ", ".join(sorted({str(column) for row in rows for column in row})[:20]) or "none"

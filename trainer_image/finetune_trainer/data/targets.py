@@ -130,8 +130,9 @@ def _words(renderer: Renderer, sketches: list[Sketch]) -> Iterator[Draft]:
     if not tokenizer.is_fast:
         raise RunError(
             Cause.INVALID_CONFIGURATION,
-            f"stage token_classification needs to know which token belongs to which word, and {type(tokenizer).__name__} "
-            "does not tell. Accepted: a fast tokenizer (a tokenizer.json). Convert it, or use another model.",
+            f"stage token_classification needs to know which token belongs to which word, and "
+            f"{type(tokenizer).__name__} does not tell. Accepted: a fast tokenizer (a tokenizer.json). Convert it, or "
+            "use another model.",
         )
     words = [sketch.raw[0] for sketch in sketches]
     encoded = tokenizer(words, is_split_into_words=True, truncation=False, verbose=False)

@@ -68,9 +68,10 @@ def hooks(model: Any, config: TrainerConfig, max_steps: int) -> Hooks:
 
 def switched_off(model: Any, config: TrainerConfig) -> Callable[[], AbstractContextManager[Any]] | None:
     """Inside what it gives, the model is the one the training started from. None: there is no such way, because its own
-    weights are trained, or were changed at the start (PiSSA)."""
+    weights are trained, or were changed at the start (PiSSA), or an adapter made earlier is trained on."""
     changed = getattr(model, "_first_lora", None) is not None
     changed |= getattr(config.method, "adapter_variant", "") == "houlsby"  # it trains the model's norms
+    changed |= any(adapter.train for adapter in config.model.adapters)
     if COMPATIBILITY[config.method.type].whole_model or changed:
         return None
     if hasattr(model, "disable_adapter"):

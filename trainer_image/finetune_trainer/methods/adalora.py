@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune_api.causes import Cause
 from finetune_api.methods import Adalora
 from finetune_api.run import TrainerConfig
-from finetune_trainer.engine import is_plain
 from finetune_trainer.hooks import Hooks
 from finetune_trainer.methods import adapters
 from finetune_trainer.methods.adapters import attach
 from finetune_trainer.methods.adapters import merge as merge
 from finetune_trainer.outcome import RunError
+from finetune_trainer.zero import is_plain
 
 UNKNOWN = 1_000_000_000
 """PEFT wants the number of steps at once; ``hooks`` tells it the true one."""

@@ -5,6 +5,7 @@ A method's parameters carry PEFT's names, so its class in ``finetune_api/methods
 """
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def attach(model: PreTrainedModel, kind: type[PeftConfig], chosen: dict[str, Any
     targets = chosen.get("target_modules")
     if targets == "auto":
         chosen = chosen | {"target_modules": None}
-    if saved := [*chosen.get("modules_to_save", ()), *head_of(model)]:
+    if saved := list(dict.fromkeys([*chosen.get("modules_to_save", ()), *head_of(model)])):
         chosen = chosen | {"modules_to_save": saved}
     else:
         chosen = {name: value for name, value in chosen.items() if name != "modules_to_save"}
@@ -129,10 +130,22 @@ def save(
     """Write adapter and tokenizer into ``directory``, for ``PeftModel.from_pretrained``; of a classifier the model's
     configuration too, which knows the labels."""
     if kind_of(config.stage).new_head:
-        model.get_base_model().config.save_pretrained(directory)
+        write_labels(model, directory)
     # "auto" would ask the hub whether the embedding was resized; it never is.
     model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
     tokenizer.save_pretrained(directory)
+
+
+def write_labels(model: Any, directory: Path) -> None:
+    """The configuration of the model that an adapter of a classifier belongs to: it knows the labels. Of the model as
+    it was published: a base in 4 bits is this run's own affair."""
+    base = model.get_base_model()
+    config = deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if hasattr(base, "_published_use_cache"):
+        config.use_cache = base._published_use_cache
+    config.save_pretrained(directory)
 
 
 def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerConfig) -> None:
@@ -152,7 +165,7 @@ def merged_into(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
     merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload(safe_merge=True)
     for name, module in list(merged.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # LN tuning leaves them
-            merged.set_submodule(name, module.modules_to_save[module.active_adapter])
+            merged.set_submodule(name, module.modules_to_save[str(module.active_adapter)])
     return merged
 
 

@@ -77,7 +77,7 @@ def save(
 
     directory.mkdir(parents=True, exist_ok=True)
     if kind_of(config.stage).new_head:
-        model.get_base_model().config.save_pretrained(directory)
+        adapters.write_labels(model, directory)
     last = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
     save_file(plain_weights(first, last), directory / "adapter_model.safetensors", metadata={"format": "pt"})
     trained: Any = model.peft_config["default"]

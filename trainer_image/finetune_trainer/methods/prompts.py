@@ -18,6 +18,7 @@ from finetune_api.run import TrainerConfig
 from finetune_trainer.methods.adapters import attach, base_name
 from finetune_trainer.methods.adapters import save as save
 from finetune_trainer.methods.parts import head_shape
+from finetune_trainer.model import head_of
 from finetune_trainer.outcome import RunError
 
 CONFIGS: dict[str, type[PeftConfig]] = {
@@ -38,6 +39,14 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
             f"together more than the {positions} positions of {type(model).__name__}. Lower data.max_length to "
             f"{positions - method.num_virtual_tokens} or less.",
         )
+    if "score" in head_of(model) and method.type in ("prompt_tuning", "p_tuning"):
+        # It would look for the last token in embeddings, where padding cannot be told from words.
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"method.type {method.type!r} does not go with {type(model).__name__}, which judges a text by its last "
+            "token and cannot find it behind virtual ones. Use prefix_tuning, p_tuning_v2 or lora, or an encoder "
+            "(BERT).",
+        )
     chosen = method.model_dump(exclude={"type"}) | _shape(model, method)
     if "encoder_hidden_size" in chosen:
         chosen["encoder_hidden_size"] = chosen["encoder_hidden_size"] or model.config.get_text_config().hidden_size
@@ -48,7 +57,7 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
         chosen["tokenizer_name_or_path"] = model.name_or_path
         chosen["tokenizer_kwargs"] = {"local_files_only": True}
     adapted = attach(model, CONFIGS[method.type], chosen, config)
-    if method.type == "p_tuning":
+    if method.type == "p_tuning" and torch.amp.is_autocast_available(model.device.type):
         for network in adapted.prompt_encoder.values():
             # In the float32 of its weights: many CPUs have no LSTM in bfloat16.
             network.forward = torch.autocast(model.device.type, enabled=False)(network.forward)

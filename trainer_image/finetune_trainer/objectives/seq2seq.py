@@ -17,6 +17,7 @@ from finetune_trainer.generate import written
 from finetune_trainer.objectives.head import Head
 from finetune_trainer.objectives.sft import losses_at
 
+_FORWARD = ("input_ids", "attention_mask", "tasks")
 Sums = dict[str, Any]
 
 
@@ -60,7 +61,7 @@ def loss_sums(
     """Over the label tokens of a prepared batch."""
 
     def sums(model: Any, batch: dict[str, Any], head: Head | None = None) -> tuple[torch.Tensor, Sums]:
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "tasks") if key in batch}
+        inputs: dict[str, Any] = {key: batch[key] for key in _FORWARD if key in batch}
         inputs["decoder_input_ids"] = shifted(batch["labels"], model.config)
         width = batch["labels"].shape[-1]
         loss = losses_at(model, inputs, width, batch["places"], batch["wanted"], head).sum()
