@@ -50,11 +50,10 @@ COMPATIBILITY: dict[str, Row] = {
     # Prefixes are a cache, which gradient checkpointing drops; virtual tokens belong to a row of their own.
     "prefix_tuning": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
     "p_tuning_v2": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
-    # A reward is that of the last token, which cannot be found behind virtual ones.
-    "prompt_tuning": Row(
-        stages=(*WORDS, *WRITING, *LABELS, "seq2seq"), zero_stages=(0, 1, 2), packing=False, merge=False
-    ),
-    "p_tuning": Row(stages=(*WORDS, *WRITING, *LABELS, "seq2seq"), zero_stages=(0, 1, 2), packing=False, merge=False),
+    # A reward is that of the last token, which cannot be found behind virtual ones; and behind padding on the left PEFT
+    # gives tokens other places when they are written than when they are learned.
+    "prompt_tuning": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2), packing=False, merge=False),
+    "p_tuning": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2), packing=False, merge=False),
     # ZeRO-3 breaks some of these (LoHa, LN tuning, trainable tokens), and would write others without the random
     # matrices they keep as buffers; LoRA is there for models that need it.
     **dict.fromkeys(
