@@ -13,7 +13,7 @@ from finetune_api import run
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.schema import text
 from finetune_api.spec import FineTuneJobSpec, Training, Workers
-from finetune_api.stages import ROLLOUTS
+from finetune_api.stages import ROLLOUTS, SequenceClassification, TokenClassification
 
 Finding = tuple[str, Any, str, str]
 
@@ -180,6 +180,16 @@ def bf16_section(spec: FineTuneJobSpec) -> Iterator[Finding]:
             f"no bf16 section with spec.method.type: {spec.method.type}",
             "remove it: the adapter stays float32 beside a bfloat16 model",
         )
+
+
+# ---- spec.sequence_classification, spec.token_classification ----
+
+
+def labels(section: SequenceClassification | TokenClassification) -> Iterator[Finding]:
+    """Comparing a thousand names with each other is more than a rule of the API server may cost."""
+    twice = [name for number, name in enumerate(section.labels) if name in section.labels[:number]]
+    if twice:
+        yield "labels", twice[0], "every label once", "remove the repetition"
 
 
 # ---- spec.deepspeed ----
@@ -573,6 +583,8 @@ CHECKS: tuple[tuple[str, Callable[[Any], Iterator[Finding]]], ...] = (
     ("spec.method", patterns),
     ("spec", rewards),
     ("spec", adalora),
+    ("spec.sequence_classification", labels),
+    ("spec.token_classification", labels),
     ("spec", bf16_section),
     ("spec", deepspeed),
     *(("spec", _repeats(*row)) for row in _REPEATED),

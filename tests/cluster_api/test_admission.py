@@ -237,7 +237,9 @@ def test_defaults_are_shown(stored: dict[str, Object]) -> None:
     assert spec["method"] == {"type": "lora"}
     assert spec["data"]["train"][0] == {
         "uri": "s3://team/rows.jsonl",
-        "format": "alpaca",
+        "format": "auto",
+        "columns": {},
+        "sample_by": "line",
         "weight": 1,
         "split": "train",
         "revision": "main",

@@ -214,7 +214,11 @@ def test_a_row_that_cannot_be_read_is_given_in_its_place(tmp_path, name, content
         ("a.csv", b"a,a\n1,2\n", r"a\.csv:1: the first row, which names the columns, repeats a"),
         ("a.csv", b"a,b\n1,\xff\n", r"a\.csv"),
         ("a.jsonl.gz", b"nonsense", r"a\.jsonl\.gz cannot be read \(Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-9], r"a\.jsonl\.gz cannot be read \(Compressed file ended"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n', mtime=0)[:-9],
+            r"a\.jsonl\.gz cannot be read \(Compressed file ended",
+        ),
         ("a.jsonl.xz", b"nonsense", r"a\.jsonl\.xz cannot be read"),
         ("a.jsonl.zst", b"nonsense", r"a\.jsonl\.zst cannot be read"),
         ("a.parquet", b"nonsense", r"a\.parquet cannot be read"),

@@ -1071,7 +1071,7 @@ BAD: tuple[Bad, ...] = (
         "half of the preferences wrong",
         {"spec.stage": "dpo", "spec.dpo": {"label_smoothing": 0.5}},
         "spec.dpo.label_smoothing",
-        "0.499",
+        "from 0 to 0.499",
         SCHEMA,
     ),
     Bad(
@@ -1183,10 +1183,17 @@ BAD: tuple[Bad, ...] = (
         "list all of them, or none",
     ),
     Bad(
+        "one tag alone",
+        {"spec.stage": "token_classification", "spec.token_classification": {"labels": ["O"]}},
+        "spec.token_classification.labels",
+        "list all of them, or none",
+    ),
+    Bad(
         "a tag named twice",
         {"spec.stage": "token_classification", "spec.token_classification": {"labels": ["O", "B-PER", "O"]}},
         "spec.token_classification.labels",
         "every label once",
+        CONDITION,
     ),
     Bad(
         "labels of a number",

@@ -131,18 +131,20 @@ def _chunk(module: Any) -> int:
 def find_head(model: Any) -> Head | None:
     """The model's output layer, where nothing comes after it: what it returns are the model's logits, untouched.
 
-    None where that is not so (Gemma 2 caps its logits, Granite scales them), or where there is none. One forward
-    pass of a few tokens, in which the layer returns large marked numbers: a cap would hide behind small ones.
-    Collective under ZeRO-3.
+    None where that is not so (Gemma 2 caps its logits, Granite scales them, BART adds a number for each word), or where
+    there is none. Two forward passes of a few tokens, in which the layer returns large marked numbers (a cap would hide
+    behind small ones): one for every word, and one for every token, as :meth:`Head.losing` does. Collective under
+    ZeRO-3.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if module is None or "forward" in vars(module):
         return None
     marked: list[torch.Tensor] = []
+    width: int | None = None
 
     def mark(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        words = type(module).forward(module, hidden, *arguments, **options)
+        words = type(module).forward(module, hidden, *arguments, **options)[..., :width]
         marked.append(torch.linspace(-500, 500, words.numel(), device=words.device).reshape(words.shape).to(words))
         return marked[-1]
 
@@ -154,11 +156,14 @@ def find_head(model: Any) -> Head | None:
         words = int(getattr(embeddings, "ds_shape", embeddings.shape)[0])  # ds_shape: partitioned by ZeRO-3
         ids = (torch.arange(16, device=next(model.parameters()).device) * 7919 % words)[None]
         decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
-        logits = model(input_ids=ids, **decoder, use_cache=False).logits
+        told = []
+        for each in (None, 1):
+            width = each
+            told.append(model(input_ids=ids, **decoder, use_cache=False).logits)
     finally:
         del module.forward
         model.train(was_training)
-    if len(marked) != 1 or not torch.equal(logits, marked[0]):
+    if len(marked) != len(told) or not all(map(torch.equal, told, marked)):
         return None
     frozen = False
     if type(module) is torch.nn.Linear and module.bias is None:
