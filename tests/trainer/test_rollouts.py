@@ -211,7 +211,7 @@ def test_what_is_left_is_the_policy_alone(alone: dict[str, dict[str, Any]], root
     ("name", "cause", "words"),
     [
         ("wrong", "InvalidConfiguration", "gave 1 values for"),
-        ("broken", "InvalidConfiguration", "ZeroDivisionError: division by zero (line 12 of rewards.py"),
+        ("broken", "InvalidConfiguration", "ZeroDivisionError: division by zero (line 13 of rewards.py"),
         ("absent", "InvalidConfiguration", "cats, wrong, broken"),
         ("no judge", "InvalidConfiguration", "is no reward model but a LlamaForCausalLM"),
         ("no answer", "InvalidData", "Name its column in reward_funcs[].column"),
