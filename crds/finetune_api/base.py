@@ -1,8 +1,8 @@
 """The two kinds of models the API is made of. Every other module of the package builds on them."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
 
 
@@ -29,6 +29,9 @@ class HyperModel(BaseModel):
         protected_namespaces=(),
     )
 
+
+Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+"""Keys and values that the schema does not know."""
 
 DURATION = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
 Duration = Annotated[str, StringConstraints(pattern=DURATION, max_length=32)]

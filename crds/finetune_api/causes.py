@@ -37,6 +37,7 @@ class Cause(StrEnum):
     STALLED = "Stalled"
     START_TIMEOUT = "StartTimeout"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
+    ENDPOINT_UNAVAILABLE = "EndpointUnavailable"
     COMMUNICATION_ERROR = "CommunicationError"
     GPU_ERROR = "GPUError"
     UNKNOWN = "Unknown"
@@ -68,6 +69,7 @@ RETRY: dict[Cause, Retry] = {
     Cause.STALLED: Retry.COUNTED,
     Cause.START_TIMEOUT: Retry.COUNTED,
     Cause.STORAGE_UNAVAILABLE: Retry.COUNTED,
+    Cause.ENDPOINT_UNAVAILABLE: Retry.COUNTED,
     Cause.COMMUNICATION_ERROR: Retry.COUNTED,
     Cause.GPU_ERROR: Retry.COUNTED,
     Cause.UNKNOWN: Retry.COUNTED,

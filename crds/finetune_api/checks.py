@@ -13,7 +13,7 @@ from finetune_api import run
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.schema import text
 from finetune_api.spec import FineTuneJobSpec, Training, Workers
-from finetune_api.stages import SequenceClassification, TokenClassification
+from finetune_api.stages import STAGES, SequenceClassification, TokenClassification
 
 Finding = tuple[str, Any, str, str]
 
@@ -566,10 +566,39 @@ def _volume(at: str, volume: Mapping[str, Any]) -> Iterator[Finding]:
             )
 
 
+# ---- stages that train nothing ----
+
+
+def unused(spec: FineTuneJobSpec) -> Iterator[Finding]:
+    """Parameters of a training where there is none; its seed is that of the sampling."""
+    if not STAGES[spec.stage].makes:
+        return
+    for section, used in _USED.items():
+        given = getattr(spec, section).model_dump(mode="json", exclude_defaults=True)
+        for name, value in given.items():
+            if name not in used:
+                yield (
+                    f"{section}.{name}",
+                    value,
+                    f"nothing of it with spec.stage: {spec.stage}",
+                    "remove it: nothing is trained",
+                )
+
+
+_USED = {
+    "method": ("type",),  # rules.py has it
+    "training": ("seed",),
+    "deepspeed": ("zero_optimization",),  # rules.py has it
+    "data": ("train", "eval", "packing", "max_length", "chat_template", "max_bad_rows"),
+}
+"""What of a section a stage that makes data reads, or a rule refuses."""
+
+
 CHECKS: tuple[tuple[str, Callable[[Any], Iterator[Finding]]], ...] = (
     ("spec.training", scheduler),
     ("spec.method", target_modules),
     ("spec.method", patterns),
+    ("spec", unused),
     ("spec", adalora),
     ("spec.sequence_classification", labels),
     ("spec.token_classification", labels),

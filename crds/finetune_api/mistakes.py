@@ -242,6 +242,7 @@ _STAND_INS: dict[str, Any] = {
     "data": {"train": [{"uri": "file:///-.jsonl"}]},
     "model": {"uri": "file:///-"},
     "output": {"uri": "file:///--"},
+    "judge": {"uri": "file:///-"},
 }
 
 

@@ -79,6 +79,7 @@ CAUSES = {
     "Stalled": "No step was finished for recovery.hangTimeout.",
     "StartTimeout": "The first step was not finished within recovery.startTimeout.",
     "StorageUnavailable": "Storage or hub did not answer.",
+    "EndpointUnavailable": "The model behind an endpoint did not answer, or not often enough.",
     "CommunicationError": "Workers lost each other (NCCL or Gloo).",
     "GPUError": "A GPU failed (CUDA or Xid error); its node is left out of the next attempt.",
     "Unknown": "None of the others could be found.",

@@ -19,7 +19,7 @@ from finetune_api.compatibility import COMPATIBILITY, CONTINUED, Row
 from finetune_api.formats import formats_for
 from finetune_api.schema import METHOD_PARAMETERS, spec_schema
 from finetune_api.spec import CHAT_TEMPLATES
-from finetune_api.stages import SECTIONS, STAGES
+from finetune_api.stages import MAKERS, SECTIONS, STAGES, TRAINED
 
 NAME_LENGTH = 63 - len("-a99999") - len("-9999")
 """Pods are called ``<name>-a<attempt>-<index>``, and that is their hostname: 63 characters at most."""
@@ -104,12 +104,12 @@ def compatibility_rules(table: Mapping[str, Row], stages: tuple[str, ...]) -> li
     for method, row in table.items():
         with_zero3 = " or ".join(name for name, other in table.items() if 3 in other.zero_stages)
         if set(row.stages) != set(stages):
-            wanted = tuple(row.stages)
+            wanted = (*row.stages, *MAKERS)  # that those go with no method, another rule says
             refuse(
                 method,
                 "stage",
                 lambda self, wanted=wanted: self.stage in wanted,  # type: ignore[misc]
-                f"self.stage in {list(row.stages)}",
+                f"self.stage in {list(wanted)}",
                 "one of " + ", ".join(row.stages),
                 "choose one of them, or another spec.method.type",
             )
@@ -178,9 +178,131 @@ def _what_stages_exclude() -> list[Rule]:
             field="evaluation.prompts",
             holds=lambda self: not self.evaluation.prompts or self.stage in writing,
             cel=f"size(self.evaluation.prompts) == 0 || self.stage in {list(writing)}",
-            problem="there are questions, but the model of this stage writes no text",
+            problem="there are questions, but the model of this stage writes no text, or is not trained",
             accepted=f"none but with spec.stage {', '.join(writing)}",
             remedy="remove them; name held-out rows in spec.data.eval",
+        ),
+    ]
+
+
+def _where_nothing_is_trained() -> list[Rule]:
+    """What stages that make data have no use for. Parameters beside these are in ``checks.py``."""
+    adapters = "!self.model.adapters.exists(a, a.train)"
+    partitioned = "!has(self.deepspeed.zero_optimization.stage)"
+    rows: list[tuple[str, Callable[[Any], bool], str, str, str]] = [
+        (
+            "method.type",
+            lambda self: self.method.type == "lora",
+            "self.method.type == 'lora'",
+            "nothing",
+            "spec.method",
+        ),
+        (
+            "deepspeed.zero_optimization.stage",
+            lambda self: self.deepspeed.zero_optimization.stage is None,
+            partitioned,
+            "nothing",
+            "spec.deepspeed",
+        ),
+        (
+            "model.adapters",
+            lambda self: not any(a.train for a in self.model.adapters),
+            adapters,
+            "adapters without train: true",
+            "train: true",
+        ),
+        ("data.eval", lambda self: not self.data.eval, "size(self.data.eval) == 0", "nothing", "spec.data.eval"),
+        (
+            "data.train",
+            lambda self: all(source.weight == 1 for source in self.data.train),
+            "self.data.train.all(s, s.weight == 1.0)",
+            "sources without weight: every prompt is taken once",
+            "weight; max_prompts takes a random choice of all prompts",
+        ),
+        ("output.merge", lambda self: not self.output.merge, "!self.output.merge", "false", "spec.output.merge"),
+    ]
+    return [
+        Rule(
+            at="spec",
+            field=field,
+            holds=lambda self, holds=holds: self.stage not in MAKERS or holds(self),  # type: ignore[misc]
+            cel=f"!(self.stage in {list(MAKERS)}) || {cel}",
+            problem="this stage trains nothing and makes data",
+            accepted=f"{accepted} with spec.stage {' or '.join(MAKERS)}",
+            remedy=f"remove {what}",
+        )
+        for field, holds, cel, accepted, what in rows
+    ]
+
+
+def _judge_rules() -> list[Rule]:
+    at = "spec.rlaif.judge"
+    return [
+        Rule(
+            at="spec",
+            field="rlaif",
+            holds=lambda self: self.stage != "rlaif" or self.rlaif is not None,
+            cel="self.stage != 'rlaif' || has(self.rlaif)",
+            problem="nobody is named to compare the answers",
+            accepted="rlaif.judge with spec.stage: rlaif",
+            remedy="add e.g. rlaif: {judge: {endpoint: https://api.openai.com/v1, model: NAME}}",
+        ),
+        Rule(
+            at=at,
+            field="endpoint",
+            holds=lambda self: (self.endpoint != "") != (self.uri is not None),
+            cel="(self.endpoint != '') != has(self.uri)",
+            problem="the judge is not one model: endpoint and uri are both set, or none of them",
+            accepted="endpoint (with model), or uri",
+            remedy="name the base URL of an API in endpoint, or a model to load in uri",
+        ),
+        Rule(
+            at=at,
+            field="endpoint",
+            holds=lambda self: self.endpoint == "" or re.search(_ENDPOINT, self.endpoint) is not None,
+            cel=f"self.endpoint == '' || self.endpoint.matches(r'{_ENDPOINT}')",
+            accepted="http:// or https://, a host, and a path such as /v1",
+            remedy="leave out chat/completions, user names and what follows a ?; the key comes from OPENAI_API_KEY",
+        ),
+        Rule(
+            at=at,
+            field="model",
+            holds=lambda self: (self.endpoint != "") == (self.model != ""),
+            cel="(self.endpoint != '') == (self.model != '')",
+            accepted="the name of a model at the endpoint; nothing with uri",
+            remedy="add the name the endpoint knows the model by, or remove it beside uri",
+        ),
+        Rule(
+            at=at,
+            field="prompt",
+            holds=lambda self: (
+                not self.prompt
+                or all(part in self.prompt for part in ("{prompt}", "{answer_a}", "{answer_b}", "[[A]]"))
+            ),
+            cel="self.prompt == '' || self.prompt.contains('{prompt}') && self.prompt.contains('{answer_a}') && "
+            "self.prompt.contains('{answer_b}') && self.prompt.contains('[[A]]')",
+            problem="a part of the question is missing",
+            accepted="a text with {prompt}, {answer_a} and {answer_b} that asks for [[A]], [[B]] or [[C]]",
+            remedy="add what is missing, or leave it out for the built-in question and set criteria",
+        ),
+        Rule(
+            at=at,
+            field="uri",
+            holds=lambda self: (
+                self.uri is None or not self.uri.startswith("hf://") or re.search(_HF_MODEL, self.uri) is not None
+            ),
+            cel=f"!has(self.uri) || !self.uri.startsWith('hf://') || self.uri.matches(r'{_HF_MODEL}')",
+            accepted="hf://ORG/NAME for a model of the hub",
+            remedy="leave out what follows the name; a branch or commit goes into revision",
+        ),
+        _claim(at, optional=True),
+        Rule(
+            at=at,
+            field="timeout",
+            holds=lambda self: 1 <= seconds(self.timeout) <= 3600,
+            cel="duration(self.timeout) >= duration('1s') && duration(self.timeout) <= duration('1h')",
+            accepted="from 1s to 1h",
+            remedy="choose a length of time in that range",
         ),
     ]
 
@@ -246,6 +368,7 @@ def _of_stages_with_targets() -> list[Rule]:
     ]
 
 
+_ENDPOINT = r"^https?://[^/?#@ ]+(/[^?# ]*)?$"
 _SMOOTHED = ("sigmoid", "robust", "exo_pair")
 """The losses of dpo that know label_smoothing."""
 
@@ -297,6 +420,14 @@ def _source_rules(at: str) -> list[Rule]:
             cel=f"!self.uri.matches(r'{_OTHER_FORMATS}')",
             accepted="a file that ends in .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow, or a folder of such",
             remedy="unpack archives, save tables as .csv; .parquet and .arrow are compressed inside",
+        ),
+        Rule(
+            at=at,
+            field="uri",
+            holds=lambda self: not self.uri.startswith("job://") or len(self.uri) <= len("job://") + NAME_LENGTH,
+            cel=f"!self.uri.startsWith('job://') || size(self.uri) <= {len('job://') + NAME_LENGTH}",
+            accepted=f"job://NAME with a name of at most {NAME_LENGTH} characters",
+            remedy="name an existing FineTuneJob: none can have such a name",
         ),
         _claim(at),
         *(
@@ -426,6 +557,29 @@ RULES: tuple[Rule, ...] = (
         cel="self.gguf_file == '' || !self.uri.startsWith('job://')",
         accepted="nothing, as uri is job://",
         remedy="remove gguf_file: the output of a FineTuneJob is safetensors",
+    ),
+    Rule(
+        at="",
+        field="spec.data",
+        holds=lambda self: all(
+            s.uri != f"job://{self.metadata.name}" for s in (*self.spec.data.train, *self.spec.data.eval)
+        ),
+        # Not s.uri != 'job://' + …: joined for every source it would exceed the API server's budget.
+        cel="!(('job://' + self.metadata.name) in self.spec.data.train.map(s, s.uri)) && "
+        "!(('job://' + self.metadata.name) in self.spec.data.eval.map(s, s.uri))",
+        problem="one of its sources is the output of this job",
+        accepted="the names of other FineTuneJobs",
+        remedy="name the job whose rows this one learns from; a job cannot wait for itself",
+    ),
+    Rule(
+        at="",
+        field="spec.rlaif",
+        holds=lambda self: self.spec.rlaif is None or self.spec.rlaif.judge.uri != f"job://{self.metadata.name}",
+        cel="!has(self.spec.rlaif) || !has(self.spec.rlaif.judge.uri) || "
+        "self.spec.rlaif.judge.uri != 'job://' + self.metadata.name",
+        problem="its judge is the output of this job",
+        accepted="the name of another FineTuneJob",
+        remedy="name the job whose model judges; a job cannot wait for itself",
     ),
     # ---- adapters made earlier
     Rule(
@@ -576,7 +730,7 @@ RULES: tuple[Rule, ...] = (
         accepted="a divisor of r",
         remedy="choose both so that every expert has a whole rank, r / num_experts",
     ),
-    *compatibility_rules(COMPATIBILITY, tuple(spec_schema()["properties"]["stage"]["enum"])),
+    *compatibility_rules(COMPATIBILITY, TRAINED),
     # ---- the stage
     *_parameters_of_stages(),
     *_what_stages_exclude(),
@@ -597,6 +751,8 @@ RULES: tuple[Rule, ...] = (
         accepted=f"0 but with loss_type {' or '.join(_SMOOTHED)}",
         remedy="leave it out, or set loss_type: robust",
     ),
+    *_judge_rules(),
+    *_where_nothing_is_trained(),
     # ---- the data
     *_source_rules("spec.data.train[]"),
     *_source_rules("spec.data.eval[]"),

@@ -11,8 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
-from finetune_api.spec import Data, Evaluation, ModelSource, Stage, Training
-from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
+from finetune_api.spec import Data, DataSource, Evaluation, ModelSource, Stage, Training
+from finetune_api.stages import (
+    Dpo,
+    Kto,
+    Orpo,
+    Reward,
+    Rlaif,
+    Seq2Seq,
+    SequenceClassification,
+    Sft,
+    TokenClassification,
+)
 
 # Environment variables the pods get (all optional for the trainer but CONFIG).
 ENV_CONFIG = "FINETUNE_CONFIG"  # path of the trainer's configuration, a JSON file
@@ -55,6 +65,7 @@ class TrainerConfig(_Wire):
     dpo: Dpo | None = None
     kto: Kto | None = None
     orpo: Orpo | None = None
+    rlaif: Rlaif | None = None
     sequence_classification: SequenceClassification | None = None
     token_classification: TokenClassification | None = None
     seq2seq: Seq2Seq | None = None
@@ -112,6 +123,45 @@ class MergeConfig(_Wire):
     seed: int = 42
 
 
+class UseConfig(_Wire):
+    """A finished model that is to be used: what ``finetune evaluate`` and ``finetune chat`` have in common."""
+
+    model: ModelSource
+    """A whole model with its adapters in ``adapters``; or the folder of an adapter."""
+    base: ModelSource | None = None
+    """The model below an adapter's folder. None: as the folder says."""
+    stage: Stage | None = None
+    """None: as the folder says; sft where it does not."""
+    chat_template: str = ""
+    accelerator: Literal["auto", "gpu", "cpu"] = "auto"
+    compare: bool = False
+    """Show what the model without its (last) adapter says, too."""
+
+
+class EvaluateConfig(UseConfig):
+    """What ``finetune evaluate`` hands to ``finetune_trainer.evaluate``."""
+
+    data: list[DataSource]
+    max_length: int = 2048
+    max_bad_rows: int = 0
+    batch_size: int = 1
+    as_json: bool = False
+    seq2seq: Seq2Seq | None = None
+
+
+class ChatConfig(UseConfig):
+    """What ``finetune chat`` hands to ``finetune_trainer.chat``."""
+
+    system: str = ""
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    """0: greedy."""
+    top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
 class CheckpointInfo(_Wire):
     """A complete checkpoint (or the reason why a found one was passed over)."""
 
@@ -140,7 +190,7 @@ class Progress(_Wire):
 
     attempt: int = 1
     phase: str = "starting"
-    """starting, loading, preparing, training, evaluating, saving, exporting, done"""
+    """starting, loading, preparing, training, generating, judging, evaluating, saving, exporting, done"""
     step: int = 0
     max_steps: int = 0
     epoch: float = 0.0
@@ -179,7 +229,7 @@ class OutputInfo(_Wire):
 
     uri: str
     kind: str
-    """adapter, model or merged"""
+    """adapter, model, merged or data (uri is the file of rows)"""
     digest: str = ""
     """``sha256:…`` of its manifest."""
     size: int = 0

@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from finetune_api.base import DURATION
 from finetune_api.methods import DEFAULT_METHOD, METHODS
-from finetune_api.spec import DATA_URI, MODEL_URI, NAME, SHARD_SIZE, STORAGE_URI, FineTuneJobSpec
+from finetune_api.spec import SHARD_SIZE, FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
+from finetune_api.uris import DATA_URI, MODEL_URI, NAME, STORAGE_URI
 
 PRESERVE = "x-kubernetes-preserve-unknown-fields"
 _KEEP = (
@@ -243,7 +244,7 @@ PATTERNS: dict[str, tuple[str, str]] = {
         "name the storage in front; a model of the Hugging Face hub is hf://ORG/NAME, a file has an absolute path",
     ),
     DATA_URI: (
-        "hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH or file:///PATH",
+        "hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH, file:///PATH or job://NAME",
         "name the storage in front; a data set of the hub is hf://datasets/ORG/NAME, a file has an absolute path",
     ),
     STORAGE_URI: (

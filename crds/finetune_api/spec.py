@@ -3,27 +3,26 @@
 Only shapes, ranges and defaults live here; what spans several fields is a row of ``rules.py``.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune_api.base import Duration, HyperModel, KubeModel
+from finetune_api.base import Duration, HyperModel, KubeModel, Preserved
 from finetune_api.methods import Lora, Method
-from finetune_api.stages import Dpo, Kto, Orpo, Reward, Seq2Seq, SequenceClassification, Sft, TokenClassification
+from finetune_api.stages import (
+    Dpo,
+    Kto,
+    Orpo,
+    Reward,
+    Rlaif,
+    Seq2Seq,
+    SequenceClassification,
+    Sft,
+    TokenClassification,
+)
+from finetune_api.uris import DataUri, ModelUri, Name, StorageUri
 
-Uri = Annotated[str, Field(max_length=1024)]
-# Patterns: ``schema.PATTERNS`` has the words for each.
-MODEL_URI = r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+|job://[a-z]([-a-z0-9]*[a-z0-9])?)$"
-DATA_URI = r"^((hf|s3|gs|az|pvc)://[^/]+.*|file:///.+)$"
-STORAGE_URI = r"^((s3|gs|az|pvc)://[^/]+.*|file:///.+)$"
-NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 SHARD_SIZE = r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$"
-
-ModelUri = Annotated[Uri, Field(pattern=MODEL_URI)]
-DataUri = Annotated[Uri, Field(pattern=DATA_URI)]
-StorageUri = Annotated[Uri, Field(pattern=STORAGE_URI)]
-Name = Annotated[str, Field(max_length=253, pattern=NAME)]
-Preserved = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
 Stage = Literal[
     "pretrain",
@@ -32,6 +31,7 @@ Stage = Literal[
     "dpo",
     "kto",
     "orpo",
+    "rlaif",
     "sequence_classification",
     "token_classification",
     "seq2seq",
@@ -115,7 +115,8 @@ class DataSource(HyperModel):
 
     uri: DataUri
     """Where the rows lie: hf://datasets/ORG/NAME, s3:// gs:// az://BUCKET/KEY, pvc://CLAIM/PATH,
-    file:///PATH. A file (.jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow; all but the last two also .gz, .bz2, .xz
+    file:///PATH, or job://NAME for the rows that another FineTuneJob makes (this job waits for it).
+    A file (.jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow; all but the last two also .gz, .bz2, .xz
     or .zst), a folder of such files, or a pattern of them (*, ?, [a-z]; ** for folders)."""
     format: DataFormat = "auto"
     """How a row is written (docs/data.md). auto: told by the first rows; the log and the report say which it is."""
@@ -325,7 +326,8 @@ class FineTuneJobSpec(KubeModel):
     the answers only), reward (a reward model of pairs of answers), dpo (preferences without a reward model), kto
     (answers judged good or bad), orpo (SFT and preferences in one, without a reference), sequence_classification
     (labels of texts or of pairs of texts), token_classification (a label for every word), seq2seq (texts made of texts
-    by an encoder-decoder)."""
+    by an encoder-decoder). rlaif trains nothing: the model answers prompts, a judge compares the answers, and the
+    output are preferences for reward, dpo or orpo."""
     model: ModelSource
     """The model to start from."""
     method: Method = Lora(type="lora")
@@ -344,6 +346,8 @@ class FineTuneJobSpec(KubeModel):
     """Parameters of stage kto."""
     orpo: Orpo | None = None
     """Parameters of stage orpo."""
+    rlaif: Rlaif | None = None
+    """Parameters of stage rlaif."""
     sequence_classification: Annotated[SequenceClassification | None, Field(alias="sequence_classification")] = None
     """Parameters of stage sequence_classification."""
     token_classification: Annotated[TokenClassification | None, Field(alias="token_classification")] = None

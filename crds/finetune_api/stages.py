@@ -2,7 +2,8 @@
 
 A stage's parameters stand in the spec under its name (``spec.dpo`` of stage dpo), by the names and defaults of TRL
 where TRL has them. To add a stage: a row of :data:`STAGES`, a class with its parameters, the field of that name in
-``spec.py``, one file in the trainer's ``objectives/``, and the methods it goes with in ``compatibility.py``.
+``spec.py``, one file in the trainer's ``objectives/``, and the methods it goes with in ``compatibility.py``. A stage
+that makes data (:attr:`Stage.makes`) has a file in the trainer's ``making/`` instead, and goes with no method.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune_api.base import HyperModel
+from finetune_api.base import Duration, HyperModel, Preserved
+from finetune_api.uris import ModelUri
 
 DpoLoss = Literal[
     "sigmoid",
@@ -89,6 +91,62 @@ class Orpo(HyperModel):
     """Weight of the odds ratio; lambda of the paper."""
 
 
+class Judge(HyperModel):
+    """Who compares the answers: a model behind an endpoint, or one that is loaded."""
+
+    endpoint: str = Field("", max_length=1024)
+    """Base URL of an OpenAI-compatible API, e.g. https://api.openai.com/v1; chat/completions below it is asked, with
+    OPENAI_API_KEY of the Secret in spec.credentials where it is there."""
+    model: str = Field("", max_length=256)
+    """Name of the model at the endpoint."""
+    uri: ModelUri | None = None
+    """In place of an endpoint: a model to load, written as spec.model.uri. It writes nothing: its verdict is the one it
+    holds most probable (arXiv:2309.00267)."""
+    revision: str = Field("main", max_length=256)
+    """Branch, tag or commit; only for hf://."""
+    criteria: str = Field("helpful, honest and harmless", min_length=1, max_length=4096)
+    """What the better answer is more of; a part of the built-in question."""
+    prompt: str = Field("", max_length=65536)
+    """The question to the judge, in place of the built-in one, with {prompt}, {answer_a} and {answer_b}. It must ask
+    for one of [[A]], [[B]] and [[C]] (a tie)."""
+    max_concurrency: int = Field(8, ge=1, le=1024)
+    """Requests to the endpoint at the same time, of all workers together."""
+    timeout: Duration = "2m"
+    """How long one request may take."""
+    max_retries: int = Field(8, ge=0, le=100)
+    """How often a request is repeated that failed for the moment (no connection, 408, 429, 5xx), after growing pauses,
+    or after those that the endpoint asks for (Retry-After)."""
+    max_tokens: int = Field(1024, ge=1, le=1048576)
+    """Longest verdict with its reasons, in tokens."""
+    temperature: float = Field(0.0, ge=0, le=10)
+    """Of the endpoint's sampling."""
+    extra_body: Preserved = {}
+    """Laid over the body of every request, e.g. {reasoning_effort: low}. With max_completion_tokens in it, max_tokens
+    is not sent."""
+
+
+class Rlaif(HyperModel):
+    """Preferences by a judge in place of people (arXiv:2212.08073, arXiv:2309.00267). Every two answers to a prompt are
+    compared twice, each once in first place; where the verdicts differ, it is a tie. Ties are dropped."""
+
+    judge: Judge
+    """Who compares the answers."""
+    num_generations: int = Field(2, ge=2, le=64)
+    """Answers to each prompt; all pairs of them are compared."""
+    max_prompts: int = Field(0, ge=0, le=1000000000)
+    """A random choice of so many prompts; 0: all."""
+    max_new_tokens: int = Field(512, ge=1, le=131072)
+    """Longest answer in tokens."""
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Of the sampling of answers."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Answers are drawn from the most probable tokens that come to this probability."""
+    top_k: int = Field(0, ge=0, le=1000000)
+    """Answers are drawn from so many most probable tokens; 0: from all."""
+    generation_batch_size: int = Field(8, ge=1, le=65536)
+    """Prompts answered together by a process."""
+
+
 LabelName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -134,6 +192,8 @@ class Stage:
     """The model writes text, so that ``evaluation.prompts`` can be put to it."""
     parameters: type[HyperModel] | None = None
     """The class of ``spec.<stage>``."""
+    makes: str = ""
+    """It trains nothing and writes rows: the name of their file in the output."""
 
 
 STAGES: dict[str, Stage] = {
@@ -145,11 +205,22 @@ STAGES: dict[str, Stage] = {
     "dpo": Stage("Preference", "preferences without a reward model", parameters=Dpo),
     "kto": Stage("Judged", "answers judged good or bad", parameters=Kto),
     "orpo": Stage("Preference", "SFT and preferences in one, without a reference", parameters=Orpo),
+    "rlaif": Stage(
+        "Prompt",
+        "preferences by a judge: the model answers prompts, the judge compares the answers",
+        generates=False,
+        parameters=Rlaif,
+        makes="preferences.jsonl",
+    ),
     "sequence_classification": Stage(
         "Labelled", "labels of texts or of pairs of texts", generates=False, parameters=SequenceClassification
     ),
     "token_classification": Stage("Tagged", "a label for every word", generates=False, parameters=TokenClassification),
     "seq2seq": Stage("SourceTarget", "texts made of texts by an encoder-decoder", parameters=Seq2Seq),
 }
+TRAINED = tuple(name for name, stage in STAGES.items() if not stage.makes)
+"""Stages whose result is a model or an adapter; that of the others is data."""
+MAKERS = tuple(name for name, stage in STAGES.items() if stage.makes)
+"""The others."""
 SECTIONS = tuple(name for name, stage in STAGES.items() if stage.parameters is not None)
 """Stages with parameters of their own, ``spec.<stage>``."""

@@ -26,7 +26,8 @@ class ProgressStatus(KubeModel):
     """Where the run stands."""
 
     phase: str = ""
-    """What the trainer is doing: loading, preparing, training, evaluating, saving, exporting, done."""
+    """What the trainer is doing: loading, preparing, training, generating, judging, evaluating, saving,
+    exporting, done."""
     step: int = 0
     """Optimizer steps finished."""
     max_steps: int = 0
@@ -109,7 +110,7 @@ class OutputStatus(KubeModel):
     uri: str
     """Where it lies."""
     kind: str = ""
-    """adapter, model or merged."""
+    """adapter, model, merged, or data: rows for another job."""
     digest: str = ""
     """SHA-256 of its manifest."""
     size: str = ""

@@ -84,6 +84,10 @@ class Facts:
     """Seconds between two looks at a running job."""
 
 
+AT_WORK = ("training", "generating", "judging", "evaluating")
+"""Phases in which steps are made."""
+
+
 @dataclass(frozen=True)
 class Delete:
     """An object to take away."""
@@ -479,10 +483,10 @@ def _progressing(facts: Facts, status: FineTuneJobStatus, ready: bool) -> Findin
     if progress is None:
         # In an attempt that has told of no step yet, the phase is one of an earlier attempt.
         last = status.progress if status.attempts[-1].last_step else None
-        known = last is not None and last.phase in ("training", "evaluating", "saving")
+        known = last is not None and last.phase in (*AT_WORK, "saving")
         message = "The trainer does not answer yet."
         return Finding(Condition.PROGRESSING, True if known else None, Reason.PROGRESS_UNKNOWN, message)
-    if progress.phase in ("training", "evaluating"):
+    if progress.phase in AT_WORK:
         return Finding(Condition.PROGRESSING, True, Reason.TRAINING, progress.message)
     if progress.phase in ("saving", "exporting", "done"):
         return Finding(Condition.PROGRESSING, True, Reason.SAVING, progress.message)

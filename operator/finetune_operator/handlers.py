@@ -59,9 +59,7 @@ class Operator:
             self.jobs[key] = body
         self.queue.add(key)
         for other, job in self.jobs.items():
-            model = (job.get("spec") or {}).get("model") or {}
-            waits_for = [model.get("uri"), *(adapter.get("uri") for adapter in model.get("adapters") or [])]
-            if other[0] == key[0] and f"job://{key[1]}" in waits_for:
+            if other[0] == key[0] and other != key and _names(job.get("spec"), f"job://{key[1]}"):
                 self.queue.add(other)
 
     def watch_pods(self) -> None:
@@ -201,6 +199,15 @@ def _kopf_settings() -> kopf.OperatorSettings:
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     return settings
+
+
+def _names(part: Any, uri: str) -> bool:
+    """A URI stands somewhere in a part of a spec as it was written, valid or not."""
+    if isinstance(part, dict):
+        return any(_names(value, uri) for value in part.values())
+    if isinstance(part, list):
+        return any(_names(value, uri) for value in part)
+    return bool(part == uri)
 
 
 class _JsonFormatter(logging.Formatter):

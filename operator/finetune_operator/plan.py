@@ -7,7 +7,7 @@ begun) is handed in.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,7 +175,10 @@ def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str
     dtype = spec.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-    model_uri = mounted(inputs.get(spec.model.uri, spec.model.uri))
+
+    def resolved(uri: str) -> str:
+        return mounted(inputs.get(uri, uri))
+
     processes = spec.workers.replicas * max(1, spec.workers.gpus_per_worker)
     training = spec.training
     return TrainerConfig(
@@ -184,22 +187,20 @@ def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str
         stage=spec.stage,
         model=spec.model.model_copy(
             update={
-                "uri": model_uri,
+                "uri": resolved(spec.model.uri),
                 "dtype": dtype,
-                "adapters": [
-                    a.model_copy(update={"uri": mounted(inputs.get(a.uri, a.uri))}) for a in spec.model.adapters
-                ],
+                "adapters": [a.model_copy(update={"uri": resolved(a.uri)}) for a in spec.model.adapters],
             }
         ),
         method=spec.method,
         data=spec.data.model_copy(
             update={
-                "train": [s.model_copy(update={"uri": mounted(s.uri)}) for s in spec.data.train],
-                "eval": [s.model_copy(update={"uri": mounted(s.uri)}) for s in spec.data.eval],
+                "train": [s.model_copy(update={"uri": resolved(s.uri)}) for s in spec.data.train],
+                "eval": [s.model_copy(update={"uri": resolved(s.uri)}) for s in spec.data.eval],
             }
         ),
         training=training,
-        **stage_parameters(spec),
+        **stage_parameters(spec, resolved),
         evaluation=spec.evaluation,
         deepspeed=deepspeed_config(spec, dtype),
         checkpoint_uri=mounted(checkpoint_uri(owner, spec)),
@@ -214,9 +215,12 @@ def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str
     )
 
 
-def stage_parameters(spec: FineTuneJobSpec) -> dict[str, Any]:
-    """``spec.<stage>``, with its defaults where the user wrote none."""
+def stage_parameters(spec: FineTuneJobSpec, resolved: Callable[[str], str]) -> dict[str, Any]:
+    """``spec.<stage>``, with its defaults where the user wrote none. ``resolved``: of a URI what the pods see."""
     made = STAGES[spec.stage].parameters
+    if spec.stage == "rlaif" and spec.rlaif is not None and spec.rlaif.judge.uri is not None:
+        judge = spec.rlaif.judge.model_copy(update={"uri": resolved(spec.rlaif.judge.uri)})
+        return {"rlaif": spec.rlaif.model_copy(update={"judge": judge})}
     return {} if made is None else {spec.stage: getattr(spec, spec.stage) or made()}
 
 
@@ -258,9 +262,22 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def model_uris(spec: FineTuneJobSpec) -> list[str]:
-    """The model and its adapters: what may be the output of another job."""
-    return [spec.model.uri, *(adapter.uri for adapter in spec.model.adapters)]
+MODEL, ADAPTER, DATA = ("merged", "model"), ("adapter",), ("data",)
+"""Kinds of outputs, the preferred first."""
+
+
+def input_uris(spec: FineTuneJobSpec) -> dict[str, tuple[str, ...]]:
+    """What the job reads, each of which may be the output of another job; and of which kinds that may be."""
+    wanted = {source.uri: DATA for source in (*spec.data.train, *spec.data.eval)}
+    uris: dict[str, tuple[str, ...]] = {spec.model.uri: MODEL, **wanted}
+    if spec.rlaif is not None and spec.rlaif.judge.uri is not None:
+        uris[spec.rlaif.judge.uri] = MODEL
+    return uris | {adapter.uri: ADAPTER for adapter in spec.model.adapters}
+
+
+def waited_for(spec: FineTuneJobSpec) -> dict[str, tuple[str, ...]]:
+    """Of :func:`input_uris` the outputs of other jobs, ``job://NAME``."""
+    return {uri: kinds for uri, kinds in input_uris(spec).items() if uri.startswith("job://")}
 
 
 def claims(config: TrainerConfig) -> tuple[str, ...]:
@@ -268,6 +285,7 @@ def claims(config: TrainerConfig) -> tuple[str, ...]:
     known there also when that job is gone."""
     uris = [config.model.uri, *(adapter.uri for adapter in config.model.adapters)]
     uris += [config.output_uri, config.checkpoint_uri, *(s.uri for s in (*config.data.train, *config.data.eval))]
+    uris += [config.rlaif.judge.uri or ""] if config.rlaif is not None else []
     found = (unmounted(uri) for uri in uris)
     return tuple(sorted({uri[len("pvc://") :].split("/", 1)[0] for uri in found if uri.startswith("pvc://")}))
 

@@ -22,7 +22,7 @@ from finetune_operator import manifests
 from finetune_operator.cluster import Cluster, ClusterError, Object
 from finetune_operator.decide import Decision, Facts, Inputs, decide
 from finetune_operator.observe import Observed, observe
-from finetune_operator.plan import Owner, Plan, make_plan, model_uris, not_a_base, with_adapter
+from finetune_operator.plan import ADAPTER, DATA, Owner, Plan, make_plan, not_a_base, waited_for, with_adapter
 from finetune_operator.settings import Profile, Settings
 from finetune_operator.status import Finding, events, is_true, merge_conditions
 
@@ -132,18 +132,18 @@ def _inputs(cluster: Cluster, namespace: str, spec: FineTuneJobSpec) -> Inputs:
     """Outputs of the jobs this one starts from."""
     resolved: dict[str, str] = {}
     model: ModelSource | None = None
-    for uri in model_uris(spec):
-        if uri.startswith("job://"):
-            found = _output(cluster, namespace, uri, adapter=uri != spec.model.uri)
-            if found.waiting:
-                return found
-            resolved |= found.resolved
-            model = model or found.model
+    for uri, kinds in waited_for(spec).items():
+        found = _output(cluster, namespace, uri, kinds, stacks=uri == spec.model.uri)
+        if found.waiting:
+            return found
+        resolved |= found.resolved
+        model = model or found.model
     return Inputs(resolved=resolved, model=model)
 
 
-def _output(cluster: Cluster, namespace: str, uri: str, *, adapter: bool) -> Inputs:
-    """What another job wrote: a whole model, or an adapter."""
+def _output(cluster: Cluster, namespace: str, uri: str, kinds: tuple[str, ...], *, stacks: bool) -> Inputs:
+    """What another job wrote, of one of these kinds: a whole model, an adapter, or data. ``stacks``: an adapter with
+    its base is a model, too."""
     name = uri.removeprefix("job://")
     other = cluster.finetunejob(namespace, name)
     if other is None:
@@ -154,24 +154,38 @@ def _output(cluster: Cluster, namespace: str, uri: str, *, adapter: bool) -> Inp
     if not is_true(status, Condition.COMPLETE):
         return Inputs(waiting=f"Waiting for FineTuneJob {name} ({status.state or 'Pending'}).")
     written = {o.kind: o.uri for o in status.outputs}
-    output = written.get("adapter") if adapter else written.get("merged") or written.get("model")
+    output = next((written[kind] for kind in kinds if kind in written), None)
     if output is not None:
         return Inputs(resolved={uri: output})
-    if adapter:
-        problem = (
+    told = f"FineTuneJob {name} "
+    if kinds == DATA:
+        told += (
+            "wrote no rows; accepted in spec.data: an output of kind data, of a job that makes some (spec.stage: "
+            "rlaif). Name its model in spec.model.uri."
+        )
+    elif "data" in written:
+        told += "wrote rows and no model; accepted: an output of kind model, merged or adapter. Name it in spec.data."
+    elif kinds == ADAPTER:
+        told += (
             "wrote a whole model and no adapter; accepted in spec.model.adapters: an output of kind adapter. Name it "
             "in spec.model.uri."
         )
-        return Inputs(waiting=f"FineTuneJob {name} {problem}", failed=True)
-    frozen = observe(name, cluster.children(namespace, name), other["metadata"]["uid"]).frozen_config
-    if "adapter" not in written or frozen is None or (problem := not_a_base(frozen)):
-        why = problem if frozen is not None and "adapter" in written else "its configuration is not there any more"
-        return Inputs(
-            waiting=f"FineTuneJob {name} wrote an adapter only, and no job can start from that alone: {why}. Accepted: "
-            "an output of kind model or merged; where its method can be merged, run it again with output.merge: true.",
-            failed=True,
+    elif not stacks:
+        told += (
+            "wrote an adapter only, not a whole model; accepted: an output of kind model or merged. Run it again with "
+            "output.merge: true."
         )
-    return Inputs(resolved={uri: written["adapter"]}, model=with_adapter(frozen.model, written["adapter"]))
+    else:
+        frozen = observe(name, cluster.children(namespace, name), other["metadata"]["uid"]).frozen_config
+        problem = not_a_base(frozen) if frozen is not None else ""
+        if "adapter" in written and frozen is not None and not problem:
+            return Inputs(resolved={uri: written["adapter"]}, model=with_adapter(frozen.model, written["adapter"]))
+        why = problem if frozen is not None and "adapter" in written else "its configuration is not there any more"
+        told += (
+            f"wrote an adapter only, and no job can start from that alone: {why}. Accepted: an output of kind model or "
+            "merged; where its method can be merged, run it again with output.merge: true."
+        )
+    return Inputs(waiting=told, failed=True)
 
 
 def _progress(cluster: Cluster, observed: Observed) -> Progress | None:

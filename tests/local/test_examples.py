@@ -18,6 +18,7 @@ from finetune_operator.cli.main import main
 from finetune_operator.cluster import processes
 from finetune_operator.cluster.store import Folder
 from tests.trainer import tiny_heads
+from tests.trainer.judge_server import longer, serving
 from tests.trainer.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +175,37 @@ def test_a_pipeline_of_six_stages(place: Place) -> None:
     assert json.loads((place.home / "out" / "pipeline-dpo" / "manifest.json").read_text())["inputs"].keys() >= {
         f"file://{place.home}/out/pipeline-{stage}" for stage in ("pretrain", "sft")
     }
+
+
+@pytest.mark.trainer
+def test_judged_pairs_teach_a_reward_model_and_dpo(place: Place) -> None:
+    """The judge is a real HTTP server; then the reward model tells its figures on the rows it learned from."""
+    with serving(longer) as server:
+        judge = json.dumps({"endpoint": server.url, "model": "judge-1"})
+        told = place.run(
+            "10",
+            f"judged-pairs:rlaif.judge={judge}",
+            "judged-pairs:rlaif.max_new_tokens=8",
+            "judged-reward:training.max_steps=2",
+            "judged-dpo:training.max_steps=2",
+        )
+    assert "judged-dpo  waiting" in told and "judged-reward  waiting" in told
+    [output] = place.status("judged-pairs")["outputs"]
+    assert (output["kind"], output["uri"]) == ("data", f"file://{place.home}/out/judged-pairs/preferences.jsonl")
+    assert float(place.status("judged-pairs")["evaluation"]["agreement"]) == 1.0
+    assert place.status("judged-pairs")["progress"]["step"] == 19 * 3
+    rows = (place.home / "out" / "judged-pairs" / "preferences.jsonl").read_text().splitlines()
+    for name in ("judged-reward", "judged-dpo"):
+        assert place.status(name)["state"] == "Succeeded"
+        manifest = json.loads((place.home / "out" / name / "manifest.json").read_text())
+        assert output["uri"] in manifest["inputs"]
+    command = [sys.executable, "-m", "finetune_operator.cli.main", "evaluate", "job://judged-reward", "--json", "--cpu"]
+    command += ["--data", "job://judged-pairs", "--state-dir", str(place.home / "state-out")]
+    done = subprocess.run(command, env=place.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"loss", "accuracy", "margin"} <= found["model"].keys()
+    assert found["data"]["eval/preferences"]["rows"] == len(rows)
 
 
 @pytest.mark.trainer

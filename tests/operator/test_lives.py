@@ -257,6 +257,42 @@ def test_an_adapter_that_cannot_be_merged_is_no_model_to_start_from(first: dict[
     assert why in sim.message("second", "Stalled")
 
 
+@pytest.mark.parametrize(("kind", "state"), [("data", "Succeeded"), ("model", "Waiting")])
+def test_a_chain_takes_rows_where_it_asks_for_rows(kind: str, state: str) -> None:
+    sim = Simulation()
+    data = {"train": [{"uri": "s3://team/rows.jsonl"}, {"uri": "job://first"}]}
+    sim.submit("second", {**GOOD_SPEC, "stage": "dpo", "data": data})
+    sim.reconcile("second")
+    assert sim.reason("second", "InputsReady") == ("False", "WaitingForJob")
+    sim.submit("first")
+    sim.run("first", until="Running")
+    outputs = [OutputInfo(uri="s3://team/first/preferences.jsonl", kind=kind)]
+    for pod in sim.pods():
+        sim.exit(pod, 0, Termination(cause=Cause.SUCCEEDED, rank=_index(sim.workers[pod].raw), outputs=outputs))
+    assert sim.run("first")["state"] == "Succeeded"
+    if state == "Waiting":
+        sim.reconcile("second")
+        assert sim.reason("second", "Stalled") == ("True", "InputJobFailed")
+        assert "wrote no rows" in sim.message("second", "Stalled")
+        return
+    assert sim.run("second")["state"] == state
+    config = json.loads(sim.children_of["ConfigMap", "second-config"]["data"]["config.json"])
+    assert [s["uri"] for s in config["data"]["train"]] == ["s3://team/rows.jsonl", outputs[0].uri]
+
+
+def test_rows_are_no_model() -> None:
+    sim = Simulation()
+    sim.submit("first")
+    sim.run("first", until="Running")
+    outputs = [OutputInfo(uri="s3://team/first/preferences.jsonl", kind="data")]
+    for pod in sim.pods():
+        sim.exit(pod, 0, Termination(cause=Cause.SUCCEEDED, rank=_index(sim.workers[pod].raw), outputs=outputs))
+    sim.run("first")
+    sim.submit("second", {**GOOD_SPEC, "model": {"uri": "job://first"}})
+    sim.reconcile("second")
+    assert "wrote rows and no model" in sim.message("second", "Stalled")
+
+
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_gang_whose_queue_takes_the_room_back_was_preempted(sim: Simulation, seen: bool) -> None:
     while sim.step.get("tune-a1", 0) < 5:

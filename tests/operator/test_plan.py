@@ -8,7 +8,16 @@ import pytest
 from finetune_api import run
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator import manifests
-from finetune_operator.plan import Owner, Plan, changed_fields, make_plan, merge, result_part, with_adapter
+from finetune_operator.plan import (
+    Owner,
+    Plan,
+    changed_fields,
+    make_plan,
+    merge,
+    result_part,
+    waited_for,
+    with_adapter,
+)
 from finetune_operator.settings import Cache, Profile
 from tests.operator.simulation import GOOD_SPEC
 
@@ -223,6 +232,18 @@ def test_adapters_are_resolved_and_their_claims_mounted() -> None:
     uris = [adapter.uri for adapter in found.config.model.adapters]
     assert uris == ["file:///mnt/claims/outputs/first", "file:///mnt/claims/models/second"]
     assert {"models", "outputs"} <= set(found.claims)
+
+
+def test_rows_and_a_judge_of_other_jobs_are_resolved() -> None:
+    data = {"train": [{"uri": "job://rows"}, {"uri": "s3://team/more.jsonl"}]}
+    spec = FineTuneJobSpec.model_validate(
+        {**GOOD_SPEC, "stage": "rlaif", "data": data, "rlaif": {"judge": {"uri": "job://judge"}}}
+    )
+    assert waited_for(spec) == {"job://rows": ("data",), "job://judge": ("merged", "model")}
+    found = make_plan(OWNER, spec, Profile(), {"job://rows": "pvc://rows/a.jsonl", "job://judge": "pvc://models/judge"})
+    assert [s.uri for s in found.config.data.train] == ["file:///mnt/claims/rows/a.jsonl", "s3://team/more.jsonl"]
+    assert found.config.rlaif is not None and found.config.rlaif.judge.uri == "file:///mnt/claims/models/judge"
+    assert {"rows", "models"} <= set(found.claims)
 
 
 def test_a_chain_of_adapters_is_one_model_with_all_of_them() -> None:

@@ -35,15 +35,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_model(directory: Path, *, dtype: str = "float32", seed: int = 0, tied: bool = False) -> Path:
-    """A Llama of 64 hidden units and two layers with its tokenizer, as transformers saves them."""
+def make_model(
+    directory: Path, *, dtype: str = "float32", seed: int = 0, tied: bool = False, words: tuple[str, ...] = ()
+) -> Path:
+    """A Llama of 64 hidden units and two layers with its tokenizer, as transformers saves them. ``words``: that it
+    knows beside the usual ones."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     directory.mkdir(parents=True, exist_ok=True)
     special = ["<pad>", "<s>", "<end>", "<unk>", "<user>", "<assistant>", "<system>"]
-    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS, *words])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(

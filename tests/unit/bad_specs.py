@@ -14,7 +14,7 @@ from typing import Any
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.methods import METHODS
 from finetune_api.schema import spec_schema
-from finetune_api.stages import STAGES
+from finetune_api.stages import STAGES, TRAINED
 
 GOOD: dict[str, Any] = {
     "apiVersion": "finetune.dev/v1alpha1",
@@ -315,7 +315,21 @@ BAD: tuple[Bad, ...] = (
         "output to the hub", {"spec.output.uri": "hf://me/model"}, "spec.output.uri", "a storage that can be written to"
     ),
     Bad("checkpoints to the hub", {"spec.checkpoint.uri": "hf://me/x"}, "spec.checkpoint.uri", "can be written to"),
-    Bad("rows of a job", {"spec.data.train[0].uri": "job://other"}, "spec.data.train[0].uri", "hf://datasets/ORG/NAME"),
+    Bad("rows of nothing", {"spec.data.train[0].uri": "job://"}, "spec.data.train[0].uri", "hf://datasets/ORG/NAME"),
+    Bad("its own rows", {"spec.data.train[0].uri": "job://tune"}, "spec.data", "a job cannot wait for itself"),
+    Bad("its own held-out rows", {"spec.data.eval": [{"uri": "job://tune"}]}, "spec.data", "cannot wait for itself"),
+    Bad(
+        "rows of a job with an impossible name",
+        {"spec.data.train[0].uri": f"job://{'x' * 52}"},
+        "spec.data.train[0].uri",
+        "at most 51",
+    ),
+    Bad(
+        "held-out rows of a job with an impossible name",
+        {"spec.data.eval": [{"uri": f"job://{'x' * 52}"}]},
+        "spec.data.eval[0].uri",
+        "at most 51",
+    ),
     Bad("a file of the hub", {"spec.model.uri": "hf://a/b/weights"}, "spec.model.uri", "a file into gguf_file"),
     Bad("a branch in the uri", {"spec.model.uri": "hf://a/b@main"}, "spec.model.uri", "goes into revision"),
     Bad(
@@ -1141,26 +1155,83 @@ BAD: tuple[Bad, ...] = (
 )
 
 
+JUDGE = {"endpoint": "https://api.example.com/v1", "model": "judge-1"}
+
+
+def _rlaif(change: dict[str, Any] | None = None, **judge: Any) -> dict[str, Any]:
+    return {"spec.stage": "rlaif", "spec.rlaif": {"judge": JUDGE | judge}} | (change or {})
+
+
+_AT = "spec.rlaif.judge"
+_NO_TRAINING = "remove it: nothing is trained"
+BAD += (
+    Bad("no judge", {"spec.stage": "rlaif"}, "spec.rlaif", "add e.g. rlaif: {judge:"),
+    Bad("two judges", _rlaif(uri="hf://org/judge"), f"{_AT}.endpoint", "name the base URL of an API"),
+    Bad("nobody as the judge", {"spec.stage": "rlaif", "spec.rlaif": {"judge": {}}}, f"{_AT}.endpoint", "or uri"),
+    Bad("an endpoint without a scheme", _rlaif(endpoint="api.example.com"), f"{_AT}.endpoint", "http:// or https://"),
+    Bad("a key in the endpoint", _rlaif(endpoint="https://me:key@a.b/v1"), f"{_AT}.endpoint", "OPENAI_API_KEY"),
+    Bad("no model at the endpoint", _rlaif(model=""), f"{_AT}.model", "add the name the endpoint knows"),
+    Bad("a question without answers", _rlaif(prompt="Is {prompt} good? [[A]]"), f"{_AT}.prompt", "{answer_a}"),
+    Bad(
+        "a judge of the hub",
+        _rlaif(uri="hf://a", endpoint="", model="") | {"spec.rlaif.judge.uri": "hf://a/b/c"},
+        f"{_AT}.uri",
+        "hf://ORG/NAME for a model",
+    ),
+    Bad("a claim as the judge", _rlaif(uri="pvc://Claim/x", endpoint="", model=""), f"{_AT}.uri", "CLAIM of at most"),
+    Bad("itself as the judge", _rlaif(uri="job://tune", endpoint="", model=""), "spec.rlaif", "cannot wait for itself"),
+    Bad("an endless request", _rlaif(timeout="2h"), f"{_AT}.timeout", "from 1s to 1h"),
+    Bad(
+        "one answer",
+        _rlaif({"spec.rlaif": {"judge": JUDGE, "num_generations": 1}}),
+        "spec.rlaif.num_generations",
+        "from 2 to 64",
+        SCHEMA,
+    ),
+    Bad("a method of nothing", _rlaif({"spec.method": {"type": "full"}}), "spec.method.type", "remove spec.method"),
+    Bad("ZeRO of nothing", _rlaif({f"{_ZERO}.stage": 3}), f"{_ZERO}.stage", "remove spec.deepspeed"),
+    Bad(
+        "an adapter to train on by a judge",
+        _rlaif({"spec.model.adapters": [{"uri": "s3://a/b", "train": True}]}),
+        "spec.model.adapters",
+        "adapters without train: true",
+    ),
+    Bad("held-out prompts", _rlaif({"spec.data.eval": [{"uri": "s3://a/b.jsonl"}]}), "spec.data.eval", "makes data"),
+    Bad("prompts twice", _rlaif({"spec.data.train[0].weight": 2}), "spec.data.train", "max_prompts takes"),
+    Bad("data merged", _rlaif({"spec.output.merge": True}), "spec.output.merge", "remove spec.output.merge"),
+    Bad("a rank of nothing", _rlaif({"spec.method": {"r": 8}}), "spec.method.r", _NO_TRAINING, CONDITION),
+    Bad(
+        "a rate of nothing",
+        _rlaif({"spec.training.learning_rate": 0.1}),
+        "spec.training.learning_rate",
+        _NO_TRAINING,
+        CONDITION,
+    ),
+    Bad(
+        "DeepSpeed of nothing", _rlaif({"spec.deepspeed.aio": {"a": 1}}), "spec.deepspeed.aio", _NO_TRAINING, CONDITION
+    ),
+)
+
+
 def _of_other_stages() -> Iterator[Bad]:
     """Every stage's own parameters, with another stage; and what the table of stages excludes."""
     prompts = {"spec.evaluation.prompts": ["Who are you?"]}
     for name, stage in STAGES.items():
+        own = {f"spec.{name}": ENOUGH[name]} if name in ENOUGH else {}
+        given = {"spec.stage": name} | own
         if stage.parameters is not None:
             other = "sft" if name != "sft" else "dpo"
             at = f"spec.{name}"
-            yield Bad(f"{name} for {other}", {"spec.stage": other, at: {}}, at, f"set spec.stage: {name}")
+            change = {at: {}} | own | {"spec.stage": other}
+            yield Bad(f"{name} for {other}", change, at, f"set spec.stage: {name}")
         if not stage.packing:
             at = "spec.data.packing"
-            yield Bad(
-                f"packing with {name}", {"spec.stage": name, at: True}, at, "leave it out: the rows of this stage"
-            )
+            yield Bad(f"packing with {name}", given | {at: True}, at, "leave it out: the rows of this stage")
         if not stage.generates:
             at = "spec.evaluation.prompts"
-            yield Bad(
-                f"prompts with {name}", {"spec.stage": name} | prompts, at, "the model of this stage writes no text"
-            )
+            yield Bad(f"prompts with {name}", given | prompts, at, "the model of this stage writes no text")
         for method, row in COMPATIBILITY.items():
-            if name not in row.stages:
+            if name not in row.stages and name in TRAINED:
                 change = {"spec.stage": name, "spec.method": {"type": method, **ENOUGH.get(method, {})}}
                 yield Bad(f"{method} with {name}", change, "spec.stage", f"with spec.method.type: {method}")
 
@@ -1193,6 +1264,10 @@ def _of_the_table() -> Iterator[Bad]:
             yield Bad(f"ZeRO-{stage} with {name}", {"spec.method": method, at: stage}, at, f"spec.method.type: {name}")
 
 
-ENOUGH: dict[str, dict[str, Any]] = {"trainable_tokens": {"token_indices": [1]}, "moelora": {"tasks": ["a"]}}
-"""What these methods cannot do without."""
+ENOUGH: dict[str, dict[str, Any]] = {
+    "trainable_tokens": {"token_indices": [1]},
+    "moelora": {"tasks": ["a"]},
+    "rlaif": {"judge": JUDGE},
+}
+"""What these methods and stages cannot do without."""
 BAD += (*_of_other_methods(), *_of_the_table(), *_of_other_stages())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.unit.bad_specs import GOOD as BASE
-from tests.unit.bad_specs import changed
+from tests.unit.bad_specs import JUDGE, changed
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,32 @@ GOOD: tuple[Good, ...] = (
     Good("an empty section", {"spec.stage": "orpo", "spec.orpo": {}}),
     Good("a centred reward", {"spec.stage": "reward", "spec.reward": {"center_rewards_coefficient": 0.01}}),
     Good("kto with weights", {"spec.stage": "kto", "spec.kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5}}),
+    Good("rows of another job", {"spec.stage": "dpo", "spec.data.train[0].uri": "job://pairs"}),
+    Good(
+        "a judge behind an endpoint",
+        {
+            "spec.stage": "rlaif",
+            "spec.rlaif": {
+                "judge": {
+                    **JUDGE,
+                    "criteria": "short",
+                    "max_concurrency": 64,
+                    "timeout": "1m30s",
+                    "extra_body": {"reasoning_effort": "low"},
+                },
+                "num_generations": 4,
+                "temperature": 0.7,
+            },
+            "spec.training.seed": 7,
+        },
+    ),
+    Good(
+        "a judge to load, and a question of one's own",
+        {
+            "spec.stage": "rlaif",
+            "spec.rlaif.judge": {"uri": "job://judge", "prompt": "{prompt} {answer_a} {answer_b} [[A]] [[B]] [[C]]"},
+        },
+    ),
     Good(
         "labels in an order",
         {

@@ -304,7 +304,7 @@ def test_a_row_of_the_table_becomes_rules() -> None:
     rules = compatibility_rules(table, ("sft", "dpo"))
     assert [(rule.cel, rule.accepted) for rule in rules] == [
         ("self.method.type != 'full' || !self.output.merge", "false with spec.method.type: full"),
-        ("self.method.type != 'prompt' || self.stage in ['sft']", "one of sft with spec.method.type: prompt"),
+        ("self.method.type != 'prompt' || self.stage in ['sft', 'rlaif']", "one of sft with spec.method.type: prompt"),
         (
             "self.method.type != 'prompt' || !has(self.deepspeed.zero_optimization.stage) || "
             "self.deepspeed.zero_optimization.stage in [0]",

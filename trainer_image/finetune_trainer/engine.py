@@ -82,8 +82,13 @@ class Engine:
         stop: Stop,
         hooks: Hooks = NOTHING,
         switched_off: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+        *,
+        learns: bool = True,
     ) -> None:
-        """``switched_off``: inside it the model is the one the training started from; None where there is no such."""
+        """``switched_off``: inside it the model is the one the training started from; None where there is no such.
+
+        ``learns``: false where the model is only looked at (:meth:`evaluate`); nothing of it need be trainable then.
+        """
         self.config = config
         self.world = world
         self.objective = objective
@@ -98,6 +103,22 @@ class Engine:
         mixed = self._autocast_dtype(model)
         self._autocast = mixed if self.plain else None
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.module: Any = model
+        if learns:
+            self._take_up(model)
+        # After DeepSpeed has hung on to the model: under ZeRO-3 its hooks bring a layer's weights together.
+        with torch.autocast(world.device.type, dtype=mixed, enabled=mixed is not None):
+            self.head = find_head(self.module)
+        self._number = 0
+        self._told: dict[str, tuple[int, ...]] = {}
+        """Names and shapes of the objective's sums, known after the first pass."""
+        self.confusion: dict[str, list[list[int]]] = {}
+        """Of the last evaluation, by source ("" for all): how often label i was taken for j."""
+        self._noise = Noise(self.module, config, world) if config.training.neftune_noise_alpha else None
+        self.compiled = compile_layers(self.module, world.device, self.zero_stage) if learns else 0
+
+    def _take_up(self, model: torch.nn.Module) -> None:
+        """DeepSpeed's engine and the optimizer."""
         if not self.trainable:
             raise RunError(Cause.INVALID_CONFIGURATION, "The method leaves no parameter to train.")
         import deepspeed
@@ -105,27 +126,17 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self._adamw(model),
-            config=deepspeed_config(config, world),
+            config=deepspeed_config(self.config, self.world),
             dist_init_required=False,
         )
         self.module = self.engine.module
         forget_dry_run(self.optimizer)
-        # After DeepSpeed has hung on to the model: under ZeRO-3 its hooks bring a layer's weights together.
-        with torch.autocast(world.device.type, dtype=mixed, enabled=mixed is not None):
-            self.head = find_head(self.module)
-        if self.plain and world.size == 1:
+        if self.plain and self.world.size == 1:
             self.engine.enable_backward_allreduce = False  # it would flatten and copy every gradient
-        self._number = 0
-        self._told: dict[str, tuple[int, ...]] = {}
-        """Names and shapes of the objective's sums, known after the first pass."""
-        self.confusion: dict[str, list[list[int]]] = {}
-        """Of the last evaluation, by source ("" for all): how often label i was taken for j."""
-        if hooks.after_update is not None:
-            after = hooks.after_update
+        if self.hooks.after_update is not None:
+            after = self.hooks.after_update
             # Called by the optimizer itself: DeepSpeed clears the gradients right after it.
             self.optimizer.register_step_post_hook(lambda *_: after(self._number))
-        self._noise = Noise(self.module, config, world) if config.training.neftune_noise_alpha else None
-        self.compiled = compile_layers(self.module, world.device, self.zero_stage)
 
     def _adamw(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         training = self.config.training
@@ -150,7 +161,7 @@ class Engine:
     def _autocast_dtype(self, model: torch.nn.Module) -> torch.dtype | None:
         """bf16 where fp32 adapters stand in a bf16 model: their products run on tensor cores, their sums in fp32."""
         frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
-        trained = {p.dtype for p in model.parameters() if p.requires_grad}
+        trained = {p.dtype for p in model.parameters() if p.requires_grad} or frozen
         return torch.bfloat16 if torch.bfloat16 in frozen and torch.float32 in trained else None
 
     # The step

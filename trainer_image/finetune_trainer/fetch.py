@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -65,6 +65,8 @@ class Fetched:
     """The same for ``data.eval``."""
     adapters: list[Path] = field(default_factory=list)
     """One folder per entry of ``model.adapters``, in its order."""
+    judge: Path | None = None
+    """Folder of the model that judges, where one is loaded for it."""
     digests: dict[str, str] = field(default_factory=dict)
     """What was fetched, by URI (with @revision for the hub): equal digests, equal content.
     ``git:<commit>`` for the hub, ``sha256:<hex>`` over all files otherwise, and ``sampled:<hex>`` where of large
@@ -94,7 +96,28 @@ def fetch(config: TrainerConfig, cache: Path, *, refresh: bool = False) -> Fetch
         [_source(source, _data_files(source), Cause.DATA_NOT_FOUND, cache, refresh, digests) for source in sources]
         for sources in (config.data.train, config.data.eval)
     )
-    return Fetched(model=model, train=train, eval=held_out, adapters=adapters, digests=digests)
+    judge = None
+    if (source := judge_source(config)) is not None:
+        judge, _ = fetch_model(source, cache, digests, refresh=refresh)
+    return Fetched(model=model, train=train, eval=held_out, adapters=adapters, judge=judge, digests=digests)
+
+
+def judge_source(config: TrainerConfig) -> ModelSource | None:
+    """The model that judges (``rlaif.judge.uri``), in the run's number format."""
+    judge = config.rlaif.judge if config.rlaif is not None else None
+    if judge is None or judge.uri is None:
+        return None
+    return ModelSource(uri=judge.uri, revision=judge.revision, dtype=config.model.dtype)
+
+
+def fetch_data(config: TrainerConfig, cache: Path, fetched: Fetched) -> Fetched:
+    """The rows, beside a model that was fetched for itself."""
+    digests = dict(fetched.digests)
+    train, held_out = (
+        [_source(source, _data_files(source), Cause.DATA_NOT_FOUND, cache, False, digests) for source in sources]
+        for sources in (config.data.train, config.data.eval)
+    )
+    return replace(fetched, train=train, eval=held_out, digests=digests)
 
 
 def fetch_model(

@@ -169,6 +169,18 @@ def load_model(
     return model
 
 
+def load_finished(path: Path, config: TrainerConfig, device: torch.device, described_by: Path) -> PreTrainedModel:
+    """A model to be used, whole on ``device``; a classifier has the labels that ``config.json`` in ``described_by``
+    names."""
+    described: dict[str, Any] = {}
+    if kind_of(config.stage).new_head and (described_by / "config.json").is_file():
+        described = {"config": AutoConfig.from_pretrained(described_by, local_files_only=True)}
+    model = _load(path, config, device, dtype_of(config, device), None, described)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
 def load_for_merge(path: Path, config: TrainerConfig, adapter: Path) -> PreTrainedModel:
     """A second, plain copy of the base model on the CPU, with the labels of the saved ``adapter``: never quantised,
     never partitioned, for ``merge``."""

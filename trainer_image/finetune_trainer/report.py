@@ -128,19 +128,30 @@ def page(report: Report) -> str:
         _section("Evaluation", _evaluation(report)) if report.evaluation else "",
         _section("Gates", _gates(last)) if any("gate_" in name for name in last) else "",
         _section("Throughput", _throughput(report)),
-        _section("What happened", _attempts(report)),
+        _section("What happened", attempts_table(report.attempts)),
         _section("Checkpoints", _checkpoints(report)),
         _section("Data", _data(report.data)) if report.data else "",
         _section("Result", _outputs(report.outputs)) if report.outputs else "",
         _section("Configuration", _configuration(report)),
     ]
-    title = html.escape(f"{config.namespace}/{config.name}")
+    return _page(f"{config.namespace}/{config.name}", "Fine-tuning report", _lead(report), _tiles(report), sections)
+
+
+def document(
+    title: str, kind: str, lead: str, tiles: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str]]
+) -> str:
+    """A page of another kind of run; ``sections``: title and HTML of each."""
+    return _page(title, kind, lead, _tiled(tiles), [_section(*section) for section in sections])
+
+
+def _page(title: str, kind: str, lead: str, tiles: str, sections: Iterable[str]) -> str:
+    title = html.escape(title)
     body = "\n".join(section for section in sections if section)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><main>\n<header><p class=kind>Fine-tuning report</p><h1>{title}</h1>"
-        f"<p class=lead>{html.escape(_lead(report))}</p>{_tiles(report)}</header>\n{body}\n</main></body></html>\n"
+        f"<style>{_STYLE}</style></head><body><main>\n<header><p class=kind>{html.escape(kind)}</p><h1>{title}</h1>"
+        f"<p class=lead>{html.escape(lead)}</p>{tiles}</header>\n{body}\n</main></body></html>\n"
     )
 
 
@@ -172,6 +183,10 @@ def _tiles(report: Report) -> str:
     if report.seconds:
         tiles.append(("Training time", duration(report.seconds)))
     tiles.append(("Restarts", str(max(0, len(report.attempts) - 1))))
+    return _tiled(tiles)
+
+
+def _tiled(tiles: Sequence[tuple[str, str]]) -> str:
     cells = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in tiles)
     return f"<dl class=tiles>{cells}</dl>"
 
@@ -336,9 +351,10 @@ def _throughput(report: Report) -> str:
     return table(("", "Median", "Least", "Most"), rows) if rows else "<p>No step was logged.</p>"
 
 
-def _attempts(report: Report) -> str:
+def attempts_table(attempts: Sequence[dict[str, Any]]) -> str:
+    """Every start of a run: where it went on, and how it ended."""
     rows = []
-    for attempt in report.attempts:
+    for attempt in attempts:
         start = attempt.get("resumed_from")
         began = f"from the checkpoint of step {start}" if start else "from the beginning"
         if attempt.get("skipped"):

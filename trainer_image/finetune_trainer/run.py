@@ -8,8 +8,6 @@ what happened. The heavy imports wait until progress is served.
 import json
 import os
 import sys
-import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,26 +20,22 @@ from typing import Any
 from finetune_api.causes import Cause
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.run import (
-    ENV_CACHE,
     ENV_CONFIG,
     ENV_SAVE_STEPS,
     ENV_SAVE_TOTAL_LIMIT,
-    ENV_WORK,
     EXIT_STOPPED,
     Answer,
-    CheckpointInfo,
-    OutputInfo,
-    Termination,
     TrainerConfig,
 )
+from finetune_api.stages import STAGES
+from finetune_trainer.attempt import Attempt, device_name, failed, versions
 from finetune_trainer.best import exhausted, judge, watched
-from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
 from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
 from finetune_trainer.profiling import Profile
 from finetune_trainer.stopping import Stop, leave
-from finetune_trainer.telemetry import History, Pulse, Telemetry, now
-from finetune_trainer.world import local_rank, rank, world_size
+from finetune_trainer.telemetry import History, Telemetry
+from finetune_trainer.world import local_rank, rank
 
 ENV_TRACE = "FINETUNE_TRACE"
 """A folder: each process writes the data rows of every step there (for tests)."""
@@ -51,10 +45,10 @@ def main() -> int:
     """Run this process to its end; never returns from a failure of its own making."""
     stop = Stop()
     stop.install()  # before any thread: they inherit the blocked signal
-    job: Job | None = None
+    job: Attempt | None = None
     try:
         config = read_config()
-        job = Job(config, Telemetry(config, serve=rank() == 0), stop)
+        job = kind_of_run(config)(config, Telemetry(config, serve=rank() == 0), stop)
         stop.on_leave = job.stopped
         code = job.run()
     except BaseException as error:
@@ -64,6 +58,15 @@ def main() -> int:
     # Not sys.exit: threads of NCCL, gloo and the store may be waiting for peers that have ended.
     leave(code)
     return code
+
+
+def kind_of_run(config: TrainerConfig) -> type[Attempt]:
+    """A training, or the making of data."""
+    if not STAGES[config.stage].makes:
+        return Job
+    from finetune_trainer.making import Making
+
+    return Making
 
 
 def read_config() -> TrainerConfig:
@@ -78,42 +81,15 @@ def read_config() -> TrainerConfig:
         ) from error
 
 
-def failed(error: BaseException, job: "Job | None") -> int:
-    """Leave the last word of a failure; its exit code."""
-    cause, message = diagnose(error, phase=job.doing if job else "", batch=job.memory_settings() if job else "")
-    if not isinstance(error, RunError) and cause not in ECHOES:
-        traceback.print_exception(error)
-    print(f"{cause}: {message}", file=sys.stderr, flush=True)
-    word = job.word(cause, message) if job else Termination(cause=cause, message=message[:2000], rank=rank())
-    code = word.exit_code = exit_code(cause)
-    leave_word(word)
-    if job is not None:
-        job.end_attempt(word)
-    return code
-
-
-class Job:
-    """One attempt at a run, in one process."""
+class Job(Attempt):
+    """One attempt at a training, in one process."""
 
     def __init__(self, config: TrainerConfig, telemetry: Telemetry, stop: Stop) -> None:
-        self.config = config
-        self.telemetry = telemetry
-        self.stop = stop
-        self.doing = "starting"
-        self.step = 0
+        super().__init__(config, telemetry, stop)
         self.result_step = 0
-        self.max_steps = 0
         self.improved = self.exhausted = False
-        self.loss: float | None = None
-        self.tally = Tally()
-        self.last_checkpoint: CheckpointInfo | None = None
-        self.outputs: list[OutputInfo] = []
-        self.fence: Any = None
         self.save_steps = int(os.environ.get(ENV_SAVE_STEPS) or config.save_steps)
         self.save_total_limit = int(os.environ.get(ENV_SAVE_TOTAL_LIMIT) or config.save_total_limit)
-        self.work = Path(os.environ.get(ENV_WORK) or tempfile.mkdtemp(prefix="finetune-"))
-        self.cache = Path(os.environ.get(ENV_CACHE) or self.work / "cache")
-        telemetry.metrics.info(config.stage, config.method.type, config.model.uri, world_size())
 
     def run(self) -> int:
         """Load, prepare, train, save, report. The exit code."""
@@ -128,32 +104,11 @@ class Job:
 
     def load(self) -> None:
         """The processes meet; model and data come to this node; rows become sequences."""
-        from finetune_trainer.fetch import fetch
-
-        # Before anything heavy: a wrong URI is told within a second. Processes of a node take turns by file locks.
-        self._phase("loading", f"fetching {self.config.model.uri} and the data")
-        self.fetched = fetch(self.config, self.cache)
-        self._phase("loading", "loading the libraries")
-        from finetune_trainer.world import join
-
-        self.world = join(self.config.accelerator)
-        _quiet()
-        from finetune_trainer import data, earlier, model
-        from finetune_trainer.fence import claim
+        self.meet()
+        from finetune_trainer import data, model
         from finetune_trainer.objectives import objective
-        from finetune_trainer.storage import Store
 
-        config = self.config = earlier.settled(self.config, self.fetched)
-        self.world.alive = self.stop.beat
-        self.pulse = Pulse(
-            self.world.clone().store, self.world.rank, self.world.size, lambda: self.stop.beats, self._lost
-        )
-        if self.world.first:
-            self.telemetry.watch(self.pulse.ages)
-        self.telemetry.update(world_size=self.world.size)
-        self.checkpoints = Store(config.checkpoint_uri)
-        self.fence = self._on_first("claim", lambda: claim(self.checkpoints))
-        self.fetched = self.world.in_turn("adapters", lambda: earlier.stacked(config, self.fetched))
+        config = self.config
         self.tokenizer = model.load_tokenizer(self.fetched.model, config)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
@@ -565,7 +520,9 @@ class Job:
             "namespace": config.namespace,
             "name": config.name,
             "step": self.result_step,
+            "stage": config.stage,
             "base_model": config.model.uri,
+            "base": config.model.model_dump(mode="json"),
             "inputs": self.inputs,
             "evaluation": self.tally.evaluation,
         }
@@ -591,9 +548,9 @@ class Job:
             trainable_parameters=self.trainable,
             total_parameters=self.total,
             world_size=self.world.size,
-            device=_device_name(self.world.device),
+            device=device_name(self.world.device),
             seconds=self.tally.seconds,
-            versions=_versions(),
+            versions=versions(),
         )
         (folder / "metrics.jsonl").write_bytes(self.history.content())
         said = json.dumps([answer.model_dump() for answer in answers], ensure_ascii=False, indent=1)
@@ -610,113 +567,6 @@ class Job:
         """The result is a model, not an adapter."""
         return COMPATIBILITY[self.config.method.type].whole_model
 
-    def _attempts(self) -> list[dict[str, Any]]:
-        """Every start of this run and what became of it, as far as it was written down."""
-        try:
-            attempts = list(self.fence.attempts()) if self.fence is not None else []
-        except RunError:
-            return []
-        if attempts:
-            attempts[-1] |= {"cause": Cause.SUCCEEDED.value, "message": f"{self.step} steps"}
-        return attempts
-
-    # Words
-
-    def word(self, cause: Cause, message: str) -> Termination:
-        """The last word, with where the run stands."""
-        return Termination(
-            cause=cause,
-            message=message[:2000],
-            exit_code=exit_code(cause),
-            rank=rank(),
-            step=self.step,
-            max_steps=self.max_steps,
-            loss=self.loss,
-            evaluation=self.tally.evaluation,
-            outputs=self.outputs,
-            last_checkpoint=self.last_checkpoint,
-        )
-
-    def stopped(self, why: str) -> None:
-        """From the waiting thread: the process leaves without a save."""
-        self._leave_word(self.word(Cause.TERMINATED, why))
-
-    def _leave_word(self, word: Termination) -> None:
-        print(f"{word.cause}: {word.message}", flush=True)
-        leave_word(word)
-        self.end_attempt(word)
-
-    def end_attempt(self, word: Termination) -> None:
-        """Write down beside the claim how this attempt ended, for the report of a later one; for 5 s at most.
-
-        A process that dies of another one's death leaves the telling to that one, if it comes to it.
-        """
-        if self.fence is None or (word.cause in ECHOES and word.exit_code != EXIT_STOPPED):
-            return
-        facts = {"cause": word.cause.value, "message": word.message, "step": word.step, "ended": now()}
-        writing = threading.Thread(target=self._note_end, args=(facts,), daemon=True)
-        writing.start()
-        writing.join(5.0)
-
-    def _note_end(self, facts: dict[str, Any]) -> None:
-        with suppress(RunError):
-            self.fence.note("ended", facts)
-
-    def _lost(self, silent: int, seconds: float) -> None:
-        """From the pulse's thread: a peer is silent, and the main thread may wait for it without end."""
-        if not self.stop.busy:  # a last save is finished, or killed
-            message = (
-                f"Process {silent} has not been heard of for {seconds:.0f} s: it is frozen, or its node or the network "
-                "to it is gone."
-            )
-            leave(failed(RunError(Cause.COMMUNICATION_ERROR, message), self))
-
-    def memory_settings(self) -> str:
-        """The settings that decide over memory, in words."""
-        training = self.config.training
-        return (
-            f"per_device_train_batch_size {training.per_device_train_batch_size}, max_length "
-            f"{self.config.data.max_length}, gradient_checkpointing "
-            f"{str(training.gradient_checkpointing).lower()}, ZeRO stage "
-            f"{self.config.deepspeed.get('zero_optimization', {}).get('stage', 0)}"
-        )
-
-    def _phase(self, phase: str, message: str = "") -> None:
-        self.doing = {"loading": "loading", "preparing": "preparing the data"}.get(phase, phase)
-        self.telemetry.phase(phase, message)
-        self.stop.beat()
-
-    def _print(self, text: str) -> None:
-        if rank() == 0:
-            print(text, flush=True)
-
-    def _on_first(self, name: str, work: Callable[[], Any]) -> Any:
-        """``work`` on rank 0 only; its RunError is raised on every process. None elsewhere."""
-        result, problem = None, None
-        if self.world.first:
-            try:
-                result = work()
-            except RunError as error:
-                problem = [error.cause.value, error.message]
-        problem = self.world.share(name, problem)
-        if problem is not None:
-            raise RunError(Cause(problem[0]), problem[1])
-        return result
-
-
-def _quiet() -> None:
-    """The log is for the run: no progress bars, none of the libraries' warnings to their developers."""
-    import logging as standard
-    import warnings
-
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.simplefilter("ignore", DeprecationWarning)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # optional kernels that are not there
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
 
 def _peak(world: Any) -> float | None:
     """FLOP/s of all GPUs of the run together, as far as they are known."""
@@ -724,26 +574,8 @@ def _peak(world: Any) -> float | None:
 
     if world.device.type != "cuda":
         return None
-    one = peak_flops(_device_name(world.device))
+    one = peak_flops(device_name(world.device))
     return one and one * world.size
-
-
-def _device_name(device: Any) -> str:
-    if device.type != "cuda":
-        return "CPU"
-    import torch
-
-    return str(torch.cuda.get_device_name())
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "transformers", "peft", "deepspeed"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ EVERY = 10.0
 """Seconds between two plain lines of a job that only goes on."""
 QUIET = {"AttemptStarted", "Succeeded", "Failed", "Waiting", "Suspended"}
 """Events that the progress lines or the summary tell better."""
+WITH_ETA = ("training", "generating", "judging")
 BEFORE_STEPS = ("starting", "loading", "preparing")
 AT_REST = (State.SUCCEEDED, State.FAILED, State.INVALID, State.SUSPENDED)
 
@@ -52,7 +53,7 @@ def figures(status: FineTuneJobStatus) -> list[str]:
     parts = [f"step {found.step}/{found.max_steps}", f"loss {found.loss}" if found.loss else ""]
     if status.state not in AT_REST:
         parts.append(f"{found.tokens_per_second} tokens/s" if found.tokens_per_second else "")
-        parts.append(f"ETA {found.eta}" if found.eta and found.phase == "training" else "")
+        parts.append(f"ETA {found.eta}" if found.eta and found.phase in WITH_ETA else "")
     return [part for part in parts if part]
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from types import FrameType
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
 import click
 import yaml
@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_api.conditions import Condition, State
-from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, Combination
+from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, ChatConfig, Combination, EvaluateConfig
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator import manifests
-from finetune_operator.cli import files, results
+from finetune_operator.cli import files, results, use
 from finetune_operator.cli import merge as merging
 from finetune_operator.cli import methods as method_table
 from finetune_operator.cli.display import Plain, Terminal
@@ -38,10 +38,12 @@ from finetune_operator.cluster import Object
 from finetune_operator.cluster.local import Key, LocalCluster
 from finetune_operator.cluster.store import Folder, folders, tail
 from finetune_operator.observe import parse_time
-from finetune_operator.plan import Owner, make_plan, model_uris
+from finetune_operator.plan import Owner, make_plan, waited_for
 from finetune_operator.status import condition, duration
 
 FAILED, MISTAKES, INTERRUPTED = 1, 2, 130
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Main(click.Group):
@@ -224,7 +226,7 @@ def plan(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool, profile_fi
         namespace, name = document.key
         labels = document.job["metadata"].get("labels") or {}
         owner = Owner(namespace, name, "00000000-0000-0000-0000-000000000000", labels)
-        inputs = {u: f"(output of {u})" for u in model_uris(document.spec) if u.startswith("job://")}
+        inputs = {uri: f"(output of {uri})" for uri in waited_for(document.spec)}
         found = make_plan(owner, document.spec, settings.profiles[document.spec.profile], inputs)
         made += [manifests.config_map(found), manifests.service(found)]
         made += [manifests.network_policy(found)] if found.profile.network_policy else []
@@ -303,6 +305,98 @@ _Dumper.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
 )
+
+
+def _of_a_model(command: F) -> F:
+    """The options that say which finished model, for what uses one."""
+    for option in reversed(
+        (
+            click.argument("model"),
+            click.option(
+                "--adapter", "adapters", multiple=True, metavar="URI",
+                help="On top of MODEL; several in the order they were trained.",
+            ),
+            click.option("--base", default="", metavar="URI", help="The model below, where MODEL does not say."),
+            click.option("--revision", default="", help="Branch, tag or commit of an hf:// model."),
+            click.option("--gguf-file", default="", metavar="NAME", help="Of a model in GGUF."),
+            click.option("--chat-template", default="", help="Name or Jinja text; default: the tokenizer's own."),
+            click.option("--compare", is_flag=True, help="Beside it, the same without its (last) adapter."),
+            click.option("--cpu", is_flag=True, help="Use no GPU."),
+            _namespace,
+            _state_dir,
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@main.command()
+@_of_a_model
+@click.option("--data", "rows", multiple=True, required=True, metavar="URI", help="Rows, as spec.data.eval names them.")
+@click.option("--format", "form", default="auto", show_default=True, help="Of the rows.")
+@click.option("--column", "columns", multiple=True, metavar="THEIRS=OURS", help="A column with another name.")
+@click.option("--split", default="train", show_default=True, help="Of a data set of the hub.")
+@click.option("--stage", help="What the rows are for. Default: the stage MODEL was trained by, else sft.")
+@click.option("--max-length", type=click.IntRange(16), default=2048, show_default=True, help="Longest row in tokens.")
+@click.option("--max-bad-rows", type=click.IntRange(0), default=0, show_default=True, help="That may be left out.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Rows of a forward pass.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(
+    model: str, adapters: tuple[str, ...], base: str, revision: str, gguf_file: str, cpu: bool, namespace: str,
+    state_dir: Path, rows: tuple[str, ...], form: str, columns: tuple[str, ...], split: str, **options: object,
+) -> None:  # fmt: skip
+    """Tell the figures of a finished model on given rows: loss, perplexity, and what its stage tells.
+
+    \b
+    finetune evaluate ./out/self-cognition --data ./heldout.jsonl --compare
+    finetune evaluate hf://ORG/NAME --adapter s3://team/models/x --data s3://team/a.jsonl --data s3://team/b.jsonl
+    finetune evaluate job://classifier --data ./test.csv --column review=text --column stars=label
+
+    MODEL is a whole model, or an adapter's folder (what a run has written says its base): hf:// s3:// gs:// az://
+    file://, a path, or job://NAME for a run of this machine.
+    """
+    renamed = dict(column.partition("=")[::2] for column in columns)
+    sources = [{"uri": one, "format": form, "columns": renamed} for one in rows]
+    sources = [one | ({"split": split} if one["uri"].startswith("hf://") else {}) for one in sources]
+    config = use.configuration(
+        EvaluateConfig, model, adapters, base, revision, gguf_file, (state_dir, namespace),
+        data=sources, accelerator="cpu" if cpu else "auto", **options,
+    )  # fmt: skip
+    needs_trainer()
+    sys.exit(use.run(config))
+
+
+@main.command()
+@_of_a_model
+@click.option("--system", default="", help="System prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer.")
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.7, show_default=True, help="0: the most probable words."
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True)
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0: from all tokens.")
+@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, help="To have the same answers again.")
+def chat(
+    model: str, adapters: tuple[str, ...], base: str, revision: str, gguf_file: str, cpu: bool, namespace: str,
+    state_dir: Path, **options: object,
+) -> None:  # fmt: skip
+    """Talk with a finished model: a whole one, or an adapter. With --compare the model without its adapter answers
+    beside it.
+
+    \b
+    finetune chat ./out/self-cognition --compare
+    finetune chat hf://ORG/NAME --adapter s3://team/models/x --temperature 0
+    printf 'Who are you?\\nAnd who made you?\\n' | finetune chat job://self-cognition
+
+    Not in a terminal, every line of standard input is what the user says next. MODEL is as for finetune evaluate.
+    """
+    config = use.configuration(
+        ChatConfig, model, adapters, base, revision, gguf_file, (state_dir, namespace),
+        accelerator="cpu" if cpu else "auto", **options,
+    )  # fmt: skip
+    needs_trainer()
+    sys.exit(use.run(config))
 
 
 @main.group()

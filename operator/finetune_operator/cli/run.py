@@ -19,7 +19,7 @@ from finetune_operator.cli.files import Document, RefusedError
 from finetune_operator.cluster import ClusterError, Object
 from finetune_operator.cluster.local import Key, LocalCluster, no_room
 from finetune_operator.observe import observe
-from finetune_operator.plan import Owner, changed_fields, checkpoint_uri, model_uris, result_part
+from finetune_operator.plan import Owner, changed_fields, checkpoint_uri, result_part, waited_for
 from finetune_operator.reconcile import reconcile
 from finetune_operator.settings import Settings
 from finetune_operator.status import condition
@@ -91,13 +91,13 @@ def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fres
     wanted = spec.workers.replicas * spec.workers.gpus_per_worker
     if wanted > len(cluster.gpus.names):
         mistakes.append(f"{label}: {no_room(wanted, len(cluster.gpus.names))}")
-    for uri in filter(lambda uri: uri.startswith("job://"), model_uris(spec)):
+    for uri in waited_for(spec):
         other = uri.removeprefix("job://")
         state = status_of(cluster.finetunejob(namespace, other)).state
         if (namespace, other) not in given and state != State.SUCCEEDED:
             found = f"is {state} here" if state else "was not run here"
             mistakes.append(
-                f"{label}: spec.model names {uri}: {other} {found}; accepted: a job that has "
+                f"{label}: the spec names {uri}: {other} {found}; accepted: a job that has "
                 "succeeded, or one given with this one. Add its file to the command."
             )
     folder = cluster.folder(namespace, name)
@@ -115,13 +115,14 @@ def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fres
 
 
 def _remove_checkpoints(document: Document, say: Callable[[str], None]) -> None:
-    """Only complete or begun checkpoints (``step-N``), only on this machine."""
+    """Only checkpoints (``step-N``), and what models were asked (``asked``); only on this machine."""
     namespace, name = document.key
     uri = checkpoint_uri(Owner(namespace, name, "", {}), document.spec)
     if not uri.startswith("file://"):
         say(f"{name}: checkpoints in {uri} are not deleted; the run continues from the newest one that fits.")
         return
-    for path in Path(uri.removeprefix("file://")).glob("step-*"):
+    folder = Path(uri.removeprefix("file://"))
+    for path in [*folder.glob("step-*"), folder / "asked"]:
         shutil.rmtree(path, ignore_errors=True)
 
 
