@@ -207,6 +207,22 @@ def test_a_chain_waits_for_its_input_and_says_for_what() -> None:
     assert '"s3://team/first"' in sim.children_of["ConfigMap", "second-config"]["data"]["config.json"]
 
 
+@pytest.mark.parametrize("kind", ["adapter", "model", "merged"])
+def test_a_policy_waits_for_its_reward_model(kind: str) -> None:
+    sim = Simulation()
+    sim.submit("second", {**GOOD_SPEC, "stage": "ppo", "ppo": {"reward_model": {"uri": "job://first"}}})
+    sim.reconcile("second")
+    assert sim.reason("second", "InputsReady") == ("False", "WaitingForJob")
+    sim.submit("first")
+    sim.run("first", until="Running")
+    outputs = [OutputInfo(uri="s3://team/judge", kind=kind, digest="sha256:1", size=1)]
+    for pod in sim.pods():
+        sim.exit(pod, 0, Termination(cause=Cause.SUCCEEDED, rank=_index(sim.workers[pod].raw), outputs=outputs))
+    assert sim.run("first")["state"] == "Succeeded"
+    assert sim.run("second")["state"] == "Succeeded"
+    assert '"s3://team/judge"' in sim.children_of["ConfigMap", "second-config"]["data"]["config.json"]
+
+
 @pytest.mark.parametrize(
     ("kind", "model", "state"),
     [

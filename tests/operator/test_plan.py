@@ -262,3 +262,16 @@ def test_a_chain_of_adapters_is_one_model_with_all_of_them() -> None:
     again = make_plan(OWNER, spec, Profile(), {}, second.config)  # that job may be gone by then
     assert again.claims == second.claims
     assert second.spec_part["model"] == {"uri": "job://first", "dtype": "float32"}
+
+
+def test_a_reward_model_is_an_input_and_what_judges_is_mounted() -> None:
+    function = {"type": "python", "uri": "pvc://code/rewards.py"}
+    ppo = {"reward_model": {"uri": "job://judge"}, "reward_funcs": [function, {"type": "exact_match"}]}
+    spec = FineTuneJobSpec.model_validate(GOOD_SPEC | {"stage": "ppo", "ppo": ppo})
+    assert waited_for(spec)["job://judge"] == ("merged", "model", "adapter")
+    found = make_plan(OWNER, spec, Profile(), {"job://judge": "pvc://outputs/judge"})
+    options = found.config.ppo
+    assert options is not None and options.reward_model is not None
+    assert options.reward_model.uri == "file:///mnt/claims/outputs/judge"
+    assert [f.uri for f in options.reward_funcs] == ["file:///mnt/claims/code/rewards.py", None]
+    assert {"code", "outputs"} <= set(found.claims)
