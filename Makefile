@@ -16,6 +16,8 @@ export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer_image
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(BIN)/python -m pytest
+# A file of tests stays together: what its tests share is made once. One thread a process, or they wait for each other.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -q -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help
 help: ## This list
@@ -77,11 +79,11 @@ methods-table: setup ## Measure anew what docs/methods.md tells of the methods (
 
 .PHONY: test-unit
 test-unit: setup ## Seconds, needs nothing but Python
-	$(PYTEST) -q --ignore=tests/trainer -m "not trainer and not cluster and not e2e and not gpu"
+	$(PARALLEL) --ignore=tests/trainer -m "not trainer and not cluster and not e2e and not gpu"
 
 .PHONY: test-trainer
 test-trainer: setup ## Trains tiny models on the CPU (minutes)
-	$(PYTEST) -q -m trainer
+	$(PARALLEL) -m trainer
 
 .PHONY: binaries
 binaries: setup ## Build the test cluster's binaries from Go modules (7 minutes, once)

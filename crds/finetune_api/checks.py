@@ -13,7 +13,7 @@ from finetune_api import run
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.schema import text
 from finetune_api.spec import FineTuneJobSpec, Training, Workers
-from finetune_api.stages import STAGES, SequenceClassification, TokenClassification
+from finetune_api.stages import ROLLOUTS, STAGES, SequenceClassification, TokenClassification
 
 Finding = tuple[str, Any, str, str]
 
@@ -146,6 +146,17 @@ def patterns(method: Any) -> Iterator[Finding]:
             re.compile(given)
         except re.error as error:
             yield name, given, "a valid regular expression", f"correct it: {error}"
+
+
+def rewards(spec: FineTuneJobSpec) -> Iterator[Finding]:
+    for stage in ROLLOUTS:
+        options = getattr(spec, stage)
+        for number, function in enumerate(options.reward_funcs if options else ()):
+            try:
+                re.compile(function.pattern)
+            except re.error as error:
+                at = f"{stage}.reward_funcs[{number}].pattern"
+                yield at, function.pattern, "a valid regular expression", f"correct it: {error}"
 
 
 def adalora(spec: FineTuneJobSpec) -> Iterator[Finding]:
@@ -599,6 +610,7 @@ CHECKS: tuple[tuple[str, Callable[[Any], Iterator[Finding]]], ...] = (
     ("spec.method", target_modules),
     ("spec.method", patterns),
     ("spec", unused),
+    ("spec", rewards),
     ("spec", adalora),
     ("spec.sequence_classification", labels),
     ("spec.token_classification", labels),

@@ -31,9 +31,11 @@ class Row:
 
 WORDS = ("pretrain", "sft", "dpo", "kto", "orpo")
 """Stages that train a language model."""
+WRITING = ("ppo", "grpo")
+"""Stages that train a language model by what it writes."""
 LABELS = ("sequence_classification", "token_classification")
 """Stages that train a classifier."""
-ALL = (*WORDS, "reward", *LABELS, "seq2seq")
+ALL = (*WORDS, *WRITING, "reward", *LABELS, "seq2seq")
 
 COMPATIBILITY: dict[str, Row] = {
     "full": Row(stages=ALL, zero_stages=(0, 1, 2, 3), merge=False, default_zero_stage=2, whole_model=True),
@@ -42,12 +44,14 @@ COMPATIBILITY: dict[str, Row] = {
     "lora": Row(stages=ALL, zero_stages=(0, 1, 2, 3)),
     # DeepSpeed cannot partition packed 4-bit weights.
     "qlora": Row(stages=ALL, zero_stages=(0, 1, 2), quantized=True),
-    # Its allocation reads whole gradients beside whole weights, right after the optimizer's step.
-    "adalora": Row(stages=ALL, zero_stages=(0,)),
+    # Its allocation reads whole gradients beside whole weights, right after the optimizer's step. Its schedule counts
+    # steps of one update each.
+    "adalora": Row(stages=tuple(stage for stage in ALL if stage not in WRITING), zero_stages=(0,)),
     # Prefixes are a cache, which gradient checkpointing drops; virtual tokens belong to a row of their own.
     "prefix_tuning": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
     "p_tuning_v2": Row(stages=ALL, zero_stages=(0, 1, 2), packing=False, gradient_checkpointing=False, merge=False),
-    # A reward is that of the last token, which cannot be found behind virtual ones.
+    # A reward is that of the last token, which cannot be found behind virtual ones; and behind padding on the left PEFT
+    # gives tokens other places when they are written than when they are learned.
     "prompt_tuning": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2), packing=False, merge=False),
     "p_tuning": Row(stages=(*WORDS, *LABELS, "seq2seq"), zero_stages=(0, 1, 2), packing=False, merge=False),
     # ZeRO-3 breaks some of these (LoHa, LN tuning, trainable tokens), and would write others without the random
@@ -60,7 +64,7 @@ COMPATIBILITY: dict[str, Row] = {
         Row(stages=ALL, zero_stages=(0, 1, 2)),
     ),
     # PEFT saves nothing beside the tokens, so no head.
-    "trainable_tokens": Row(stages=(*WORDS, "seq2seq"), zero_stages=(0, 1, 2)),
+    "trainable_tokens": Row(stages=(*WORDS, *WRITING, "seq2seq"), zero_stages=(0, 1, 2)),
     # They hold float32 constants beside their weights, and DeepSpeed's bf16 section turns only one of the two round.
     "vera": Row(stages=ALL, zero_stages=(0,)),
     "delora": Row(stages=ALL, zero_stages=(0,)),

@@ -19,7 +19,7 @@ from finetune_api.compatibility import COMPATIBILITY, CONTINUED, Row
 from finetune_api.formats import formats_for
 from finetune_api.schema import METHOD_PARAMETERS, spec_schema
 from finetune_api.spec import CHAT_TEMPLATES
-from finetune_api.stages import MAKERS, SECTIONS, STAGES, TRAINED
+from finetune_api.stages import MAKERS, ROLLOUTS, SECTIONS, STAGES, TRAINED
 
 NAME_LENGTH = 63 - len("-a99999") - len("-9999")
 """Pods are called ``<name>-a<attempt>-<index>``, and that is their hostname: 63 characters at most."""
@@ -472,6 +472,116 @@ def _distinct(at: str) -> Rule:
     )
 
 
+def _rollouts(stage: str) -> list[Rule]:
+    """Of a stage that learns from what the model writes."""
+    model, functions = f"spec.{stage}.reward_model", f"spec.{stage}.reward_funcs[]"
+
+    def given(self: Any, field: str, kind: str) -> bool:
+        return self.type != kind or bool(getattr(self, field))
+
+    return [
+        Rule(
+            at="spec",
+            field=stage,
+            holds=lambda self: self.stage != stage or getattr(self, stage) is not None,
+            cel=f"self.stage != '{stage}' || has(self.{stage})",
+            problem=f"it is missing, and stage {stage} does not know what a good answer is",
+            accepted="reward_model, reward_funcs or both",
+            remedy=f"add e.g. {stage}: {{reward_model: {{uri: job://NAME}}}} with the name of a job of stage reward",
+        ),
+        Rule(
+            at=f"spec.{stage}",
+            field="reward_funcs",
+            holds=lambda self: self.reward_model is not None or len(self.reward_funcs) > 0,
+            cel="has(self.reward_model) || size(self.reward_funcs) > 0",
+            problem="nothing judges the answers",
+            accepted="reward_model, reward_funcs or both",
+            remedy="add reward_model: {uri: job://NAME} with the name of a job of stage reward, or a reward function",
+        ),
+        Rule(
+            at="spec",
+            field=f"{stage}.max_completion_length",
+            holds=lambda self: (
+                getattr(self, stage) is None or getattr(self, stage).max_completion_length < self.data.max_length
+            ),
+            cel=f"!has(self.{stage}) || self.{stage}.max_completion_length < self.data.max_length",
+            accepted="less than spec.data.max_length, which holds prompt and answer",
+            remedy="lower it, or raise spec.data.max_length",
+        ),
+        Rule(
+            at="spec",
+            field="deepspeed.zero_optimization.stage",
+            holds=lambda self: self.stage != stage or self.deepspeed.zero_optimization.stage != 3,
+            cel=f"self.stage != '{stage}' || !has(self.deepspeed.zero_optimization.stage) || "
+            "self.deepspeed.zero_optimization.stage != 3",
+            accepted=f"0, 1 or 2 with spec.stage: {stage}",
+            remedy="choose one of them: to write an answer, every process needs all weights for every token; "
+            "method.type: qlora holds a large model in a quarter of the memory",
+        ),
+        Rule(
+            at="spec",
+            field="training.neftune_noise_alpha",
+            holds=lambda self: self.stage != stage or self.training.neftune_noise_alpha == 0,
+            cel=f"self.stage != '{stage}' || self.training.neftune_noise_alpha == 0.0",
+            accepted=f"0 with spec.stage: {stage}",
+            remedy="leave it out: the probabilities of an answer must be those it was written with",
+        ),
+        Rule(
+            at="",
+            field=f"{model}.uri",
+            holds=lambda self: (
+                getattr(self.spec, stage) is None
+                or getattr(self.spec, stage).reward_model is None
+                or getattr(self.spec, stage).reward_model.uri != f"job://{self.metadata.name}"
+            ),
+            cel=f"!has(self.spec.{stage}) || !has(self.spec.{stage}.reward_model) || "
+            f"self.{model}.uri != 'job://' + self.metadata.name",
+            accepted="the name of another FineTuneJob",
+            remedy="name the job that makes the reward model; a job cannot wait for itself",
+        ),
+        Rule(
+            at=model,
+            field="uri",
+            holds=lambda self: not self.uri.startswith("hf://") or re.search(_HF_MODEL, self.uri) is not None,
+            cel=f"!self.uri.startsWith('hf://') || self.uri.matches(r'{_HF_MODEL}')",
+            accepted="hf://ORG/NAME for a model of the hub",
+            remedy="leave out what follows the name; a branch or commit goes into revision",
+        ),
+        _claim(model),
+        _claim(functions, optional=True),
+        *(
+            Rule(
+                at=functions,
+                field=field,
+                holds=lambda self, field=field, kind=kind: given(self, field, kind),  # type: ignore[misc]
+                cel=f"self.type != '{kind}' || {cel}",
+                problem="it is missing",
+                accepted=f"{accepted} with type: {kind}",
+                remedy=remedy,
+            )
+            for kind, field, cel, accepted, remedy in (
+                (
+                    "format",
+                    "pattern",
+                    "self.pattern != ''",
+                    "a regular expression",
+                    r"add e.g. pattern: '<answer>.*</answer>'",
+                ),
+                ("length", "target_length", "self.target_length > 0", "tokens, at least 1", "add target_length"),
+                ("python", "uri", "has(self.uri)", "a file", "add e.g. uri: s3://team/rewards.py"),
+            )
+        ),
+        Rule(
+            at=functions,
+            field="uri",
+            holds=lambda self: self.uri is None or self.uri.endswith(".py"),
+            cel="!has(self.uri) || self.uri.endsWith('.py')",
+            accepted="a file that ends in .py",
+            remedy="name the file in uri and its function in function",
+        ),
+    ]
+
+
 def _at_least(field: str, attribute: str, low: str) -> Rule:
     high = "168h"
     return Rule(
@@ -734,6 +844,15 @@ RULES: tuple[Rule, ...] = (
     # ---- the stage
     *_parameters_of_stages(),
     *_what_stages_exclude(),
+    *(rule for stage in ROLLOUTS for rule in _rollouts(stage)),
+    Rule(
+        at="spec.grpo",
+        field="loss_type",
+        holds=lambda self: self.loss_type != "luspo" or self.importance_sampling_level == "sequence",
+        cel="self.loss_type != 'luspo' || self.importance_sampling_level == 'sequence'",
+        accepted="other than luspo with importance_sampling_level: token",
+        remedy="set importance_sampling_level: sequence, of which luspo is a kind",
+    ),
     *_of_stages_with_targets(),
     Rule(
         at="spec.dpo",

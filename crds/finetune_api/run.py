@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
+from finetune_api.reinforcement import Grpo, Ppo
 from finetune_api.spec import Data, DataSource, Evaluation, ModelSource, Stage, Training
 from finetune_api.stages import (
     Dpo,
@@ -66,6 +67,9 @@ class TrainerConfig(_Wire):
     kto: Kto | None = None
     orpo: Orpo | None = None
     rlaif: Rlaif | None = None
+    ppo: Ppo | None = None
+    """Of ppo and grpo, ``job://`` and ``pvc://`` are already resolved."""
+    grpo: Grpo | None = None
     sequence_classification: SequenceClassification | None = None
     token_classification: TokenClassification | None = None
     seq2seq: Seq2Seq | None = None
@@ -81,7 +85,8 @@ class TrainerConfig(_Wire):
     merge: bool = False
     max_shard_size: str = "5GB"
     global_batch_size: int
-    """Sequences per optimizer step over all processes, as planned; kept when the world changes."""
+    """Sequences per optimizer step over all processes, as planned; kept when the world changes. Of ppo and grpo:
+    prompts per rollout."""
     accelerator: str = "gpu"
     """gpu: it is an error where no GPU is found. cpu: GPUs are not used."""
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import Duration, HyperModel, KubeModel, Preserved
 from finetune_api.methods import Lora, Method
+from finetune_api.reinforcement import Grpo, Ppo
 from finetune_api.stages import (
     Dpo,
     Kto,
@@ -32,6 +33,8 @@ Stage = Literal[
     "kto",
     "orpo",
     "rlaif",
+    "ppo",
+    "grpo",
     "sequence_classification",
     "token_classification",
     "seq2seq",
@@ -324,10 +327,10 @@ class FineTuneJobSpec(KubeModel):
     stage: Stage = "sft"
     """What is learned: pretrain (continued pretraining on running text), sft (supervised fine-tuning; the loss covers
     the answers only), reward (a reward model of pairs of answers), dpo (preferences without a reward model), kto
-    (answers judged good or bad), orpo (SFT and preferences in one, without a reference), sequence_classification
-    (labels of texts or of pairs of texts), token_classification (a label for every word), seq2seq (texts made of texts
-    by an encoder-decoder). rlaif trains nothing: the model answers prompts, a judge compares the answers, and the
-    output are preferences for reward, dpo or orpo."""
+    (answers judged good or bad), orpo (SFT and preferences in one, without a reference), ppo and grpo (rewards of what
+    the model writes itself), sequence_classification (labels of texts or of pairs of texts), token_classification (a
+    label for every word), seq2seq (texts made of texts by an encoder-decoder). rlaif trains nothing: the model answers
+    prompts, a judge compares the answers, and the output are preferences for reward, dpo or orpo."""
     model: ModelSource
     """The model to start from."""
     method: Method = Lora(type="lora")
@@ -348,6 +351,10 @@ class FineTuneJobSpec(KubeModel):
     """Parameters of stage orpo."""
     rlaif: Rlaif | None = None
     """Parameters of stage rlaif."""
+    ppo: Ppo | None = None
+    """Parameters of stage ppo."""
+    grpo: Grpo | None = None
+    """Parameters of stage grpo."""
     sequence_classification: Annotated[SequenceClassification | None, Field(alias="sequence_classification")] = None
     """Parameters of stage sequence_classification."""
     token_classification: Annotated[TokenClassification | None, Field(alias="token_classification")] = None

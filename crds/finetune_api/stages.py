@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import Duration, HyperModel, Preserved
+from finetune_api.reinforcement import Grpo, Ppo
 from finetune_api.uris import ModelUri
 
 DpoLoss = Literal[
@@ -190,6 +191,8 @@ class Stage:
     """Several rows may share a sequence."""
     generates: bool = True
     """The model writes text, so that ``evaluation.prompts`` can be put to it."""
+    rollouts: bool = False
+    """It learns from answers that the model writes itself: a step is one rollout."""
     parameters: type[HyperModel] | None = None
     """The class of ``spec.<stage>``."""
     makes: str = ""
@@ -212,6 +215,8 @@ STAGES: dict[str, Stage] = {
         parameters=Rlaif,
         makes="preferences.jsonl",
     ),
+    "ppo": Stage("Prompt", "rewards of what the model writes itself, by PPO", rollouts=True, parameters=Ppo),
+    "grpo": Stage("Prompt", "rewards of several answers to each prompt, by GRPO", rollouts=True, parameters=Grpo),
     "sequence_classification": Stage(
         "Labelled", "labels of texts or of pairs of texts", generates=False, parameters=SequenceClassification
     ),
@@ -224,3 +229,5 @@ MAKERS = tuple(name for name, stage in STAGES.items() if stage.makes)
 """The others."""
 SECTIONS = tuple(name for name, stage in STAGES.items() if stage.parameters is not None)
 """Stages with parameters of their own, ``spec.<stage>``."""
+ROLLOUTS = tuple(name for name, stage in STAGES.items() if stage.rollouts)
+"""Stages that learn from answers that the model writes itself."""

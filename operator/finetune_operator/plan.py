@@ -13,9 +13,10 @@ from typing import Any
 
 from finetune_api.base import seconds
 from finetune_api.compatibility import COMPATIBILITY
+from finetune_api.reinforcement import Rollout
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import AdapterSource, FineTuneJobSpec, ModelSource
-from finetune_api.stages import SECTIONS, STAGES
+from finetune_api.stages import SECTIONS, STAGES, Rlaif
 from finetune_operator.settings import Profile
 
 CLAIM_ROOT = "/mnt/claims"
@@ -218,10 +219,21 @@ def trainer_config(owner: Owner, spec: FineTuneJobSpec, inputs: Mapping[str, str
 def stage_parameters(spec: FineTuneJobSpec, resolved: Callable[[str], str]) -> dict[str, Any]:
     """``spec.<stage>``, with its defaults where the user wrote none. ``resolved``: of a URI what the pods see."""
     made = STAGES[spec.stage].parameters
-    if spec.stage == "rlaif" and spec.rlaif is not None and spec.rlaif.judge.uri is not None:
-        judge = spec.rlaif.judge.model_copy(update={"uri": resolved(spec.rlaif.judge.uri)})
-        return {"rlaif": spec.rlaif.model_copy(update={"judge": judge})}
-    return {} if made is None else {spec.stage: getattr(spec, spec.stage) or made()}
+    if made is None:
+        return {}
+    options: Any = getattr(spec, spec.stage) or made()
+    if isinstance(options, Rlaif) and options.judge.uri is not None:
+        judge = options.judge.model_copy(update={"uri": resolved(options.judge.uri)})
+        options = options.model_copy(update={"judge": judge})
+    if isinstance(options, Rollout):
+        model = options.reward_model
+        options = options.model_copy(
+            update={
+                "reward_model": model and model.model_copy(update={"uri": resolved(model.uri)}),
+                "reward_funcs": [f.model_copy(update={"uri": f.uri and mounted(f.uri)}) for f in options.reward_funcs],
+            }
+        )
+    return {spec.stage: options}
 
 
 def checkpoint_uri(owner: Owner, spec: FineTuneJobSpec) -> str:
@@ -262,20 +274,26 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-MODEL, ADAPTER, DATA = ("merged", "model"), ("adapter",), ("data",)
+Kinds = tuple[str, ...]
+MODEL: Kinds = ("merged", "model")
+ADAPTER: Kinds = ("adapter",)
+DATA: Kinds = ("data",)
 """Kinds of outputs, the preferred first."""
 
 
-def input_uris(spec: FineTuneJobSpec) -> dict[str, tuple[str, ...]]:
+def input_uris(spec: FineTuneJobSpec) -> dict[str, Kinds]:
     """What the job reads, each of which may be the output of another job; and of which kinds that may be."""
-    wanted = {source.uri: DATA for source in (*spec.data.train, *spec.data.eval)}
-    uris: dict[str, tuple[str, ...]] = {spec.model.uri: MODEL, **wanted}
+    uris: dict[str, Kinds] = dict.fromkeys((s.uri for s in (*spec.data.train, *spec.data.eval)), DATA)
     if spec.rlaif is not None and spec.rlaif.judge.uri is not None:
         uris[spec.rlaif.judge.uri] = MODEL
-    return uris | {adapter.uri: ADAPTER for adapter in spec.model.adapters}
+    options = getattr(spec, spec.stage, None)
+    if isinstance(options, Rollout) and options.reward_model is not None:
+        uris[options.reward_model.uri] = (*MODEL, *ADAPTER)
+    uris |= {adapter.uri: ADAPTER for adapter in spec.model.adapters}
+    return {spec.model.uri: MODEL} | uris
 
 
-def waited_for(spec: FineTuneJobSpec) -> dict[str, tuple[str, ...]]:
+def waited_for(spec: FineTuneJobSpec) -> dict[str, Kinds]:
     """Of :func:`input_uris` the outputs of other jobs, ``job://NAME``."""
     return {uri: kinds for uri, kinds in input_uris(spec).items() if uri.startswith("job://")}
 
@@ -286,6 +304,9 @@ def claims(config: TrainerConfig) -> tuple[str, ...]:
     uris = [config.model.uri, *(adapter.uri for adapter in config.model.adapters)]
     uris += [config.output_uri, config.checkpoint_uri, *(s.uri for s in (*config.data.train, *config.data.eval))]
     uris += [config.rlaif.judge.uri or ""] if config.rlaif is not None else []
+    if (judged := config.ppo or config.grpo) is not None:
+        uris += [judged.reward_model.uri] if judged.reward_model else []
+        uris += [function.uri for function in judged.reward_funcs if function.uri]
     found = (unmounted(uri) for uri in uris)
     return tuple(sorted({uri[len("pvc://") :].split("/", 1)[0] for uri in found if uri.startswith("pvc://")}))
 

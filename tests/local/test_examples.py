@@ -164,13 +164,17 @@ def test_a_chain_of_two_jobs(place: Place) -> None:
 
 
 @pytest.mark.trainer
-def test_a_pipeline_of_six_stages(place: Place) -> None:
+def test_a_pipeline_of_seven_stages(place: Place) -> None:
     """Each starts from the adapter that the one before it wrote."""
     place.run("08", "training.num_train_epochs=1", "training.max_steps=2", "checkpoint.save_steps=50")
-    for stage in ("pretrain", "sft", "reward", "dpo", "kto", "orpo"):
+    for stage in ("pretrain", "sft", "reward", "ppo", "dpo", "kto", "orpo"):
         assert place.status(f"pipeline-{stage}")["state"] == "Succeeded", stage
     assert {"loss/observatory", "loss/general"} <= place.status("pipeline-pretrain")["evaluation"].keys()
     assert "accuracy" in place.status("pipeline-reward")["evaluation"]
+    assert (
+        f"file://{place.home}/out/pipeline-reward"
+        in json.loads((place.home / "out" / "pipeline-ppo" / "manifest.json").read_text())["inputs"]
+    )
     assert (place.home / "out" / "pipeline-dpo" / "merged" / "model.safetensors").exists()
     assert json.loads((place.home / "out" / "pipeline-dpo" / "manifest.json").read_text())["inputs"].keys() >= {
         f"file://{place.home}/out/pipeline-{stage}" for stage in ("pretrain", "sft")

@@ -292,7 +292,7 @@ def test_a_language_model_as_a_classifier(root: Path) -> None:
             ids, mask = IDS[:1].clone(), (torch.arange(16) < 9)[None].long()
             ids[:, 9:] = base.config.pad_token_id
             padded = adapted(input_ids=ids, attention_mask=mask).logits
-            assert float((alone - padded).abs().max()) <= 1e-5, "padding changes nothing"
+            assert (alone - padded).abs().max().item() <= 1e-5, "padding changes nothing"
         else:
             with pytest.raises(RunError, match="judges a text by its last token"):
                 METHODS[method].prepare(base, config.method, config)

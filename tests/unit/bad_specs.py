@@ -82,6 +82,8 @@ def changed(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 _S3 = {"spec.model.uri": "s3://team/base"}
 _HF_DATA = {"spec.data.train[0].uri": "hf://datasets/tatsu-lab/alpaca"}
 _TRAINER = "spec.workers.template.spec.containers"
+JUDGED: dict[str, Any] = {"reward_funcs": [{"type": "exact_match"}]}
+"""The least that a stage with rollouts needs."""
 _ZERO = "spec.deepspeed.zero_optimization"
 
 _ADAPTER: dict[str, Any] = {"uri": "s3://team/first"}
@@ -1094,6 +1096,100 @@ BAD: tuple[Bad, ...] = (
         SCHEMA,
         "Unsupported value",
     ),
+    Bad("ppo that nobody judges", {"spec.stage": "ppo"}, "spec.ppo", "add e.g. ppo: {reward_model:"),
+    Bad(
+        "grpo with an empty section",
+        {"spec.stage": "grpo", "spec.grpo": {}},
+        "spec.grpo.reward_funcs",
+        "nothing judges the answers",
+    ),
+    Bad(
+        "answers as long as all",
+        {"spec.stage": "ppo", "spec.ppo": JUDGED | {"max_completion_length": 2048}},
+        "spec.ppo.max_completion_length",
+        "less than spec.data.max_length",
+    ),
+    Bad(
+        "ppo under ZeRO-3",
+        {"spec.stage": "ppo", "spec.ppo": JUDGED, f"{_ZERO}.stage": 3},
+        f"{_ZERO}.stage",
+        "every process needs all weights for every token",
+    ),
+    Bad(
+        "noise in what is written",
+        {"spec.stage": "grpo", "spec.grpo": JUDGED, "spec.training.neftune_noise_alpha": 5},
+        "spec.training.neftune_noise_alpha",
+        "0 with spec.stage: grpo",
+    ),
+    Bad(
+        "a judge that is judged",
+        {"spec.stage": "ppo", "spec.ppo": {"reward_model": {"uri": "job://tune"}}},
+        "spec.ppo.reward_model.uri",
+        "a job cannot wait for itself",
+    ),
+    Bad(
+        "a reward model's file",
+        {"spec.stage": "ppo", "spec.ppo": {"reward_model": {"uri": "hf://team/reward/model.safetensors"}}},
+        "spec.ppo.reward_model.uri",
+        "leave out what follows the name",
+    ),
+    Bad(
+        "a reward model in no claim",
+        {"spec.stage": "ppo", "spec.ppo": {"reward_model": {"uri": "pvc://No_Claim/reward"}}},
+        "spec.ppo.reward_model.uri",
+        "name a PersistentVolumeClaim",
+    ),
+    Bad(
+        "a function in no claim",
+        {"spec.stage": "ppo", "spec.ppo": {"reward_funcs": [{"type": "python", "uri": "pvc://No_Claim/reward.py"}]}},
+        "spec.ppo.reward_funcs[0].uri",
+        "name a PersistentVolumeClaim",
+    ),
+    Bad(
+        "a format without a pattern",
+        {"spec.stage": "grpo", "spec.grpo": {"reward_funcs": [{"type": "format"}]}},
+        "spec.grpo.reward_funcs[0].pattern",
+        "add e.g. pattern",
+    ),
+    Bad(
+        "a function without its file",
+        {"spec.stage": "grpo", "spec.grpo": {"reward_funcs": [{"type": "python"}]}},
+        "spec.grpo.reward_funcs[0].uri",
+        "add e.g. uri: s3://team/rewards.py",
+    ),
+    Bad(
+        "a function in its file's name",
+        {"spec.stage": "grpo", "spec.grpo": {"reward_funcs": [{"type": "python", "uri": "s3://team/rewards.py:f"}]}},
+        "spec.grpo.reward_funcs[0].uri",
+        "its function in function",
+    ),
+    Bad(
+        "a length of nothing",
+        {"spec.stage": "grpo", "spec.grpo": {"reward_funcs": [{"type": "length"}]}},
+        "spec.grpo.reward_funcs[0].target_length",
+        "add target_length",
+    ),
+    Bad(
+        "a pattern that is none",
+        {"spec.stage": "grpo", "spec.grpo": {"reward_funcs": [{"type": "format", "pattern": "(open"}]}},
+        "spec.grpo.reward_funcs[0].pattern",
+        "correct it",
+        CONDITION,
+    ),
+    Bad(
+        "luspo by tokens",
+        {"spec.stage": "grpo", "spec.grpo": JUDGED | {"loss_type": "luspo"}},
+        "spec.grpo.loss_type",
+        "set importance_sampling_level: sequence",
+    ),
+    Bad(
+        "a group of one",
+        {"spec.stage": "grpo", "spec.grpo": JUDGED | {"num_generations": 1}},
+        "spec.grpo.num_generations",
+        "from 2 to 1024",
+        SCHEMA,
+        "greater than or equal to 2",
+    ),
     Bad(
         "one label alone",
         {"spec.stage": "sequence_classification", "spec.sequence_classification": {"labels": ["yes"]}},
@@ -1232,7 +1328,7 @@ def _of_other_stages() -> Iterator[Bad]:
             yield Bad(f"prompts with {name}", given | prompts, at, "the model of this stage writes no text")
         for method, row in COMPATIBILITY.items():
             if name not in row.stages and name in TRAINED:
-                change = {"spec.stage": name, "spec.method": {"type": method, **ENOUGH.get(method, {})}}
+                change = given | {"spec.method": {"type": method, **ENOUGH.get(method, {})}}
                 yield Bad(f"{method} with {name}", change, "spec.stage", f"with spec.method.type: {method}")
 
 
@@ -1268,6 +1364,22 @@ ENOUGH: dict[str, dict[str, Any]] = {
     "trainable_tokens": {"token_indices": [1]},
     "moelora": {"tasks": ["a"]},
     "rlaif": {"judge": JUDGE},
+    "ppo": JUDGED,
+    "grpo": JUDGED,
 }
 """What these methods and stages cannot do without."""
-BAD += (*_of_other_methods(), *_of_the_table(), *_of_other_stages())
+
+
+def _of_rollouts() -> Iterator[Bad]:
+    """What is refused of one stage with rollouts, of the other one."""
+    names = {"ppo": "grpo", "grpo": "ppo"}
+    for bad in BAD:
+        stage = bad.change.get("spec.stage")
+        if stage in names and "luspo" not in bad.id and "a group of one" not in bad.id:
+            other = names[stage]
+            change = {key.replace(f"spec.{stage}", f"spec.{other}"): value for key, value in bad.change.items()}
+            field, says = bad.field.replace(f"spec.{stage}", f"spec.{other}"), bad.says.replace(stage, other)
+            yield Bad(f"{bad.id}, {other}", change | {"spec.stage": other}, field, says, bad.by, bad.server_says)
+
+
+BAD += (*_of_other_methods(), *_of_the_table(), *_of_rollouts(), *_of_other_stages())

@@ -254,6 +254,35 @@ GOOD: tuple[Good, ...] = (
             "spec.rlaif.judge": {"uri": "job://judge", "prompt": "{prompt} {answer_a} {answer_b} [[A]] [[B]] [[C]]"},
         },
     ),
+    Good("ppo with a reward model", {"spec.stage": "ppo", "spec.ppo": {"reward_model": {"uri": "job://reward"}}}),
+    Good(
+        "ppo in more words",
+        {
+            "spec.stage": "ppo",
+            "spec.ppo": {
+                "reward_model": {"uri": "hf://team/reward", "revision": "v2", "weight": 0.5},
+                "reward_funcs": [{"type": "length", "target_length": 50, "weight": -1}],
+                "kl_target": 6,
+                "missing_eos_penalty": 1,
+                "num_mini_batches": 2,
+            },
+        },
+    ),
+    Good(
+        "grpo with every reward function",
+        {
+            "spec.stage": "grpo",
+            "spec.grpo": {
+                "reward_funcs": [
+                    {"type": "exact_match", "pattern": r"####\s*(.+)", "column": "solution"},
+                    {"type": "format", "pattern": "<answer>.*</answer>"},
+                    {"type": "python", "uri": "s3://team/rewards.py", "function": "clear"},
+                ],
+                "loss_type": "luspo",
+                "importance_sampling_level": "sequence",
+            },
+        },
+    ),
     Good(
         "labels in an order",
         {

@@ -62,6 +62,8 @@ class StepOutcome:
 
     loss_sums: torch.Tensor
     """float64 (K,): this process's sums of the terms of the loss."""
+    weights: list[float]
+    """Over what each term is a mean, in the whole global batch."""
     sums: torch.Tensor
     """float64: this process's flattened sums of what the objective tells."""
     grad_norm: torch.Tensor | float
@@ -193,7 +195,7 @@ class Engine:
                 whole = whole + self.hooks.extra_loss() / len(batch.slots)
             self.engine.backward(whole, scale_wrt_gas=False)
             total += terms.detach().double()
-            flat = self._flattened(sums) * (0.0 if slot.stand_in else 1.0)
+            flat = self.flattened(sums) * (0.0 if slot.stand_in else 1.0)
             told = flat if told is None else told + flat
             self.stop.beat()
         norm: torch.Tensor | float
@@ -204,7 +206,7 @@ class Engine:
             norm = self.engine.get_global_grad_norm()
             norm = math.inf if norm is None else norm
         assert told is not None
-        return StepOutcome(total, told, norm, bool(self.engine.was_step_applied()))
+        return StepOutcome(total, weights, told, norm, bool(self.engine.was_step_applied()))
 
     def _call(self, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """A function of the objective on (model, batch, output layer), in the precision of the run."""
@@ -217,6 +219,20 @@ class Engine:
     def _loss_sums(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Sums]:
         terms, sums = self._call(self.objective.loss_sums, inputs)
         return terms, sums
+
+    def ask(self, function: Callable[..., Any], batch: dict[str, Any], *, reference: bool = False) -> Any:
+        """What a function of (model, batch, output layer) gives, without a graph or a draw; ``reference``: of the model
+        as it was before training, where it can be had by switching the method off."""
+        off = self.switched_off if reference else contextlib.nullcontext
+        assert off is not None
+        with self._looking(), off():
+            return self._call(function, move(batch, self.world.device))
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Inside, the model may be asked: passes leave no graph and draw nothing, in the precision of the run."""
+        with self._looking(), self.autocast():
+            yield
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:
@@ -274,7 +290,7 @@ class Engine:
                 alone = Stream([rows], [1.0], 0, False, stream.max_length, shuffle=False)
                 wanted = np.arange(len(rows)) if used is None else used[source]
                 values = torch.zeros(len(rows), rows.parts, dtype=torch.float32, device=self.world.device)
-                for places, stand_in in self._shared_out(len(wanted), per_device):
+                for places, stand_in in self.shared_out(len(wanted), per_device):
                     numbers = [int(wanted[place]) for place in places]
                     batch = self.objective.prepare(collate([alone.item(0, number) for number in numbers]))
                     said = self._call(self.objective.reference, move(batch, self.world.device))
@@ -286,7 +302,7 @@ class Engine:
                 found.append(values.cpu().numpy())
         stream.add_numbers("reference", found)
 
-    def _shared_out(self, count: int, per_device: int) -> Iterator[tuple[range, bool]]:
+    def shared_out(self, count: int, per_device: int) -> Iterator[tuple[range, bool]]:
         """This process's slots of ``count`` places, and whether each is only there to keep the others company."""
         slots = -(-count // per_device)
         for turn in range(-(-slots // self.world.size)):
@@ -295,7 +311,8 @@ class Engine:
             mine = number < slots
             yield (range(first, min(first + per_device, count)) if mine else range(1)), not mine
 
-    def _flattened(self, sums: Sums) -> torch.Tensor:
+    def flattened(self, sums: Sums) -> torch.Tensor:
+        """Sums as one tensor, as ``agree`` adds them up; :meth:`figures` reads such."""
         self._told = {name: tuple(value.shape) for name, value in sums.items()}
         if not sums:
             return torch.zeros(0, dtype=torch.float64, device=self.world.device)
@@ -304,9 +321,10 @@ class Engine:
 
     def figures(self, flat: list[float]) -> dict[str, float]:
         """What the objective tells, of sums over whole steps."""
-        return self.objective.figures(self._sums(flat))
+        return self.objective.figures(self.unflattened(flat))
 
-    def _sums(self, flat: list[float]) -> Sums:
+    def unflattened(self, flat: list[float]) -> Sums:
+        """The sums that were last flattened, of numbers."""
         sums: Sums = {}
         begin = 0
         for name, shape in self._told.items():
@@ -429,7 +447,7 @@ class Engine:
                 figures[f"perplexity{name}"] = math.exp(min(loss, 700.0))
             figures |= {f"{key}{name}": value for key, value in self.figures(told).items()}
             if self.objective.labels:
-                self.confusion[name.removeprefix("/")] = self._sums(told)["confusion"].long().tolist()
+                self.confusion[name.removeprefix("/")] = self.unflattened(told)["confusion"].long().tolist()
         return figures
 
     def _evaluate(
@@ -446,7 +464,7 @@ class Engine:
             if "rows" in sums:
                 rows += [] if stand_in else [sums["rows"]]
                 del sums["rows"]
-            row = torch.cat([terms.double(), weights, self._flattened(sums)]) * (0.0 if stand_in else 1.0)
+            row = torch.cat([terms.double(), weights, self.flattened(sums)]) * (0.0 if stand_in else 1.0)
             total = row if total is None else total + row
             self.stop.beat()
         assert total is not None
@@ -469,7 +487,7 @@ class Engine:
         self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]
     ) -> Iterator[tuple[dict[str, Any], bool]]:
         """Collated batches, and whether each is only there to keep the other processes company."""
-        for places, stand_in in self._shared_out(stream.items(0), self.config.training.per_device_eval_batch_size):
+        for places, stand_in in self.shared_out(stream.items(0), self.config.training.per_device_eval_batch_size):
             yield collate([stream.item(0, index) for index in places]), stand_in
 
     def _before_all(self, stream: Stream, collate: Callable[[list[Item]], dict[str, Any]]) -> dict[str, torch.Tensor]:

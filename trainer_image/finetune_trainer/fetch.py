@@ -67,6 +67,10 @@ class Fetched:
     """One folder per entry of ``model.adapters``, in its order."""
     judge: Path | None = None
     """Folder of the model that judges, where one is loaded for it."""
+    reward_model: Path | None = None
+    """Folder of the reward model, where the stage has one."""
+    reward_funcs: list[Path | None] = field(default_factory=list)
+    """One file per entry of ``reward_funcs``, in its order; None where it is no file."""
     digests: dict[str, str] = field(default_factory=dict)
     """What was fetched, by URI (with @revision for the hub): equal digests, equal content.
     ``git:<commit>`` for the hub, ``sha256:<hex>`` over all files otherwise, and ``sampled:<hex>`` where of large
@@ -99,7 +103,17 @@ def fetch(config: TrainerConfig, cache: Path, *, refresh: bool = False) -> Fetch
     judge = None
     if (source := judge_source(config)) is not None:
         judge, _ = fetch_model(source, cache, digests, refresh=refresh)
-    return Fetched(model=model, train=train, eval=held_out, adapters=adapters, judge=judge, digests=digests)
+    reward_model, functions = _rewards(config, cache, digests, refresh)
+    return Fetched(
+        model=model,
+        train=train,
+        eval=held_out,
+        adapters=adapters,
+        judge=judge,
+        reward_model=reward_model,
+        reward_funcs=functions,
+        digests=digests,
+    )
 
 
 def judge_source(config: TrainerConfig) -> ModelSource | None:
@@ -118,6 +132,24 @@ def fetch_data(config: TrainerConfig, cache: Path, fetched: Fetched) -> Fetched:
         for sources in (config.data.train, config.data.eval)
     )
     return replace(fetched, train=train, eval=held_out, digests=digests)
+
+
+def _rewards(
+    config: TrainerConfig, cache: Path, digests: dict[str, str], refresh: bool
+) -> tuple[Path | None, list[Path | None]]:
+    """The reward model's folder, and the files of the reward functions."""
+    options = config.ppo or config.grpo
+    if options is None:
+        return None, []
+    folder = None
+    if (model := options.reward_model) is not None:
+        source = AdapterSource(uri=model.uri, revision=model.revision)
+        folder = _source(source, _reward_files(source), Cause.MODEL_NOT_FOUND, cache, refresh, digests)
+    functions = [
+        _source(DataSource(uri=f.uri), _no_folder, Cause.DATA_NOT_FOUND, cache, refresh, digests) if f.uri else None
+        for f in options.reward_funcs
+    ]
+    return folder, functions
 
 
 def fetch_model(
@@ -259,6 +291,22 @@ def _adapter_files(adapter: AdapterSource) -> Select:
         return [*needed, *(name for name in ("config.json",) if name in names)]  # a classifier's has its labels
 
     return select
+
+
+def _reward_files(source: AdapterSource) -> Select:
+    """Of a whole model or of an adapter, whose tokenizer and head's configuration are wanted, too."""
+
+    def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
+        if "adapter_config.json" not in names:
+            return _model_files(ModelSource(uri=source.uri, revision=source.revision))(names, read)
+        parts = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in _MODEL_PARTS)]
+        return sorted({*_adapter_files(source)(names, read), *(name for name in parts if "/" not in name)})
+
+    return select
+
+
+def _no_folder(names: Names, read: Callable[[str], bytes]) -> list[str]:
+    raise AssertionError("a reward function is a single file")
 
 
 def _data_files(source: DataSource) -> Select:
@@ -464,7 +512,7 @@ def _content_digest(file: Path, cache: Path, sample: bool) -> tuple[str, bool]:
 
 
 def _single_file(uri: str) -> bool:
-    return bool(data_kind(uri)) and not split_pattern(uri)[1]
+    return bool(data_kind(uri) or uri.endswith(".py")) and not split_pattern(uri)[1]
 
 
 # --- object storage ---------------------------------------------------------------------------------------------

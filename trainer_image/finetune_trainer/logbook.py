@@ -84,6 +84,8 @@ class Tally:
     """Answers before training, by prompt."""
     evaluation: dict[str, float] = field(default_factory=dict)
     evaluated_step: int = -1
+    kl_coef: float | None = None
+    """PPO's, of the next step."""
     best: Best = field(default_factory=Best)
     confusion: list[list[int]] = field(default_factory=list)
     """Of a classifier's last evaluation."""

@@ -88,6 +88,8 @@ class Job(Attempt):
         super().__init__(config, telemetry, stop)
         self.result_step = 0
         self.improved = self.exhausted = False
+        self.parts: Any = None
+        self.rollouts: Any = None
         self.save_steps = int(os.environ.get(ENV_SAVE_STEPS) or config.save_steps)
         self.save_total_limit = int(os.environ.get(ENV_SAVE_TOTAL_LIMIT) or config.save_total_limit)
 
@@ -157,6 +159,7 @@ class Job(Attempt):
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
         added = hooks(trained, config, self.max_steps)
         off = switched_off(trained, config)
+        self._furnish(trained, off is not None)
         self.engine = Engine(trained, config, world, self.objective, self.stop, added, off)
         if self.engine.needs_references:
             self._references()
@@ -173,6 +176,7 @@ class Job(Attempt):
             self.tally = Tally.of(self.resumed.run)
             self.loss = next((record["loss"] for record in reversed(self.history.records())), None)
             self._say_resumed()
+        self._begin_rollouts()
         self.log = Logbook(
             self.telemetry,
             self.tally,
@@ -198,6 +202,34 @@ class Job(Attempt):
         if config.training.load_best_model_at_end:
             self.saver.best = self.tally.best.step
 
+    def _furnish(self, trained: Any, can_switch_off: bool) -> None:
+        """What stands beside the policy, where the stage learns from what the model writes."""
+        if not STAGES[self.config.stage].rollouts:
+            return
+        from dataclasses import replace
+
+        from finetune_trainer import earlier, rewards, rollout
+
+        # Switched off, an adapter that is trained on would leave the model it was made for.
+        can_switch_off &= earlier.trained_on(self.config, self.fetched) is None
+        self._phase("loading", "loading what judges the answers")
+        self.parts = rollout.furnish(
+            self.config,
+            trained,
+            can_switch_off,
+            lambda: rewards.load(self.config, self.fetched, self.tokenizer, trained, self.world.device),
+        )
+        told = rollout.figures(self.parts.judges.names, self.objective.figures)
+        self.objective = replace(self.objective, figures=told)
+
+    def _begin_rollouts(self) -> None:
+        if not STAGES[self.config.stage].rollouts:
+            return
+        from finetune_trainer.rollout import Rollouts
+
+        kl_coef = self.world.share("kl_coef", self.tally.kl_coef)
+        self.rollouts = Rollouts(self.engine, self.tokenizer, self.config, self.parts, kl_coef)
+
     def _references(self) -> None:
         """While the model is the one it starts from, also where the run goes on from a checkpoint. Collective."""
         self._phase("preparing", "asking the reference")
@@ -211,6 +243,9 @@ class Job(Attempt):
         """Digests of what the result depends on; held-out rows do not change it."""
         model = self.config.model
         wanted = {model.uri, *(adapter.uri for adapter in model.adapters), *(s.uri for s in self.config.data.train)}
+        if (judged := self.config.ppo or self.config.grpo) is not None:
+            wanted |= {judged.reward_model.uri} if judged.reward_model else set()
+            wanted |= {function.uri for function in judged.reward_funcs if function.uri}
         return {
             uri: digest
             for uri, digest in self.fetched.digests.items()
@@ -262,25 +297,11 @@ class Job(Attempt):
 
     def train(self) -> bool:
         """The steps. False: stopped on request, saved."""
-        from finetune_trainer.feed import Feed
-
-        config, world, engine = self.config, self.world, self.engine
+        world, engine = self.world, self.engine
         self._answer_before()
         self._phase("training", f"training from step {self.step} to {self.max_steps}")
-        self.exhausted = self.world.share("exhausted", exhausted(self.tally.best, config.training))
-        feed = Feed(
-            self.prepared.train,
-            self.collate,
-            self.objective,
-            rank=world.rank,
-            size=world.size,
-            per_device=config.training.per_device_train_batch_size,
-            global_batch=config.global_batch_size,
-            first_step=self.step + 1,
-            position=self.resumed.position,
-            end=self.resumed.position if self.exhausted else self.wanted,
-            pin=world.device.type == "cuda",
-        )
+        self.exhausted = self.world.share("exhausted", exhausted(self.tally.best, self.config.training))
+        feed = self._feed()
         self.position = self.resumed.position
         trace, profile = self._trace(), Profile(world.first and world.device.type == "cuda")
         batch, waited = feed.take()
@@ -293,7 +314,11 @@ class Job(Attempt):
                 return False
             began = time.monotonic()
             weights, rate = agreed.next_weights, self.rate(batch.step - 1)
-            outcome = engine.step(batch, weights, rate)
+            if self.rollouts is None:
+                outcome = engine.step(batch, weights, rate)
+            else:
+                outcome, batch = self.rollouts.step(batch, rate)
+                weights, self.tally.kl_coef = outcome.weights, self.rollouts.kl_coef
             following, waits = feed.take()
             agreed = engine.agree(outcome, batch, following, fatal=self.saver.fatal is not None, saving=self.saver.busy)
             loss, norm = mean_loss(agreed.loss_sums, weights), float(outcome.grad_norm)
@@ -340,6 +365,30 @@ class Job(Attempt):
             self.saver.wait()
         return True
 
+    def _feed(self) -> Any:
+        from finetune_trainer.feed import Feed
+
+        config, collate, objective = self.config, self.collate, self.objective
+        per_device = config.training.per_device_train_batch_size
+        if self.rollouts is not None:
+            from finetune_trainer import rollout
+
+            collate, objective = rollout.prompts, rollout.reading(objective.terms)
+            per_device = rollout.prompts_at_once(config)
+        return Feed(
+            self.prepared.train,
+            collate,
+            objective,
+            rank=self.world.rank,
+            size=self.world.size,
+            per_device=per_device,
+            global_batch=config.global_batch_size,
+            first_step=self.step + 1,
+            position=self.resumed.position,
+            end=self.resumed.position if self.exhausted else self.wanted,
+            pin=self.world.device.type == "cuda",
+        )
+
     def _stepped(self, step: Step) -> None:
         self.log.note(step)
         self.stop.beat()
@@ -368,7 +417,10 @@ class Job(Attempt):
             return {}
         before = self.telemetry.progress().phase
         self._phase("evaluating")
-        figures = self.engine.evaluate(self.prepared.eval, self.collate)
+        if self.rollouts is None:
+            figures = self.engine.evaluate(self.prepared.eval, self.collate)
+        else:
+            figures = self.rollouts.evaluate(self.prepared.eval)
         told: dict[str, Any] = self.log.evaluated(self.step, figures)
         if self.engine.confusion:
             self.tally.confusion = self.engine.confusion[""]
@@ -488,6 +540,8 @@ class Job(Attempt):
         self.result_step = self.step
         self._take_best()
         answers = self._answers()
+        if self.rollouts is not None:
+            self.parts.detach()
         weights = self.engine.weights(only_trainable=not self._whole_model)
         if self.world.first:
             self._export(weights, answers)

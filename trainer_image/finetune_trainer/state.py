@@ -107,6 +107,8 @@ class TrainableState:
         """Carry master weights that were written into the model's own weights. Collective."""
         outer = self.outer
         if hasattr(outer, "fp32_partitioned_groups_flat"):
+            # A pass made before (find_head, a reference) has left small weights whole, and gathering would skip them.
+            outer.parameter_offload.partition_all_parameters()
             for group in range(len(outer.fp16_groups)):
                 outer._reassign_or_swap_out_partitioned_parameters(group)
             if outer.persistent_parameters:

@@ -356,10 +356,8 @@ def evaluate(
     file://, a path, or job://NAME for a run of this machine.
     """
     renamed = dict(column.partition("=")[::2] for column in columns)
-    sources = [
-        {"uri": one, "format": form, "columns": renamed, "split": split if one.startswith("hf://") else "train"}
-        for one in rows
-    ]
+    sources: list[dict[str, Any]] = [{"uri": one, "format": form, "columns": renamed} for one in rows]
+    sources = [one | ({"split": split} if one["uri"].startswith("hf://") else {}) for one in sources]
     config = use.configuration(
         EvaluateConfig, model, adapters, base, revision, gguf_file, (state_dir, namespace),
         data=sources, accelerator="cpu" if cpu else "auto", **options,

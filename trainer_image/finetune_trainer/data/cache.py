@@ -81,11 +81,12 @@ class Spool:
         """The next rows."""
         if not len(part):
             return
-        for key in ("ids", "learned", "labels"):
+        for key in ("ids", "learned", "labels", "notes"):
             values = getattr(part, key)
             if values is not None:
                 values.tofile(self._file(key))
-        self._kept.append(replace(part, ids=part.ids[:0], learned=part.learned[:0], labels=None))
+        notes = None if part.notes is None else part.notes[:0]
+        self._kept.append(replace(part, ids=part.ids[:0], learned=part.learned[:0], labels=None, notes=notes))
 
     def rows(self) -> Rows:
         """All of them."""
@@ -97,6 +98,7 @@ class Spool:
             ids=self._mapped("ids", np.int32),
             learned=self._mapped("learned", np.bool_),
             labels=self._mapped("labels", np.int32) if "labels" in self._files else None,
+            notes=self._mapped("notes", np.uint8) if "notes" in self._files else None,
         )
 
     def _file(self, key: str) -> IO[bytes]:
@@ -141,7 +143,10 @@ def _load(entry: Path, name: str) -> tuple[Rows, Counts] | None:
     try:
         counts = json.loads((entry / "counts.json").read_text())
         ids, learned, starts = (np.load(entry / f"{part}.npy", mmap_mode="r") for part in ("ids", "learned", "starts"))
-        labels = np.load(entry / "labels.npy", mmap_mode="r") if (entry / "labels.npy").exists() else None
+        labels, notes, note_starts = (
+            np.load(entry / f"{part}.npy", mmap_mode="r") if (entry / f"{part}.npy").exists() else None
+            for part in ("labels", "notes", "note_starts")
+        )
         numbers = {path.stem: np.load(path, mmap_mode="r") for path in sorted((entry / "numbers").glob("*.npy"))}
         parts = int(counts["parts"])
     except (OSError, ValueError, KeyError):
@@ -149,14 +154,14 @@ def _load(entry: Path, name: str) -> tuple[Rows, Counts] | None:
     if len(ids) != len(learned) or len(ids) != counts["tokens"] or int(starts[-1]) != len(ids):
         return None
     del counts["parts"]
-    return Rows(name, ids, learned, starts, parts, labels, numbers), counts
+    return Rows(name, ids, learned, starts, parts, labels, numbers, notes, note_starts), counts
 
 
 def _store(entry: Path, rows: Rows, counts: Counts) -> None:
     partial = entry.with_name(f".partial-{uuid.uuid4().hex[:8]}")
     (partial / "numbers").mkdir(parents=True)
     try:
-        for part in ("ids", "learned", "starts", "labels"):
+        for part in ("ids", "learned", "starts", "labels", "notes", "note_starts"):
             if getattr(rows, part) is not None:
                 np.save(partial / f"{part}.npy", getattr(rows, part))
         for key, values in rows.numbers.items():

@@ -4,6 +4,7 @@ A record becomes texts with what of them is learned (:class:`Sketch`), the texts
 and the result is brought within ``data.max_length``. Pure. Called by ``data/__init__.py``.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,7 +14,7 @@ import numpy as np
 
 from finetune_api.run import TrainerConfig
 from finetune_api.stages import Sft
-from finetune_trainer.data.records import Conversation, Judged, Message, Preference, Text
+from finetune_trainer.data.records import Conversation, Judged, Message, Preference, Prompt, Text
 from finetune_trainer.data.render import Rendered, Renderer, Tokens
 from finetune_trainer.data.stream import Draft, Rows
 
@@ -26,12 +27,14 @@ class Sketch:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     raw: tuple[Any, ...] = ()
     """What the tokenizer puts together itself: two texts, words and their tags."""
+    note: str = ""
+    """What is kept of the record as it is."""
 
 
 def _tokenised(renderer: Renderer, sketches: list[Sketch]) -> Iterator[Draft]:
     tokens = renderer.encode([text for sketch in sketches for text in sketch.texts])
     for sketch in sketches:
-        yield Draft(tuple(islice(tokens, len(sketch.texts))), sketch.numbers)
+        yield Draft(tuple(islice(tokens, len(sketch.texts))), sketch.numbers, sketch.note)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ def judged(renderer: Renderer, record: Judged) -> list[Sketch]:
     return [Sketch((text,), {"desirable": int(record.desirable)})]
 
 
+def prompt(renderer: Renderer, record: Prompt) -> list[Sketch]:
+    """The prompt up to where the model begins to write. Its messages and columns are kept, for those who judge."""
+    note = json.dumps({"messages": record.messages, "fields": record.fields}, ensure_ascii=False, default=str)
+    return [Sketch((renderer.asking(record.messages),), note=note)]
+
+
 def _answered(renderer: Renderer, prompt: list[Message], answer: list[Message]) -> Rendered:
     muted = [message | {"train": False} if message["role"] == "assistant" else message for message in prompt]
     return renderer.render(Conversation([*muted, *answer]))[-1]
@@ -131,6 +140,11 @@ def untouched(row: Draft, max_length: int) -> list[Draft]:
     return [row] if all(0 < len(tokens.ids) <= max_length for tokens in row.sequences) else []
 
 
+def with_room(answer: int) -> Callable[[Draft, int], list[Draft]]:
+    """The prompt, or nothing where an answer of so many tokens has no room behind it: cut, it asks something else."""
+    return lambda row, max_length: untouched(row, max_length - answer)
+
+
 # --- whole sources --------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +180,13 @@ def _sft(config: TrainerConfig) -> Encoding:
     return Encoding(Conversation, conversation(loss_on), truncated, version=(loss_on,))
 
 
+def _rollouts(config: TrainerConfig) -> Encoding:
+    options = config.ppo or config.grpo
+    assert options is not None
+    room = options.max_completion_length
+    return Encoding(Prompt, prompt, with_room(room), version=(room,))
+
+
 ENCODINGS: dict[str, Callable[[TrainerConfig], Encoding]] = {
     "pretrain": lambda config: Encoding(Text, document, pieces),
     "sft": _sft,
@@ -175,5 +196,7 @@ ENCODINGS: dict[str, Callable[[TrainerConfig], Encoding]] = {
         Judged, judged, truncated, whole=lambda rows: with_strangers(rows, config.data.max_length)
     ),
     "orpo": lambda config: Encoding(Preference, preference, truncated),
+    "ppo": _rollouts,
+    "grpo": _rollouts,
 }
 """By stage."""

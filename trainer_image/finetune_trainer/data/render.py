@@ -68,6 +68,10 @@ class Renderer:
                 spans.append(span)
         return [self._closed(Rendered(whole, spans))]
 
+    def asking(self, messages: list[Message]) -> Rendered:
+        """A conversation that ends with the user, up to where the model begins to answer; nothing of it is learned."""
+        return Rendered(self._apply(messages, [], asking=True), [])
+
     def _check_tools(self, messages: list[Message], tools: list[Any]) -> None:
         """BadRowError where the template would leave out functions or calls without a word."""
         template = str(self.tokenizer.chat_template)

@@ -33,6 +33,8 @@ class Draft:
     sequences: tuple[Tokens, ...]
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """Numbers, or lists of as many numbers for every row."""
+    note: str = ""
+    """What is kept of the row as it is."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Rows:
     """int32 (T,): what is learned at each token, where that is not the token itself (tags)."""
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
     """(R,) or (R, k) by name: what a row says beside its sequences, e.g. its margin, its label, its task."""
+    notes: np.ndarray | None = None
+    """uint8: the notes of all rows in UTF-8, one after the other."""
+    note_starts: np.ndarray | None = None
+    """int64 (R + 1,): where they begin."""
 
     @staticmethod
     def of(name: str, rows: Iterable[Draft]) -> "Rows":
@@ -60,6 +66,7 @@ class Rows:
         sequences = [sequence for row in kept for sequence in row.sequences]
         lengths = np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64)
         tagged = bool(sequences) and sequences[0].labels is not None
+        notes = [row.note.encode() for row in kept] if any(row.note for row in kept) else None
         return Rows(
             name,
             np.concatenate([part.ids for part in sequences]) if kept else np.zeros(0, np.int32),
@@ -68,6 +75,8 @@ class Rows:
             len(kept[0].sequences) if kept else 1,
             np.concatenate([part.labels for part in sequences]) if tagged else None,
             {key: _numbers([row.numbers[key] for row in kept]) for key in kept[0].numbers} if kept else {},
+            None if notes is None else np.frombuffer(b"".join(notes), np.uint8),
+            None if notes is None else np.cumsum([0, *map(len, notes)], dtype=np.int64),
         )
 
     @staticmethod
@@ -84,6 +93,7 @@ class Rows:
             first.parts,
             np.concatenate([part.labels for part in parts]) if first.labels is not None else None,
             {key: np.concatenate([part.numbers[key] for part in parts]) for key in first.numbers},
+            *_joined_notes(parts),
         )
 
     def __len__(self) -> int:
@@ -94,10 +104,24 @@ class Rows:
         """int64 (R,): tokens of each row, all its sequences together."""
         return np.diff(self.starts[:: self.parts])
 
+    def note(self, row: int) -> str:
+        """What was kept of a row as it was."""
+        if self.notes is None or self.note_starts is None:
+            return ""
+        return self.notes[self.note_starts[row] : self.note_starts[row + 1]].tobytes().decode()
+
     @property
     def learned_tokens(self) -> int:
         """Tokens that carry a label."""
         return int(self.learned.sum())
+
+
+def _joined_notes(parts: list[Rows]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if parts[0].notes is None:
+        return None, None
+    lengths = np.concatenate([np.diff(part.note_starts) for part in parts if part.note_starts is not None])
+    notes = np.concatenate([part.notes for part in parts if part.notes is not None])
+    return notes, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
 
 def _numbers(values: list[Any]) -> np.ndarray:
@@ -134,6 +158,8 @@ class Item:
     """(source, row) of every row in it."""
     numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
     """() or (k,) by name; a pack has none."""
+    note: str = ""
+    """What was kept of the row as it was; a pack has none."""
 
     def __len__(self) -> int:
         """Tokens."""
@@ -231,6 +257,7 @@ class Stream:
             tuple(self._sequence(rows, row, first + part) for part in range(rows.parts)),
             places,
             {key: values[row] for key, values in rows.numbers.items()},
+            rows.note(row),
         )
 
     def _sequence(self, rows: Rows, row: int, number: int) -> Sequence:

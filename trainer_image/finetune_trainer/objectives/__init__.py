@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from finetune_api.reinforcement import Grpo, Ppo
 from finetune_api.run import TrainerConfig
 from finetune_api.stages import Dpo, Kto, Orpo, Reward
 from finetune_trainer.data.labels import Labels
 from finetune_trainer.data.stream import collate
-from finetune_trainer.objectives import classification, dpo, kto, orpo, reward, seq2seq, sft
+from finetune_trainer.objectives import classification, dpo, grpo, kto, orpo, ppo, reward, seq2seq, sft
 from finetune_trainer.objectives.head import Head
 
 Sums = dict[str, Any]
@@ -86,6 +87,8 @@ OBJECTIVES: dict[str, Callable[[TrainerConfig], Objective]] = {
     "dpo": _dpo,
     "kto": _kto,
     "orpo": lambda config: Objective(**orpo.functions(config.orpo or Orpo())),
+    "ppo": lambda config: Objective(**ppo.functions(config.ppo or Ppo())),
+    "grpo": lambda config: Objective(**grpo.functions(config.grpo or Grpo())),
 }
 """By stage."""
 

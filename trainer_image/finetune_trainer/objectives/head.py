@@ -9,7 +9,7 @@ Some models do more to their logits than the output layer does (caps, scales). W
 model at hand (:func:`find_head`). Called by ``engine.py`` (find) and the objectives (use).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,14 @@ class Head:
     def losing(self, width: int, places: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
         """Inside, the model returns in place of its logits, fp32 (1, N, 1): the cross-entropy of ``targets`` (N,) at
         ``places`` (N,) of its flattened (B x ``width``) outputs; of a negative target 0.
+        """
+        with self.giving(width, places, lambda rows: self.losses(rows, targets).unsqueeze(-1)):
+            yield
+
+    @contextmanager
+    def giving(self, width: int, places: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Inside, the model returns in place of its logits (1, N, k): what ``make`` makes (N, k) of the last hidden
+        states (N, width of the model) at ``places`` (N,) of its flattened (B x ``width``) outputs.
 
         It is computed where the model calls the layer: there ZeRO-3 has its weight at hand.
         """
@@ -41,7 +49,7 @@ class Head:
         def forward(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
             # Prompt methods put virtual tokens before the sequence; nothing is learned there.
             rows = hidden[..., -width:, :].reshape(-1, hidden.shape[-1])[places]
-            return self.losses(rows, targets).reshape(1, -1, 1)
+            return make(rows).unsqueeze(0)
 
         self.module.forward = forward
         try:
@@ -59,6 +67,17 @@ class Head:
         size = _chunk(self.module)
         parts = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(self._chunk_losses, part, wanted, use_reentrant=False) for part, wanted in parts])
+
+    def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        """fp32 (N, 2): the log-probability of each target at a temperature, and the entropy there, which has no
+        graph."""
+        size = _chunk(self.module)
+
+        def part(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            return log_probs(type(self.module).forward(self.module, rows), wanted, temperature)
+
+        parts = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(part, rows, wanted, use_reentrant=False) for rows, wanted in parts])
 
     def _chunk_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = type(self.module).forward(self.module, hidden)
@@ -91,6 +110,16 @@ class _FrozenLinearLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: Any) -> Any:
         (gradient,) = ctx.saved_tensors
         return gradient * outer[0].to(gradient.dtype).unsqueeze(-1), None, None
+
+
+def log_probs(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """fp32 (N, 2) of (N, words): the log-probability of each target at a temperature, and the entropy there, which has
+    no graph."""
+    logs = torch.log_softmax(logits.float() / temperature, -1)
+    found = logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(logs.exp() * logs).nan_to_num().sum(-1)
+    return torch.stack([found, entropy], -1)
 
 
 def _chunk(module: Any) -> int:

@@ -13,7 +13,8 @@ from finetune_trainer.objectives.head import Head
 IGNORED = -100
 """The label of a token that is not learned."""
 
-_FORWARD = ("input_ids", "attention_mask", "position_ids", "tasks")
+FORWARD = ("input_ids", "attention_mask", "position_ids", "tasks")
+"""What of a batch the model is given."""
 
 
 def targets(batch: dict[str, Any]) -> torch.Tensor:
@@ -54,7 +55,7 @@ def loss_sums(
 
 def token_losses(model: Any, batch: dict[str, Any], head: Head | None = None) -> torch.Tensor:
     """fp32 (N,): the cross-entropy in nats at each of the N places of a prepared batch."""
-    inputs = {key: batch[key] for key in _FORWARD if batch.get(key) is not None}
+    inputs = {key: batch[key] for key in FORWARD if batch.get(key) is not None}
     return losses_at(model, inputs, batch["input_ids"].shape[-1], batch["places"], batch["wanted"], head)
 
 
