@@ -317,9 +317,10 @@ def test_every_stage_learns_from_the_records_that_the_api_names() -> None:
     from finetune_trainer.data.encode import ENCODINGS
     from finetune_trainer.data.targets import RECORDS
 
-    config = tiny.make_config(Path("/"))
+    config = tiny.make_config(Path("/"), ppo={"reward_funcs": [{"type": "exact_match"}]})
     kinds = {name: make(config).record for name, make in ENCODINGS.items()} | RECORDS
-    assert {name: kind.__name__ for name, kind in kinds.items()} == {n: stage.record for n, stage in STAGES.items()}
+    learnt = {name: stage.record for name, stage in STAGES.items() if not stage.makes}
+    assert {name: kind.__name__ for name, kind in kinds.items()} == learnt
 
 
 def test_a_long_document_is_learned_in_pieces() -> None:

@@ -132,7 +132,7 @@ def alone(root: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def gang(root: Path) -> dict[str, dict[str, Any]]:
     """Everything that two processes do."""
-    return play(root, [job(root, f"gang/{name}", RUNS[name], name=name) for name in GANG], 2, port=29661)
+    return play(root, [job(root, f"gang/{name}", RUNS[name], name=name) for name in GANG], 2)
 
 
 @pytest.mark.parametrize("name", RUNS)
