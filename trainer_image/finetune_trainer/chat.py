@@ -24,6 +24,7 @@ from finetune_api.spec import Training
 from finetune_trainer.data.records import Message
 from finetune_trainer.faults import diagnose, exit_code
 from finetune_trainer.finished import find, load, precision
+from finetune_trainer.generate import end_tokens
 from finetune_trainer.outcome import RunError
 
 HELP = (
@@ -64,7 +65,7 @@ class Talk:
                     streamer=streamer,
                     max_new_tokens=self.config.max_new_tokens,
                     pad_token_id=self.tokenizer.pad_token_id,
-                    eos_token_id=_ends(self.model, self.tokenizer),
+                    eos_token_id=end_tokens(self.model, self.tokenizer) or None,
                     use_cache=True,
                     **options,
                 )
@@ -97,12 +98,6 @@ class Talk:
             "top_p": config.top_p,
             "top_k": config.top_k,
         }
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int] | None:
-    """Tokens after which an answer is over."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}) or None
 
 
 class _Pieces(TextStreamer):

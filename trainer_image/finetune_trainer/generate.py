@@ -1,7 +1,8 @@
 """What the model answers, before and after: greedy decoding of ``evaluation.prompts``.
 
-Called by ``run.py``, and by ``objectives/seq2seq.py`` (:func:`written`). Without ZeRO-3 the prompts are shared out over
-the processes; with it every process takes part in every answer, because each holds a part of every weight.
+Called by ``run.py``; ``objectives/seq2seq.py``, ``rollout.py``, ``making/writer.py`` and ``chat.py`` ask
+:func:`written` or :func:`end_tokens`. Without ZeRO-3 the prompts are shared out over the processes; with it every
+process takes part in every answer, because each holds a part of every weight.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def written(model: Any, tokenizer: Any, inputs: dict[str, Any], together: bool, 
             top_p=None,
             top_k=None,
             use_cache=True,
-            eos_token_id=_ends(model, tokenizer),
+            eos_token_id=end_tokens(model, tokenizer) or None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             synced_gpus=together and dist.is_initialized() and dist.get_world_size() > 1,
             **options,
@@ -76,8 +77,8 @@ def written(model: Any, tokenizer: Any, inputs: dict[str, Any], together: bool, 
     return output
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int] | None:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the model's own, and the tokenizer's, which the chat template may have chosen."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    return sorted({int(token) for token in ends if token is not None}) or None
+    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return sorted({int(token) for token in known if token is not None})

@@ -29,7 +29,7 @@ from finetune_trainer.data import Item, Sequence, Stream
 from finetune_trainer.data.stream import IGNORED, collate, permutation
 from finetune_trainer.engine import Engine, StepOutcome
 from finetune_trainer.feed import Slot, StepBatch, draw_seed
-from finetune_trainer.generate import written
+from finetune_trainer.generate import end_tokens, written
 from finetune_trainer.objectives import Objective, Sums, grpo, policy, ppo, sft
 from finetune_trainer.objectives.head import find_head
 from finetune_trainer.rewards import Asked, Rewards, options_of
@@ -149,7 +149,7 @@ class Rollouts:
         self.epochs = config.ppo.num_ppo_epochs if config.ppo else config.grpo.num_iterations if config.grpo else 1
         self.kl_coef = config.ppo.kl_coef if config.ppo and kl_coef is None else kl_coef
         """PPO's, of the next step."""
-        self._ends = sorted(_end_tokens(engine.module, tokenizer))
+        self._ends = end_tokens(engine.module, tokenizer)
         self._pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._ends[0])
         self._reference_head = find_head(parts.reference) if parts.reference is not None else None
 
@@ -485,13 +485,6 @@ def drawn(
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: the tokenizer's, and those the model was published with."""
-    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = known if isinstance(known, list) else [known]
-    return {int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_trainer import model as loading
 from finetune_trainer.data.records import Message
+from finetune_trainer.generate import end_tokens
 from finetune_trainer.outcome import RunError
 
 
@@ -57,9 +58,7 @@ class Writer:
         self.model = load(path, config, device)
         self.tokenizer = tokenizer
         self.device = device
-        own = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-        self.ends = sorted(ends)
+        self.ends = end_tokens(self.model, tokenizer)
 
     @torch.no_grad()
     def write(
