@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
-from finetune_api.reinforcement import Grpo, Ppo
+from finetune_api.reinforcement import Grpo, Ppo, Rollout
 from finetune_api.spec import Data, DataSource, Evaluation, ModelSource, Stage, Training
 from finetune_api.stages import (
     Dpo,
@@ -89,6 +89,11 @@ class TrainerConfig(_Wire):
     prompts per rollout."""
     accelerator: str = "gpu"
     """gpu: it is an error where no GPU is found. cpu: GPUs are not used."""
+
+    @property
+    def rollout(self) -> Rollout | None:
+        """The parameters of a stage that learns from what the model writes; None of other stages."""
+        return self.ppo or self.grpo
 
 
 Combination = Literal[

@@ -304,7 +304,7 @@ def claims(config: TrainerConfig) -> tuple[str, ...]:
     uris = [config.model.uri, *(adapter.uri for adapter in config.model.adapters)]
     uris += [config.output_uri, config.checkpoint_uri, *(s.uri for s in (*config.data.train, *config.data.eval))]
     uris += [config.rlaif.judge.uri or ""] if config.rlaif is not None else []
-    if (judged := config.ppo or config.grpo) is not None:
+    if (judged := config.rollout) is not None:
         uris += [judged.reward_model.uri] if judged.reward_model else []
         uris += [function.uri for function in judged.reward_funcs if function.uri]
     found = (unmounted(uri) for uri in uris)

@@ -138,7 +138,7 @@ def _rewards(
     config: TrainerConfig, cache: Path, digests: dict[str, str], refresh: bool
 ) -> tuple[Path | None, list[Path | None]]:
     """The reward model's folder, and the files of the reward functions."""
-    options = config.ppo or config.grpo
+    options = config.rollout
     if options is None:
         return None, []
     folder = None

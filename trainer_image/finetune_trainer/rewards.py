@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from finetune_api.causes import Cause
-from finetune_api.reinforcement import RewardFunction, Rollout
+from finetune_api.reinforcement import RewardFunction
 from finetune_api.run import TrainerConfig
 from finetune_trainer.data.records import BadRowError, Conversation, Message
 from finetune_trainer.data.render import Rendered, Renderer
@@ -83,11 +83,6 @@ class Rewards:
         return total
 
 
-def options_of(config: TrainerConfig) -> Rollout | None:
-    """The stage's parameters, where it learns from what the model writes."""
-    return config.ppo if config.stage == "ppo" else config.grpo if config.stage == "grpo" else None
-
-
 def load(
     config: TrainerConfig,
     fetched: Fetched,
@@ -101,7 +96,7 @@ def load(
     """
     from finetune_trainer import model as models
 
-    options = options_of(config)
+    options = config.rollout
     assert options is not None
     judges: dict[str, tuple[Judge, float]] = {}
     detach = _nothing
@@ -286,7 +281,7 @@ def _reward_model(
     """The model, its texts, and what takes it out of the policy again."""
     from finetune_trainer import model as models
 
-    options = options_of(config)
+    options = config.rollout
     assert options is not None and options.reward_model is not None
     uri = options.reward_model.uri
     as_reward = config.model_copy(

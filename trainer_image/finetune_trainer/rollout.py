@@ -32,7 +32,7 @@ from finetune_trainer.feed import Slot, StepBatch, draw_seed
 from finetune_trainer.generate import end_tokens, written
 from finetune_trainer.objectives import Objective, Sums, grpo, policy, ppo, sft
 from finetune_trainer.objectives.head import find_head
-from finetune_trainer.rewards import Asked, Rewards, options_of
+from finetune_trainer.rewards import Asked, Rewards
 
 _MINI_BATCHES = 3
 """First part of the key of the order of answers; ``data/stream.py`` has 0 to 2 and more for its own."""
@@ -73,7 +73,7 @@ class Answer:
 
 def prompts_at_once(config: TrainerConfig) -> int:
     """Prompts that a process answers at once. Of the configuration alone, so that the slots are always the same."""
-    options = options_of(config)
+    options = config.rollout
     assert options is not None
     fitting = options.local_rollout_forward_batch_size // (config.grpo.num_generations if config.grpo else 1)
     mine = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
@@ -139,7 +139,7 @@ class Rollouts:
 
     def __init__(self, engine: Engine, tokenizer: Any, config: TrainerConfig, parts: Parts, kl_coef: float | None):
         """``kl_coef``: where a checkpoint left PPO's coefficient of divergence."""
-        options = options_of(config)
+        options = config.rollout
         assert options is not None
         self.options = options
         self.engine, self.tokenizer, self.config = engine, tokenizer, config

@@ -243,7 +243,7 @@ class Job(Attempt):
         """Digests of what the result depends on; held-out rows do not change it."""
         model = self.config.model
         wanted = {model.uri, *(adapter.uri for adapter in model.adapters), *(s.uri for s in self.config.data.train)}
-        if (judged := self.config.ppo or self.config.grpo) is not None:
+        if (judged := self.config.rollout) is not None:
             wanted |= {judged.reward_model.uri} if judged.reward_model else set()
             wanted |= {function.uri for function in judged.reward_funcs if function.uri}
         return {

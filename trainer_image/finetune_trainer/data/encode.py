@@ -181,7 +181,7 @@ def _sft(config: TrainerConfig) -> Encoding:
 
 
 def _rollouts(config: TrainerConfig) -> Encoding:
-    options = config.ppo or config.grpo
+    options = config.rollout
     assert options is not None
     room = options.max_completion_length
     return Encoding(Prompt, prompt, with_room(room), version=(room,))
