@@ -21,13 +21,13 @@ from pydantic import TypeAdapter
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
 from finetune_api.run import ENV_CACHE, ENV_WORK, TrainerConfig
+from finetune_trainer.adapter_files import WEIGHTS, described
 from finetune_trainer.fetch import Fetched, lock
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import sync_folder
 
 log = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TYPES = {"lora": "LORA", "qlora": "LORA", "p_tuning_v2": "PREFIX_TUNING"}
 """PEFT's names of methods that it calls otherwise than we do."""
 _FREE = ("loraplus_lr_ratio", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -84,17 +84,6 @@ def settled(config: TrainerConfig, fetched: Fetched) -> TrainerConfig:
     log.info("going on with %s: %s", uri, ", ".join(f"{name} {value}" for name, value in taken.items()))
     settled_method: Any = TypeAdapter(Method).validate_python(method.model_dump() | taken)
     return config.model_copy(update={"method": settled_method})
-
-
-def described(folder: Path, uri: str) -> dict[str, Any]:
-    """An adapter's configuration. RunError(INVALID_CONFIGURATION) where it is none."""
-    try:
-        found: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(
-            Cause.INVALID_CONFIGURATION, f"{uri} is no adapter: its {CONFIG} cannot be read: {error}"
-        ) from error
-    return found
 
 
 def _read(value: Any, default: Any) -> Any:

@@ -29,6 +29,7 @@ from typing import Any
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE, ENV_CONFIG, Termination, TrainerConfig
 from finetune_api.spec import AdapterSource, DataSource, ModelSource
+from finetune_trainer.adapter_files import CONFIG, WEIGHTS
 from finetune_trainer.faults import diagnose, exit_code, leave_word
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store, file_digest, local_path
@@ -280,7 +281,7 @@ def no_safetensors(uri: str, names: Iterable[str]) -> RunError:
 def _adapter_files(adapter: AdapterSource) -> Select:
     def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
         del read
-        needed = ["adapter_config.json", "adapter_model.safetensors"]
+        needed = [CONFIG, WEIGHTS]
         if missing := [name for name in needed if name not in names]:
             pickled = " (adapter_model.bin is not read: it can run code)" if "adapter_model.bin" in names else ""
             raise RunError(
@@ -297,7 +298,7 @@ def _reward_files(source: AdapterSource) -> Select:
     """Of a whole model or of an adapter, whose tokenizer and head's configuration are wanted, too."""
 
     def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
-        if "adapter_config.json" not in names:
+        if CONFIG not in names:
             return _model_files(ModelSource(uri=source.uri, revision=source.revision))(names, read)
         parts = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in _MODEL_PARTS)]
         return sorted({*_adapter_files(source)(names, read), *(name for name in parts if "/" not in name)})

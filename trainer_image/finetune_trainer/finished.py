@@ -17,7 +17,7 @@ from finetune_api.methods import Lora
 from finetune_api.run import TrainerConfig, UseConfig
 from finetune_api.spec import Data, DataSource, Evaluation, ModelSource, Training
 from finetune_api.stages import MAKERS, SequenceClassification, TokenClassification
-from finetune_trainer.earlier import CONFIG, described
+from finetune_trainer.adapter_files import CONFIG, described
 from finetune_trainer.fetch import Fetched, fetch_model
 from finetune_trainer.outcome import RunError
 from finetune_trainer.world import World

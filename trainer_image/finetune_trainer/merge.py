@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE, MergeConfig, OutputInfo
 from finetune_api.spec import ModelSource
-from finetune_trainer.earlier import described
+from finetune_trainer.adapter_files import described
 from finetune_trainer.export import upload
 from finetune_trainer.faults import diagnose, exit_code
 from finetune_trainer.fetch import fetch_model

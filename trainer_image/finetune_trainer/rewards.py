@@ -22,10 +22,11 @@ import torch
 from finetune_api.causes import Cause
 from finetune_api.reinforcement import RewardFunction
 from finetune_api.run import TrainerConfig
+from finetune_trainer.adapter_files import CONFIG, WEIGHTS, described
 from finetune_trainer.data.records import BadRowError, Conversation, Message
 from finetune_trainer.data.render import Rendered, Renderer
-from finetune_trainer.earlier import described
 from finetune_trainer.fetch import Fetched
+from finetune_trainer.finished import put_on
 from finetune_trainer.outcome import RunError
 
 log = logging.getLogger(__name__)
@@ -291,7 +292,7 @@ def _reward_model(
             "model": config.model.model_copy(update={"uri": uri, "gguf_file": "", "adapters": []}),
         }
     )
-    if not (folder / "adapter_config.json").exists():
+    if not (folder / CONFIG).exists():
         _check_classifier(folder, uri)
         own = as_reward.model_copy(update={"method": _unquantised()})
         found = models.load_model(folder, own, device).eval().requires_grad_(False)
@@ -307,16 +308,9 @@ def _reward_model(
     base = models.load_model(
         fetched.model, as_reward.model_copy(update={"method": _unquantised(), "model": config.model}), device
     )
-    if "finetune_method" in written:
-        from finetune_trainer.methods import load_adapter
-
-        found = load_adapter(base, folder)
-    else:
-        from peft import PeftModel
-
-        found = PeftModel.from_pretrained(base, str(folder))
+    found, _ = put_on(base, folder, config.model.uri)
     log.info("the reward model %s is a second model in memory", uri)
-    return found.eval().requires_grad_(False), renderer, _nothing
+    return found.requires_grad_(False), renderer, _nothing
 
 
 def _can_share(policy: Any, written: dict[str, Any], folder: Path) -> bool:
@@ -329,7 +323,7 @@ def _can_share(policy: Any, written: dict[str, Any], folder: Path) -> bool:
     if lora.modules_to_save or lora.bias != "none" or getattr(policy, "_first_lora", None) is not None:
         return False
     below = f"base_model.model.{policy.get_base_model().base_model_prefix}."
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
         return not any(key.startswith(below) and "lora_" not in key for key in list(file.keys()))
 
 
@@ -400,7 +394,7 @@ def _beside(policy: Any, folder: Path, device: torch.device, uri: str) -> _Besid
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = load_file(folder / WEIGHTS)
     own = {key: value for key, value in weights.items() if "lora_" in key}
     head = {key.removeprefix("base_model.model."): value for key, value in weights.items() if "lora_" not in key}
     trained = {id(parameter): parameter.requires_grad for parameter in policy.parameters()}

@@ -16,7 +16,6 @@ To add a method: a file here, a row in :data:`METHODS`, and what ``finetune_api/
 needs nothing but its configuration is a row in ``adapters.py``.
 """
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,6 +27,7 @@ from pydantic import TypeAdapter
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.methods import Method
 from finetune_api.run import TrainerConfig
+from finetune_trainer.adapter_files import described
 from finetune_trainer.hooks import NOTHING, Hooks
 from finetune_trainer.methods import (
     adalora,
@@ -91,9 +91,9 @@ def load_adapter(model: Any, directory: str | Path) -> Any:
 
     RunError(INVALID_CONFIGURATION) where it belongs to another model.
     """
-    described = json.loads((Path(directory) / parts.CONFIG).read_text())
-    method: Any = TypeAdapter(Method).validate_python(described["finetune_method"])
+    written = described(Path(directory), str(directory))
+    method: Any = TypeAdapter(Method).validate_python(written["finetune_method"])
     METHODS[method.type].inject(model, method)
-    parts.train_head(model, described.get("modules_to_save", []))
+    parts.train_head(model, written.get("modules_to_save", []))
     parts.read(model, Path(directory))
     return model

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune_api.causes import Cause
 from finetune_api.methods import Lora
 from finetune_api.run import TrainerConfig
+from finetune_trainer.adapter_files import WEIGHTS
 from finetune_trainer.hooks import NOTHING, Hooks
 from finetune_trainer.methods import adapters
 from finetune_trainer.methods.adapters import attach, linear_names
@@ -79,7 +80,7 @@ def save(
     if kind_of(config.stage).new_head:
         adapters.write_labels(model, directory)
     last = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
-    save_file(plain_weights(first, last), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(plain_weights(first, last), directory / WEIGHTS, metadata={"format": "pt"})
     trained: Any = model.peft_config["default"]
     plain_config(trained).save_pretrained(str(directory))
     tokenizer.save_pretrained(directory)

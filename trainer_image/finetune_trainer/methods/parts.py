@@ -22,13 +22,12 @@ from transformers.masking_utils import sdpa_mask
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
+from finetune_trainer.adapter_files import CONFIG, WEIGHTS
 from finetune_trainer.methods.adapters import base_name
 from finetune_trainer.methods.places import Attention, Stack
 from finetune_trainer.model import head_of, kind_of
 from finetune_trainer.outcome import RunError
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 NON_LINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": relu,
     "gelu": gelu,
