@@ -4,7 +4,6 @@
 the committed file is another one, without either it is printed.
 """
 
-import argparse
 import copy
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from finetune_api.generated import command
 from finetune_api.rules import IMMUTABLE, NEW_JOB, RULES, Rule, told
 from finetune_api.schema import PATTERNS, PRESERVE, spec_schema, status_schema
 from finetune_api.stages import SECTIONS
@@ -197,20 +197,7 @@ def _leaves(path: str, node: dict[str, Any]) -> Iterator[tuple[str, dict[str, An
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m finetune_api.crd", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the file")
-    parser.add_argument("--check", action="store_true", help="fail where the file is not current")
-    chosen = parser.parse_args(arguments)
-    text = rendered()
-    if chosen.write:
-        PATH.write_text(text)
-    elif chosen.check:
-        if not PATH.exists() or PATH.read_text() != text:
-            print(f"{PATH} is not what the models say; run `make generate`", file=sys.stderr)
-            return 1
-    else:
-        sys.stdout.write(text)
-    return 0
+    return command("crd", __doc__, PATH, rendered, arguments)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 one, without either it is printed. The figures were seen by the trainer's tests (``make methods-table``).
 """
 
-import argparse
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.compatibility import COMPATIBILITY, Row
+from finetune_api.generated import command
 from finetune_api.guide import GUIDES, Refused
 from finetune_api.methods import METHODS
 from finetune_api.schema import accepted, of_model, text, unwrapped
@@ -184,20 +184,7 @@ def _sections() -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m finetune_api.method_pages", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the file")
-    parser.add_argument("--check", action="store_true", help="fail where the file is not current")
-    chosen = parser.parse_args(arguments)
-    page = rendered()
-    if chosen.write:
-        PATH.write_text(page)
-    elif chosen.check:
-        if not PATH.exists() or PATH.read_text() != page:
-            print(f"{PATH} is not what the models say; run `make generate`", file=sys.stderr)
-            return 1
-    else:
-        sys.stdout.write(page)
-    return 0
+    return command("method_pages", __doc__, PATH, rendered, arguments)
 
 
 if __name__ == "__main__":

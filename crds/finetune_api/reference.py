@@ -4,7 +4,6 @@
 without either it is printed.
 """
 
-import argparse
 import ast
 import inspect
 import re
@@ -19,6 +18,7 @@ from finetune_api.causes import RETRY, Cause, Retry
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.conditions import Condition, Reason, State
 from finetune_api.crd import COLUMNS, SELECTABLE
+from finetune_api.generated import command
 from finetune_api.rules import IMMUTABLE, NAME_LENGTH, RULES
 from finetune_api.schema import PATTERNS, PRESERVE, accepted, spec_schema, status_schema, text
 from finetune_api.stages import STAGES
@@ -314,21 +314,7 @@ def _grouped(module: Any, name: str) -> dict[str, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m finetune_api.reference", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the file")
-    parser.add_argument("--check", action="store_true", help="fail where the file is not current")
-    chosen = parser.parse_args(arguments)
-    page = rendered()
-    if chosen.write:
-        PATH.parent.mkdir(exist_ok=True)
-        PATH.write_text(page)
-    elif chosen.check:
-        if not PATH.exists() or PATH.read_text() != page:
-            print(f"{PATH} is not what the models say; run `make generate`", file=sys.stderr)
-            return 1
-    else:
-        sys.stdout.write(page)
-    return 0
+    return command("reference", __doc__, PATH, rendered, arguments)
 
 
 if __name__ == "__main__":
