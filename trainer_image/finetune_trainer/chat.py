@@ -4,10 +4,8 @@
 With ``compare`` the model without its adapter answers beside it, each in a conversation of its own.
 """
 
-import os
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +17,10 @@ import torch
 from transformers import TextStreamer
 
 from finetune_api.causes import Cause
-from finetune_api.run import ENV_CACHE, ENV_WORK, ChatConfig
+from finetune_api.run import ChatConfig
 from finetune_api.spec import Training
+from finetune_trainer.command import carried_out
 from finetune_trainer.data.records import Message
-from finetune_trainer.faults import diagnose, exit_code
 from finetune_trainer.finished import find, load, precision
 from finetune_trainer.generate import end_tokens
 from finetune_trainer.outcome import RunError
@@ -216,25 +214,20 @@ def opened(config: ChatConfig, cache: Path) -> dict[str, Talk]:
 def main(arguments: list[str]) -> int:
     """The command; its exit code."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    try:
+
+    def work(cache: Path) -> None:
         config = ChatConfig.model_validate_json(Path(arguments[0]).read_bytes())
-        with tempfile.TemporaryDirectory(prefix="finetune-chat-") as scratch:
-            cache = Path(os.environ.get(ENV_CACHE) or scratch)
-            os.environ.setdefault(ENV_WORK, scratch)
-            cache.mkdir(parents=True, exist_ok=True)
-            talks = opened(config, cache)
-            if config.seed is not None:
-                torch.manual_seed(config.seed)
-            if terminal:
-                print(f"{config.model.uri}. {HELP}")
-            converse(talks, config.system, sys.stdin, sys.stdout, terminal)
+        talks = opened(config, cache)
+        if config.seed is not None:
+            torch.manual_seed(config.seed)
+        if terminal:
+            print(f"{config.model.uri}. {HELP}")
+        converse(talks, config.system, sys.stdin, sys.stdout, terminal)
+
+    try:
+        return carried_out("answering", work)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        cause, message = diagnose(error, phase="answering")
-        print(f"{cause}: {message}", file=sys.stderr)
-        return exit_code(cause)
-    return 0
 
 
 if __name__ == "__main__":

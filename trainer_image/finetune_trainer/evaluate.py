@@ -5,16 +5,14 @@ prepared, and the figures made, by what does it during a run.
 """
 
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from finetune_api.causes import Cause
-from finetune_api.run import ENV_CACHE, ENV_WORK, EvaluateConfig
+from finetune_api.run import EvaluateConfig
 from finetune_api.spec import Training
-from finetune_trainer.faults import diagnose, exit_code
+from finetune_trainer.command import carried_out
 from finetune_trainer.outcome import RunError
 
 Figures = dict[str, float]
@@ -90,20 +88,13 @@ def table(figures: dict[str, Figures], rows: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: list[str]) -> int:
     """The command; its exit code."""
-    try:
+
+    def work(cache: Path) -> None:
         wanted = EvaluateConfig.model_validate_json(Path(arguments[0]).read_bytes())
-        with tempfile.TemporaryDirectory(prefix="finetune-evaluate-") as scratch:
-            cache = Path(os.environ.get(ENV_CACHE) or scratch)
-            os.environ.setdefault(ENV_WORK, scratch)
-            cache.mkdir(parents=True, exist_ok=True)
-            figures, rows = evaluate(wanted, cache)
-    except Exception as error:
-        cause, message = diagnose(error, phase="evaluating")
-        print(f"{cause}: {message}", file=sys.stderr)
-        return exit_code(cause)
-    if wanted.as_json:
-        print(json.dumps({**figures, "data": rows}, ensure_ascii=False, indent=1))
-    else:
+        figures, rows = evaluate(wanted, cache)
+        if wanted.as_json:
+            print(json.dumps({**figures, "data": rows}, ensure_ascii=False, indent=1))
+            return
         for name, counts in rows.items():
             left_out = [
                 f"{counts[key]} {words}" for key, words in (("dropped", "dropped"), ("bad_rows", "bad")) if counts[key]
@@ -111,7 +102,8 @@ def main(arguments: list[str]) -> int:
             if left_out:
                 print(f"{name.removeprefix('eval/')}: rows left out: {', '.join(left_out)}", file=sys.stderr)
         print(table(figures, rows))
-    return 0
+
+    return carried_out("evaluating", work)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ that PEFT merges is added as it is; several, or one with a weight, are LoRAs and
 ``add_weighted_adapter`` first. With ``modules`` only layers whose names match are changed. All on the CPU.
 """
 
-import os
 import re
 import sys
 import tempfile
@@ -20,11 +19,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoTokenizer
 
 from finetune_api.causes import Cause
-from finetune_api.run import ENV_CACHE, MergeConfig, OutputInfo
+from finetune_api.run import MergeConfig, OutputInfo
 from finetune_api.spec import ModelSource
 from finetune_trainer.adapter_files import described
+from finetune_trainer.command import carried_out
 from finetune_trainer.export import upload
-from finetune_trainer.faults import diagnose, exit_code
 from finetune_trainer.fetch import fetch_model
 from finetune_trainer.methods.adapters import merged_into
 from finetune_trainer.model import KINDS, LANGUAGE_MODEL, save_model
@@ -229,18 +228,12 @@ def run(config: MergeConfig, cache: Path) -> OutputInfo:
 
 def main(arguments: list[str]) -> int:
     """The command; its exit code."""
-    try:
-        config = MergeConfig.model_validate_json(Path(arguments[0]).read_bytes())
-        with tempfile.TemporaryDirectory(prefix="finetune-merge-") as scratch:
-            cache = Path(os.environ.get(ENV_CACHE) or scratch)
-            cache.mkdir(parents=True, exist_ok=True)
-            output = run(config, cache)
-    except Exception as error:
-        cause, message = diagnose(error, phase="merging")
-        print(f"{cause}: {message}", file=sys.stderr)
-        return exit_code(cause)
-    print(f"{output.kind} of {output.size / 1e6:,.1f} MB in {output.uri}")
-    return 0
+
+    def work(cache: Path) -> None:
+        output = run(MergeConfig.model_validate_json(Path(arguments[0]).read_bytes()), cache)
+        print(f"{output.kind} of {output.size / 1e6:,.1f} MB in {output.uri}")
+
+    return carried_out("merging", work)
 
 
 if __name__ == "__main__":
