@@ -43,7 +43,7 @@ CASES = [
     Case("lora, ZeRO-0, accumulation 8", f"{ADAPTER} --method lora --zero 0 --accumulation 8 --steps 5"),
     Case("lora, ZeRO-1", f"{ADAPTER} --method lora --zero 1", baseline=False),
     Case("lora, ZeRO-2", f"{ADAPTER} --method lora --zero 2"),
-    Case("lora, ZeRO-3", f"{ADAPTER} --method lora --zero 3", baseline=False),
+    Case("lora, ZeRO-3, checkpointing", f"{ADAPTER} --method lora --zero 3 --checkpointing", baseline=False),
     Case("qlora, ZeRO-2", f"{ADAPTER} --method qlora --zero 2"),
     Case("full 2B, ZeRO-2", f"--shape 2b {FULL} --zero 2"),
     Case("full 2B, ZeRO-2, accumulation 8", f"--shape 2b {FULL} --zero 2 --accumulation 8 --steps 5"),
