@@ -15,15 +15,19 @@ WRITING = os.environ.get("FINETUNE_METHOD_FACTS") == "write"
 
 
 def seen(method: str, **facts: Any) -> None:
-    """Facts about one method: numbers, truths and lists to the letter, losses nearly."""
+    """Facts about one method: numbers, truths and lists to the letter, losses nearly.
+
+    4-bit arithmetic is another one on every kind of CPU (bitsandbytes has kernels for each), and so are its losses.
+    """
     document = json.loads(FACTS.read_text()) if FACTS.exists() else {"methods": {}}
     if WRITING:
         document["methods"].setdefault(method, {}).update(facts)
         FACTS.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
         return
     known = {name: document["methods"].get(method, {}).get(name) for name in facts}
+    nearly = 0.25 if facts.get("quantized") else 0.1
     for name, fact in facts.items():
-        expected: Any = pytest.approx(known[name], abs=0.1) if name == "loss" else known[name]
+        expected: Any = pytest.approx(known[name], abs=nearly) if name == "loss" else known[name]
         assert fact == expected, f"{FACTS.name}: {name} of {method} is another one now; run `make methods-table`"
 
 
