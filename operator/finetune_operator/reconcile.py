@@ -56,10 +56,12 @@ def reconcile(
     try:
         facts = gather(cluster, settings, raw, status, now())
         decision = decide(facts)
-        _do(cluster, raw, facts, decision)
+        done = _do(cluster, raw, facts, decision)
     except ClusterError as error:
         _report(cluster, raw, status, error, now())
         raise
+    if not done:
+        return Result(None, None)
     for event in events(status, decision.status):
         cluster.event(raw, event.kind, event.reason, event.message)
     if decision.delete_job:
@@ -232,19 +234,21 @@ def _logs(cluster: Cluster, namespace: str, status: FineTuneJobStatus, observed:
 # --- do -------------------------------------------------------------------------------------------------------
 
 
-def _do(cluster: Cluster, raw: Object, facts: Facts, decision: Decision) -> None:
-    """Make, then record, then take away (see decide.py for why in this order)."""
-    namespace, name = raw["metadata"]["namespace"], raw["metadata"]["name"]
+def _do(cluster: Cluster, raw: Object, facts: Facts, decision: Decision) -> bool:
+    """Make, then record, then take away (see decide.py for why in this order). False: the job was deleted meanwhile,
+    and what was decided is about nothing any more."""
+    namespace = raw["metadata"]["namespace"]
     if decision.create_attempt is not None and facts.plan is not None:
         for manifest in attempt_manifests(facts.plan, decision, facts.observed):
             cluster.apply(manifest)
     new = _dump(decision.status)
-    if new != (raw.get("status") or {}):
-        cluster.patch_status(namespace, name, new)
+    if new != (raw.get("status") or {}) and not cluster.patch_status(raw, new):
+        return False
     for gone in decision.delete:
         cluster.delete(gone.kind, namespace, gone.name, force=gone.force)
     if decision.delete_job:
-        cluster.delete(manifests.KIND, namespace, name)
+        cluster.delete_job(raw)
+    return True
 
 
 def attempt_manifests(plan: Plan, decision: Decision, observed: Observed) -> list[dict[str, Any]]:
@@ -266,7 +270,6 @@ def _report(cluster: Cluster, raw: Object, status: FineTuneJobStatus, error: Clu
     if conditions == status.conditions:
         return
     try:
-        reported = _dump(status.model_copy(update={"conditions": conditions}))
-        cluster.patch_status(raw["metadata"]["namespace"], raw["metadata"]["name"], reported)
+        cluster.patch_status(raw, _dump(status.model_copy(update={"conditions": conditions})))
     except ClusterError:
         log.warning("the status of %s could not be written: %s", raw["metadata"]["name"], error.message)

@@ -295,17 +295,28 @@ class Simulation:
                 self.workers.pop(name, None)
             elif name in self.workers:
                 self._delete_pod(self.workers[name].raw)
-        elif kind == manifests.KIND:
-            self.jobs.pop(name, None)
-            for key in [k for k, c in self.children_of.items() if c["metadata"]["labels"][manifests.LABEL_JOB] == name]:
-                del self.children_of[key]
         elif child := self.children_of.get((kind, name)):
             child["metadata"].setdefault("deletionTimestamp", format_time(self.now))
 
-    def patch_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> None:
+    def delete_job(self, job: Object) -> None:
+        self._call("delete")
+        if not self._is_there(job):
+            return
+        name = job["metadata"]["name"]
+        del self.jobs[name]
+        for key in [k for k, c in self.children_of.items() if c["metadata"]["labels"][manifests.LABEL_JOB] == name]:
+            del self.children_of[key]
+
+    def patch_status(self, job: Object, status: Mapping[str, Any]) -> bool:
         self._call("patch")
-        if name in self.jobs:
-            self.jobs[name]["status"] = copy.deepcopy(dict(status))
+        if not self._is_there(job):
+            return False
+        self.jobs[job["metadata"]["name"]]["status"] = copy.deepcopy(dict(status))
+        return True
+
+    def _is_there(self, job: Object) -> bool:
+        there = self.jobs.get(job["metadata"]["name"])
+        return there is not None and there["metadata"]["uid"] == job["metadata"]["uid"]
 
     def event(self, job: Object, kind: str, reason: str, message: str) -> None:
         self._call("event")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from finetune_api.causes import Cause
 from finetune_api.run import OutputInfo, Termination
 from finetune_operator.cluster import ClusterError
+from finetune_operator.reconcile import reconcile
 from tests.operator.simulation import GOOD_SPEC, OperatorKilled, Simulation, _index
 
 
@@ -309,6 +310,21 @@ def test_rows_are_no_model() -> None:
     assert "wrote rows and no model" in sim.message("second", "Stalled")
 
 
+def test_a_pass_over_a_job_that_is_made_anew_meanwhile_writes_nothing_on_the_new_one(sim: Simulation) -> None:
+    class MadeAnew(Simulation):
+        def children(self, namespace: str, name: str) -> list[Any]:
+            self.children_of.clear()
+            self.submit(name, uid="another")
+            return []
+
+    sim.run("tune", until="Running")
+    told = list(sim.events)
+    sim.__class__ = MadeAnew
+    assert reconcile(sim, sim.settings, "team", "tune", lambda: sim.now).job is None
+    assert sim.status("tune") == {}
+    assert sim.events == told
+
+
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_gang_whose_queue_takes_the_room_back_was_preempted(sim: Simulation, seen: bool) -> None:
     while sim.step.get("tune-a1", 0) < 5:
@@ -348,7 +364,7 @@ def test_a_chain_whose_input_failed_is_stalled_until_that_one_is_made_anew() -> 
     assert sim.status("second")["state"] == "Waiting"
     assert sim.reason("second", "Stalled") == ("True", "InputJobFailed")
     assert sim.message("second", "Stalled") == "FineTuneJob first has failed; this job waits for its output."
-    sim.delete("FineTuneJob", "team", "first")
+    sim.delete_job(sim.jobs["first"])
     sim.workers.clear()
     sim.submit("first")
     sim.reconcile("second")

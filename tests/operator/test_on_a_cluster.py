@@ -7,9 +7,12 @@ import json
 from datetime import UTC, datetime
 
 import pytest
+from kubernetes import config as kubernetes_config
 
 from finetune_api.causes import Cause
 from finetune_api.run import CheckpointInfo, Termination
+from finetune_operator.cluster import ClusterError
+from finetune_operator.cluster.kubernetes import KubernetesCluster
 from tests.cluster.cluster import Cluster
 from tests.operator.jobs_on_a_cluster import (
     BATCH_JOBS,
@@ -241,6 +244,25 @@ def test_a_job_made_anew_has_nothing_of_the_one_before(cluster: Cluster, namespa
     config = json.loads(cluster.get("configmaps", "tune-config", namespace=namespace)["data"]["config.json"])
     assert config["training"]["learning_rate"] == 0.5
     told(cluster, namespace, "tune", last="AttemptStarted")
+
+
+def test_what_was_decided_of_a_job_is_not_done_to_the_next_of_its_name(cluster: Cluster, namespace: str) -> None:
+    """By the operator's own client, which has read a job that was deleted and made anew since."""
+    cluster.apply(fine_tune_job("tune", suspend=True), namespace=namespace)
+    status = wait_for_state(cluster, namespace, "tune", "Suspended")
+    there = cluster.get(JOBS, "tune", namespace=namespace)
+    client = KubernetesCluster(kubernetes_config.new_client_from_config(str(cluster.kubeconfig)))
+    before = {**there, "metadata": {**there["metadata"], "uid": "of-the-one-before"}}
+    assert not client.patch_status(before, {"state": "Failed"})
+    client.delete_job(before)
+    assert cluster.get(JOBS, "tune", namespace=namespace)["status"] == status
+    with pytest.raises(ClusterError, match=r"Could not write the status of FineTuneJob .*/tune: 422 .*restarts"):
+        client.patch_status(there, {"restarts": "many"})
+    assert client.patch_status(there, status)
+    client.delete_job(there)
+    cluster.wait_gone(JOBS, name="tune", namespace=namespace)
+    assert not client.patch_status(there, status)
+    client.delete_job(there)
 
 
 def wait_until_no_child_is_left(cluster: Cluster, namespace: str) -> None:

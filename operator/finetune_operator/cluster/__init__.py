@@ -37,8 +37,11 @@ class Cluster(Protocol):
         """Delete an object and what it owns (foreground). Gone already is fine. ``force``: without waiting
         for the kubelet, for pods of dead nodes only."""
 
-    def patch_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> None:
-        """Replace the status of a FineTuneJob. Gone already is fine."""
+    def delete_job(self, job: Object) -> None:
+        """Delete this FineTuneJob and what it owns. Gone already, or made anew under its name, is fine."""
+
+    def patch_status(self, job: Object, status: Mapping[str, Any]) -> bool:
+        """Replace the status of this FineTuneJob. False: it is gone, or was made anew under its name."""
 
     def event(self, job: Object, kind: str, reason: str, message: str) -> None:
         """Record an event (kind Normal or Warning) on a FineTuneJob. Never fails."""

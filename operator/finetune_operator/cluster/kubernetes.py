@@ -136,42 +136,43 @@ class KubernetesCluster:
             propagation_policy="Foreground" if kind == "Job" else "Background",
             grace_period_seconds=0 if force else None,
         )
-        try:
-            if kind == manifests.KIND:
-                self._json(
-                    what,
-                    self._custom.delete_namespaced_custom_object,
-                    manifests.GROUP,
-                    manifests.VERSION,
-                    namespace,
-                    manifests.PLURAL,
-                    name,
-                    body=options,
-                )
-            else:
-                self._json(what, self._delete[kind], name, namespace, body=options)
-        except _NotFoundError:
-            return
+        with contextlib.suppress(_NotFoundError):
+            self._json(what, self._delete[kind], name, namespace, body=options)
 
-    def patch_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> None:
-        # A merge patch would leave keys behind that the new status does not have; null takes them away.
-        known = (self.finetunejob(namespace, name) or {}).get("status") or {}
-        body = {"status": {**dict.fromkeys(known), **status}}
+    def delete_job(self, job: Object) -> None:
+        options = client.V1DeleteOptions(
+            propagation_policy="Background", preconditions=client.V1Preconditions(uid=job["metadata"]["uid"])
+        )
+        self._on_this(job, "delete", self._custom.delete_namespaced_custom_object, body=options)
+
+    def patch_status(self, job: Object, status: Mapping[str, Any]) -> bool:
+        patch = [
+            {"op": "test", "path": "/metadata/uid", "value": job["metadata"]["uid"]},
+            {"op": "add", "path": "/status", "value": status},
+        ]
+        return self._on_this(
+            job,
+            "write the status of",
+            self._custom.patch_namespaced_custom_object_status,
+            patch,
+            field_manager=FIELD_MANAGER,
+            _content_type="application/json-patch+json",
+        )
+
+    def _on_this(self, job: Object, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+        """A call on one FineTuneJob that the API server refuses if another one has its name by now. False: it did."""
+        namespace, name, uid = (job["metadata"][key] for key in ("namespace", "name", "uid"))
         try:
+            what = f"{what} FineTuneJob {namespace}/{name}"
             self._json(
-                f"write the status of {namespace}/{name}",
-                self._custom.patch_namespaced_custom_object_status,
-                manifests.GROUP,
-                manifests.VERSION,
-                namespace,
-                manifests.PLURAL,
-                name,
-                body,
-                field_manager=FIELD_MANAGER,
-                _content_type="application/merge-patch+json",
+                what, call, manifests.GROUP, manifests.VERSION, namespace, manifests.PLURAL, name, *args, **kwargs
             )
-        except _NotFoundError:
-            return
+        except ClusterError as error:
+            there = None if isinstance(error, _NotFoundError) else self.finetunejob(namespace, name)
+            if there is not None and there["metadata"]["uid"] == uid:
+                raise
+            return False
+        return True
 
     def event(self, job: Object, kind: str, reason: str, message: str) -> None:
         metadata = job["metadata"]

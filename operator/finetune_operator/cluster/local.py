@@ -258,9 +258,6 @@ class LocalCluster:
 
     def delete(self, kind: str, namespace: str, name: str, *, force: bool = False) -> None:
         """Delete an object and what it owns: SIGTERM, the grace period, SIGKILL."""
-        if kind == manifests.KIND:
-            self.forget(namespace, name)
-            return
         for folder in self._in(namespace):
             found = folder.get(kind, name)
             if found is None:
@@ -273,13 +270,22 @@ class LocalCluster:
             else:
                 folder.remove(kind, name)
 
-    def patch_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> None:
+    def delete_job(self, job: Object) -> None:
+        """Take a FineTuneJob away with everything made for it."""
+        metadata = job["metadata"]
+        there = self.finetunejob(metadata["namespace"], metadata["name"])
+        if there is not None and there["metadata"]["uid"] == metadata["uid"]:
+            self.forget(metadata["namespace"], metadata["name"])
+
+    def patch_status(self, job: Object, status: Mapping[str, Any]) -> bool:
         """Replace the status of a FineTuneJob."""
-        folder = self.folder(namespace, name)
+        folder = self.folder(job["metadata"]["namespace"], job["metadata"]["name"])
         with folder.changing():
-            job = folder.job
-            if job is not None:
-                folder.write_job({**job, "status": dict(status)})
+            there = folder.job
+            if there is None or there["metadata"]["uid"] != job["metadata"]["uid"]:
+                return False
+            folder.write_job({**there, "status": dict(status)})
+            return True
 
     def event(self, job: Object, kind: str, reason: str, message: str) -> None:
         """Record an event and tell the command line of it."""
