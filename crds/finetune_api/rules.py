@@ -946,9 +946,45 @@ RULES: tuple[Rule, ...] = (
             remedy=f"add held-out rows in spec.data.eval, or remove {field}",
         )
         for field, nothing, cel in (
+            ("eval_on_start", "false", "!self.training.eval_on_start"),
             ("load_best_model_at_end", "false", "!self.training.load_best_model_at_end"),
             ("early_stopping_patience", "0", "self.training.early_stopping_patience == 0"),
         )
+    ),
+    Rule(
+        at="spec",
+        field="evaluation.perplexity_positions",
+        holds=lambda self: not self.evaluation.perplexity_positions or self.stage in ("pretrain", "sft"),
+        cel="size(self.evaluation.perplexity_positions) == 0 || self.stage in ['pretrain', 'sft']",
+        accepted="none but with spec.stage: pretrain or sft",
+        remedy="remove them; finetune evaluate --perplexity-position tells them of any causal language model",
+    ),
+    Rule(
+        at="spec",
+        field="evaluation.perplexity_positions",
+        holds=lambda self: not self.evaluation.perplexity_positions or len(self.data.eval) > 0,
+        cel="size(self.evaluation.perplexity_positions) == 0 || size(self.data.eval) > 0",
+        accepted="none, as spec.data.eval is empty",
+        remedy="add held-out rows in spec.data.eval, or remove them",
+    ),
+    Rule(
+        at="spec",
+        field="evaluation.perplexity_positions",
+        holds=lambda self: all(position < self.data.max_length for position in self.evaluation.perplexity_positions),
+        cel="self.evaluation.perplexity_positions.all(p, p < self.data.max_length)",
+        accepted="positions below spec.data.max_length",
+        remedy="raise data.max_length, or remove what is not below it: nothing is longer",
+    ),
+    Rule(
+        at="spec.evaluation",
+        field="perplexity_positions",
+        holds=lambda self: self.perplexity_positions == sorted(set(self.perplexity_positions)),
+        cel=(
+            "self.perplexity_positions.isSorted() && self.perplexity_positions.all(p, "
+            "self.perplexity_positions.exists_one(q, q == p))"
+        ),
+        accepted="rising positions",
+        remedy="write each once, the smallest first",
     ),
     Rule(
         at="spec.evaluation",

@@ -156,6 +156,7 @@ class EvaluateConfig(UseConfig):
     max_bad_rows: int = 0
     batch_size: int = 1
     as_json: bool = False
+    perplexity_positions: list[int] = []
     seq2seq: Seq2Seq | None = None
 
 

@@ -210,6 +210,8 @@ class Training(HyperModel):
     while training; 0: none."""
     eval_steps: int = Field(0, ge=0, le=1000000000)
     """Evaluate every so many steps; 0: at the end of every epoch. Always at the end of the run."""
+    eval_on_start: bool = False
+    """Evaluate before the first step, too: what the training begins from."""
     load_best_model_at_end: bool = False
     """The result is the model of the best evaluation, not the last one. Its checkpoint is kept."""
     metric_for_best_model: str = Field("loss", min_length=1, max_length=256)
@@ -239,6 +241,10 @@ class Evaluation(HyperModel):
     """Longest target to write, in tokens; 0: seq2seq.max_target_length."""
     generation_num_beams: int = Field(1, ge=1, le=64)
     """Beams of the search for it; 1: greedy."""
+    perplexity_positions: list[Annotated[int, Field(ge=1, le=16777216)]] = Field(default=[], max_length=32)
+    """With stages pretrain and sft: tell the perplexity by position, too. [1024, 4096] gives perplexity_to_1024 of the
+    first 1024 tokens of every document, perplexity_to_4096 of the tokens from there up to 4096, and one of those up to
+    data.max_length."""
 
 
 class ZeroOptimization(HyperModel):

@@ -1,6 +1,7 @@
 """Every example is right, says how it is run, and those that can, run here: on a tiny model, by ``finetune run``."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -240,6 +241,29 @@ def test_sentiment_by_all_weights_and_by_lora(place: Place) -> None:
     # (q, v) x 2 layers of rank 8, and the head: pre_classifier and classifier
     assert trained["sentiment-lora"] == 4 * 8 * (64 + 64) + (64 * 64 + 64) + (64 * 2 + 2)
     assert trained["sentiment-full"] > 5 * trained["sentiment-lora"]
+
+
+@pytest.mark.trainer
+def test_the_sft_step_of_deepspeed_chat(place: Place) -> None:
+    """A tiny OPT, rows as rm-static has them, two nodes under ZeRO-2: the perplexity falls epoch by epoch."""
+    model = tiny_heads.make(place.home / "opt", "opt")
+    for name, count, seed in (("train", 300, 1), ("test", 20, 2)):
+        tiny_heads.write_rows(place.home / f"{name}.jsonl", tiny_heads.transcripts(count, seed))
+    options = [f"model.uri=file://{model}"]
+    options += [
+        f"data.{kind}[0].uri=file://{place.home}/{name}.jsonl" for kind, name in (("train", "train"), ("eval", "test"))
+    ]
+    options += ["data.eval[0].split=train", "data.max_length=96", "model.dtype=float32"]
+    options += ["training.num_train_epochs=4", "training.learning_rate=3e-3", "training.logging_steps=1000"]
+    place.run("11", "--cpu", "workers.replicas=2", "evaluation.perplexity_positions=[8, 16]", *options)
+    records = place.records("deepspeed-chat-sft")
+    steps = 300 * 0.2 / (8 * 2)
+    assert [record["step"] for record in records] == [0, *(math.ceil(steps * epoch) for epoch in (1, 2, 3, 4))]
+    told = [record["eval_perplexity"] for record in records]
+    assert told == sorted(told, reverse=True) and told[-1] < 0.7 * told[0]
+    assert {f"eval_perplexity_to_{end}" for end in (8, 16, 96)} <= records[0].keys()
+    assert "loss" not in records[0]
+    assert "Perplexity by position" in (place.home / "out" / "deepspeed-chat-sft" / "report.html").read_text()
 
 
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "stages.md").read_text(), re.M | re.S))

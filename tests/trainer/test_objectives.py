@@ -1,5 +1,6 @@
 """Every stage's loss against TRL's own trainers on the same batch, in fp32. One process: importing TRL takes 8 s."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ torch = pytest.importorskip("torch", reason="needs the trainer extra")
 from finetune_api.stages import Dpo, DpoLoss, Kto, Orpo, Reward
 from finetune_trainer.data.render import Tokens
 from finetune_trainer.data.stream import Draft, Rows, Stream, collate
-from finetune_trainer.objectives import answers, dpo, kto, orpo, reward
+from finetune_trainer.objectives import answers, dpo, kto, orpo, reward, sft
 from finetune_trainer.objectives.head import find_head
 from tests.trainer import tiny
 
@@ -310,6 +311,31 @@ def learned_of(rows: Any) -> list[list[int]]:
         rows.ids[rows.starts[n] : rows.starts[n + 1]][rows.learned[rows.starts[n] : rows.starts[n + 1]]].tolist()
         for n in cuts
     ]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_perplexity_by_position_is_that_of_each_stretch_of_every_document(root: Path, packing: bool) -> None:
+    """Against a loop over single documents."""
+    model, ends = load(root / "policy"), [3, 7, 64]
+    draw = np.random.default_rng(5)
+    documents = [draw.integers(3, 64, size).astype(np.int32) for size in (9, 4, 2, 12)]
+    drafts = [Draft((Tokens(ids, np.arange(len(ids)) > 0),), {}) for ids in documents]
+    stream = Stream([Rows.of("rows", drafts)], [1.0], 0, packing, 64, shuffle=False)
+    batch = collate([stream.item(0, number) for number in range(stream.items(0))], pad_token_id=0)
+    assert (len(batch["input_ids"]) == 1) is packing
+    objective = sft.by_position(ends)
+    with torch.no_grad():
+        _, sums = objective["loss_sums"](model, objective["prepare"](batch))
+    losses: dict[int, list[float]] = {end: [] for end in ends}
+    for ids in documents:
+        row = torch.from_numpy(ids).long()[None]
+        with torch.no_grad():
+            each = torch.nn.functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="none")
+        for place, loss in enumerate(each.tolist(), start=2):
+            losses[next(end for end in ends if place <= end)].append(loss)
+    wanted = {f"perplexity_to_{end}": math.exp(sum(found) / len(found)) for end, found in losses.items()}
+    assert objective["figures"](sums) == pytest.approx(wanted, rel=1e-5)
+    assert objective["loss_sums"](model, objective["prepare"](batch))[1] == {}  # while training
 
 
 def test_every_stage_learns_from_the_records_that_the_api_names() -> None:

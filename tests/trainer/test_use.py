@@ -97,12 +97,24 @@ def test_the_base_is_compared_and_a_merged_model_is_the_adapter_in_it(root: Path
     assert f"{compared['base']['loss']:.4f}" in line and f"{compared['model']['perplexity']:.4f}" in line
 
 
+def test_perplexity_is_told_by_position_where_it_is_asked_for(root: Path) -> None:
+    found = figures(root, "lora", perplexity_positions=[16, 8, 100])["model"]
+    assert [key for key in found if "_to_" in key and "/" not in key] == [
+        "perplexity_to_8",
+        "perplexity_to_16",
+        "perplexity_to_48",
+    ]
+    low, high = (pick(v for k, v in found.items() if "_to_" in k) for pick in (min, max))
+    assert low < found["perplexity"] < high
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "told"),
     [
         ("lora/merged", {"stage": "dpo", "data": "pairs"}, "Name the adapter"),
         ("lora/merged", {"compare": True}, "Name the adapter"),
         ("lora", {"base": "full-of-nothing"}, "full-of-nothing"),
+        ("lora", {"stage": "reward", "perplexity_positions": [8]}, "add --stage pretrain or --stage sft"),
         ("lora", {"adapters": "adapter"}, "Name its model first"),
     ],
 )

@@ -18,6 +18,9 @@ DISTILBERT = {"vocab_size": 64, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_
 DISTILBERT |= {"max_position_embeddings": 128}
 T5 = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, "dropout_rate": 0.0}
+OPT = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 128}
+OPT |= {"word_embed_proj_dim": 64, "max_position_embeddings": 128, "dropout": 0.0}
+OPT |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BART = {"vocab_size": 64, "d_model": 64, "max_position_embeddings": 128, "dropout": 0.0}
 BART |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 2), ("ffn_dim", 128))}
 BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 2}
@@ -29,6 +32,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", BERT | _QUIET),
     "roberta": ("RobertaForMaskedLM", BERT | _QUIET | {"pad_token_id": 0}),
     "distilbert": ("DistilBertForMaskedLM", DISTILBERT | _CALM),
+    "opt": ("OPTForCausalLM", OPT),
     "t5": ("T5ForConditionalGeneration", T5),
     "bart": ("BartForConditionalGeneration", BART),
 }
@@ -56,7 +60,7 @@ def make_tokenizer(family: str) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    names = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"] if family in ("t5", "bart", "roberta") else SPECIAL
+    names = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"] if family in ("t5", "bart", "roberta", "opt") else SPECIAL
     vocabulary = {word: number for number, word in enumerate([*names, *WORDS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token=names[3]))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -68,7 +72,7 @@ def make_tokenizer(family: str) -> Any:
         single=single, pair=pair, special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])]
     )
     inputs = ["input_ids", *(["token_type_ids"] if family == "bert" else []), "attention_mask"]
-    ends = {"eos_token": last} if family in ("t5", "bart") else {"cls_token": first, "sep_token": last}
+    ends = {"eos_token": last} if family in ("t5", "bart", "opt") else {"cls_token": first, "sep_token": last}
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token=names[0], unk_token=names[3], model_input_names=inputs, **ends
     )
@@ -132,6 +136,18 @@ def pairs(count: int, seed: int) -> Rows:
         second = first if draw.random() < 0.5 else draw.choice([animal for animal in ANIMALS if animal != first])
         texts = [_mixed(draw, [animal], 1, 3) for animal in (first, second)]
         rows.append({"text": texts[0], "text_pair": texts[1], "label": "same" if first == second else "other"})
+    return rows
+
+
+def transcripts(count: int, seed: int) -> Rows:
+    """As rm-static has them: the chosen answer repeats the question's words backwards."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        words = [draw.choice(WORDS) for _ in range(draw.randint(2, 9))]
+        others = [draw.choice(WORDS) for _ in words]
+        answers = {"chosen": " " + " ".join(words[::-1]), "rejected": " " + " ".join(others)}
+        prompt = f"\n\nHuman: say {' '.join(words)}\n\nAssistant:"
+        rows.append({"prompt": prompt, "response": answers["chosen"], **answers})
     return rows
 
 

@@ -1068,6 +1068,44 @@ BAD: tuple[Bad, ...] = (
         "spec.training.early_stopping_patience",
         "add held-out rows in spec.data.eval",
     ),
+    Bad(
+        "a look at nothing before training",
+        {"spec.training.eval_on_start": True},
+        "spec.training.eval_on_start",
+        "add held-out rows in spec.data.eval",
+    ),
+    Bad(
+        "positions of nothing",
+        {"spec.evaluation.perplexity_positions": [1024]},
+        "spec.evaluation.perplexity_positions",
+        "add held-out rows in spec.data.eval",
+    ),
+    Bad(
+        "positions beyond the longest row",
+        {
+            "spec.data.eval": [{"uri": "s3://a/b.jsonl"}],
+            "spec.data.max_length": 1024,
+            "spec.evaluation.perplexity_positions": [512, 1024],
+        },
+        "spec.evaluation.perplexity_positions",
+        "raise data.max_length",
+    ),
+    Bad(
+        "positions in disorder",
+        {"spec.data.eval": [{"uri": "s3://a/b.jsonl"}], "spec.evaluation.perplexity_positions": [512, 128, 128]},
+        "spec.evaluation.perplexity_positions",
+        "the smallest first",
+    ),
+    Bad(
+        "positions of pairs",
+        {
+            "spec.stage": "dpo",
+            "spec.data.eval": [{"uri": "s3://a/b.jsonl"}],
+            "spec.evaluation.perplexity_positions": [128],
+        },
+        "spec.evaluation.perplexity_positions",
+        "finetune evaluate --perplexity-position",
+    ),
     # ---- the stages
     Bad(
         "exo_pair without smoothing",

@@ -209,6 +209,14 @@ GOOD: tuple[Good, ...] = (
             },
         },
     ),
+    Good(
+        "long texts, looked at by position",
+        {
+            "spec.data.eval": [{"uri": "s3://team/held-out.jsonl"}],
+            "spec.training.eval_on_start": True,
+            "spec.evaluation.perplexity_positions": [256, 1024],
+        },
+    ),
     Good("continued pretraining, packed", {"spec.stage": "pretrain", "spec.data.packing": True}),
     Good("the last answers only", {"spec.stage": "sft", "spec.sft": {"loss_on": "last_answer"}}),
     Good(

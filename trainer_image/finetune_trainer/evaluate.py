@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune_api.causes import Cause
 from finetune_api.run import EvaluateConfig
-from finetune_api.spec import Training
+from finetune_api.spec import Evaluation, Training
 from finetune_trainer.command import carried_out
 from finetune_trainer.outcome import RunError
 
@@ -33,6 +33,15 @@ def evaluate(wanted: EvaluateConfig, cache: Path) -> tuple[dict[str, Figures], d
     config = found.config.model_copy(
         update={"data": found.config.data.model_copy(update={"max_bad_rows": wanted.max_bad_rows})}
     )
+    if wanted.perplexity_positions:
+        if config.stage not in ("pretrain", "sft"):
+            raise RunError(
+                Cause.INVALID_CONFIGURATION,
+                f"--perplexity-position is for running texts and answers, and {wanted.model.uri} is of stage "
+                f"{config.stage}: add --stage pretrain or --stage sft.",
+            )
+        below = sorted({position for position in wanted.perplexity_positions if position < wanted.max_length})
+        config = config.model_copy(update={"evaluation": Evaluation(perplexity_positions=below)})
     if config.stage == "seq2seq" and wanted.seq2seq is not None:
         config = config.model_copy(update={"seq2seq": wanted.seq2seq})
     fetched = fetch_data(config, cache, found.fetched)

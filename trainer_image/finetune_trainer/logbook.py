@@ -218,11 +218,12 @@ class Logbook:
 
 def for_people(line: dict[str, Any], max_steps: int) -> str:
     """A line of metrics.jsonl as one line of the log."""
-    text = (
-        f"step {line['step']}/{max_steps} epoch {line['epoch']:.2f} loss {line['loss']:.4f} "
-        f"lr {line['learning_rate']:.3e} grad_norm {line['grad_norm']:.3f} "
-        f"{line['tokens_per_second']:,.0f} tok/s {line['step_seconds']:.3f} s/step"
-    )
+    text = f"step {line['step']}/{max_steps} epoch {line['epoch']:.2f}"
+    if "loss" in line:  # not before the first step
+        text += (
+            f" loss {line['loss']:.4f} lr {line['learning_rate']:.3e} grad_norm {line['grad_norm']:.3f} "
+            f"{line['tokens_per_second']:,.0f} tok/s {line['step_seconds']:.3f} s/step"
+        )
     if line.get("mfu") is not None:
         text += f" mfu {line['mfu']:.1%}"
     for name in ("eval_loss", "eval_accuracy", "eval_f1", "eval_spearman", "eval_rougeL"):

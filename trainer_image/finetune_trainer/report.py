@@ -277,16 +277,18 @@ def _answers(answers: list[Answer]) -> str:
 
 
 def _evaluation(report: Report) -> str:
-    """Every figure of every source; f1_TYPE … of single entities have a table of their own below."""
+    """Every figure of every source; what a classifier tells of many types, and the perplexity by position, below."""
     figures = report.evaluation
     names = sorted({name.partition("/")[2] for name in figures})
     kinds = list(dict.fromkeys(name.partition("/")[0] for name in figures))
-    wide = [kind for kind in kinds if len(kinds) <= 9 or not kind.startswith("f1_")]
+    apart = {"Perplexity by position, up to token": "perplexity_to_"} | ({"F1": "f1_"} if len(kinds) > 9 else {})
+    wide = [kind for kind in kinds if not kind.startswith(tuple(apart.values()))]
     rows = [(name or "all", *(_figure(figures, kind, name) for kind in wide)) for name in names]
     text = table(("Source", *(_title(kind) for kind in wide)), rows)
-    if narrow := [kind for kind in kinds if kind not in wide]:
-        lines = [(kind.removeprefix("f1_"), *(_figure(figures, kind, name) for name in names)) for kind in narrow]
-        text += "<h3>F1</h3>" + table(("", *(name or "all" for name in names)), lines)
+    for title, prefix in apart.items():
+        if narrow := [kind for kind in kinds if kind.startswith(prefix)]:
+            lines = [(kind.removeprefix(prefix), *(_figure(figures, kind, name) for name in names)) for kind in narrow]
+            text += f"<h3>{title}</h3>" + table(("", *(name or "all" for name in names)), lines)
     return text + (_confusion(report.labels, report.confusion) if report.confusion else "")
 
 

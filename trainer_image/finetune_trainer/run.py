@@ -34,7 +34,7 @@ from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
 from finetune_trainer.profiling import Profile
 from finetune_trainer.stopping import Stop, leave
-from finetune_trainer.telemetry import History, Telemetry
+from finetune_trainer.telemetry import History, Telemetry, now
 from finetune_trainer.world import local_rank, rank
 
 ENV_TRACE = "FINETUNE_TRACE"
@@ -174,7 +174,8 @@ class Job(Attempt):
         if world.first:
             self.history.restore(self.resumed.metrics, self.step)
             self.tally = Tally.of(self.resumed.run)
-            self.loss = next((record["loss"] for record in reversed(self.history.records())), None)
+            lines = reversed(self.history.records())
+            self.loss = next((line["loss"] for line in lines if "loss" in line), None)
             self._say_resumed()
         self._begin_rollouts()
         self.log = Logbook(
@@ -299,6 +300,7 @@ class Job(Attempt):
         """The steps. False: stopped on request, saved."""
         world, engine = self.world, self.engine
         self._answer_before()
+        self._evaluate_before()
         self._phase("training", f"training from step {self.step} to {self.max_steps}")
         self.exhausted = self.world.share("exhausted", exhausted(self.tally.best, self.config.training))
         feed = self._feed()
@@ -409,7 +411,17 @@ class Job(Attempt):
             self.history.add(line)
             self._print(for_people(line, self.max_steps))
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate_before(self) -> None:
+        """What the training begins from, as the line of step 0. It is never the best: nothing of it is saved.
+        Collective."""
+        if self.step or not self.config.training.eval_on_start:
+            return
+        line = {"step": 0, "epoch": 0.0, **self._evaluate(compare=False), "time": now()}
+        if self.world.first:
+            self.history.add(line)
+            self._print(for_people(line, self.max_steps))
+
+    def _evaluate(self, *, compare: bool = True) -> dict[str, Any]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
         from finetune_trainer.report import SHOWN_LABELS
 
@@ -426,7 +438,8 @@ class Job(Attempt):
             self.tally.confusion = self.engine.confusion[""]
             if len(self.objective.labels) <= SHOWN_LABELS:
                 told["eval_confusion"] = self.tally.confusion
-        self._compare(figures)
+        if compare:
+            self._compare(figures)
         self._phase(before)
         return told
 

@@ -340,6 +340,14 @@ def _of_a_model(command: F) -> F:
 @click.option("--max-length", type=click.IntRange(16), default=2048, show_default=True, help="Longest row in tokens.")
 @click.option("--max-bad-rows", type=click.IntRange(0), default=0, show_default=True, help="That may be left out.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Rows of a forward pass.")
+@click.option(
+    "--perplexity-position",
+    "perplexity_positions",
+    multiple=True,
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="Tell the perplexity up to here by itself, too; several: of each stretch.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     model: str, adapters: tuple[str, ...], base: str, revision: str, gguf_file: str, cpu: bool, namespace: str,

@@ -7,7 +7,7 @@ passes. What is told beside the loss (accuracy, margins) is made of sums, too, f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,9 @@ class Objective:
 
 
 def _language_model(config: TrainerConfig) -> Objective:
-    return Objective(weights=sft.weights, loss_sums=sft.loss_sums, prepare=sft.prepare, per_token=True)
+    told = Objective(weights=sft.weights, loss_sums=sft.loss_sums, prepare=sft.prepare, per_token=True)
+    positions = config.evaluation.perplexity_positions
+    return replace(told, **sft.by_position([*positions, config.data.max_length])) if positions else told
 
 
 def _dpo(config: TrainerConfig) -> Objective:

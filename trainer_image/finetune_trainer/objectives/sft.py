@@ -3,6 +3,8 @@
 Equal to TRL's and transformers' loss times their number of label tokens. Pure: nothing is kept between calls.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,6 +53,35 @@ def loss_sums(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """fp32 (1,): the cross-entropy in nats, summed over the label tokens of a prepared batch (B, T)."""
     return token_losses(model, batch, head).sum().reshape(1), {}
+
+
+def by_position(ends: Sequence[int]) -> dict[str, Any]:
+    """``prepare``, ``loss_sums`` and ``figures`` of an objective whose evaluations also tell the perplexity of each
+    stretch of positions: up to the first of the rising ``ends``, from there up to the second … They count from 1 at the
+    beginning of a document."""
+    bounds = torch.tensor(ends)
+
+    def prepared(batch: dict[str, Any]) -> dict[str, Any]:
+        batch = prepare(batch)
+        before = batch["position_ids"].reshape(-1)[batch["places"]]
+        return batch | {"stretch": torch.bucketize(before + 2, bounds)}  # the token after it, counted from 1
+
+    def sums(model: Any, batch: dict[str, Any], head: Head | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
+        losses = token_losses(model, batch, head)
+        if torch.is_grad_enabled():
+            return losses.sum().reshape(1), {}
+        learned = (batch["wanted"] != IGNORED).to(losses)
+        told = losses.new_zeros(2, len(ends) + 1)
+        told.index_add_(1, batch["stretch"], torch.stack([losses * learned, learned]))
+        return losses.sum().reshape(1), {"by_position": told}
+
+    def figures(told: dict[str, Any]) -> dict[str, float]:
+        if "by_position" not in told:
+            return {}
+        stretches = zip(ends, *told["by_position"].tolist(), strict=False)
+        return {f"perplexity_to_{end}": math.exp(min(loss / n, 700.0)) for end, loss, n in stretches if n}
+
+    return {"prepare": prepared, "loss_sums": sums, "figures": figures}
 
 
 def token_losses(model: Any, batch: dict[str, Any], head: Head | None = None) -> torch.Tensor:
