@@ -86,6 +86,8 @@ class Facts:
 
 AT_WORK = ("training", "generating", "judging", "evaluating")
 """Phases in which steps are made."""
+AFTER_WORK = ("saving", "exporting", "done")
+"""Phases in which what was made is kept."""
 
 
 @dataclass(frozen=True)
@@ -453,7 +455,7 @@ def _running(
 
 def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Finding:
     wanted = facts.plan.workers if facts.plan else len(pods)
-    ready = sum(1 for p in pods if p.running or p.phase == "Succeeded")
+    ready = sum(1 for p in pods if p.running or p.trained)
     if pods and ready >= wanted:
         return Finding(Condition.PODS_READY, True, Reason.PODS_RUNNING, f"All {wanted} workers run.")
     count = f"{ready} of {wanted} workers run."
@@ -483,12 +485,12 @@ def _progressing(facts: Facts, status: FineTuneJobStatus, ready: bool) -> Findin
     if progress is None:
         # In an attempt that has told of no step yet, the phase is one of an earlier attempt.
         last = status.progress if status.attempts[-1].last_step else None
-        known = last is not None and last.phase in (*AT_WORK, "saving")
+        known = last is not None and last.phase in (*AT_WORK, *AFTER_WORK)
         message = "The trainer does not answer yet."
         return Finding(Condition.PROGRESSING, True if known else None, Reason.PROGRESS_UNKNOWN, message)
     if progress.phase in AT_WORK:
         return Finding(Condition.PROGRESSING, True, Reason.TRAINING, progress.message)
-    if progress.phase in ("saving", "exporting", "done"):
+    if progress.phase in AFTER_WORK:
         return Finding(Condition.PROGRESSING, True, Reason.SAVING, progress.message)
     return Finding(Condition.PROGRESSING, False, Reason.LOADING, progress.message)
 

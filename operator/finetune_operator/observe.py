@@ -74,6 +74,11 @@ class Pod:
         return self.phase == "Running" and self.running_since is not None and not self.exits_of(TRAINER_CONTAINER)
 
     @property
+    def trained(self) -> bool:
+        """The training container ended well; its pod's phase follows."""
+        return self.phase == "Succeeded" or any(e.code == 0 for e in self.exits_of(TRAINER_CONTAINER))
+
+    @property
     def failed(self) -> bool:
         """It ended, and not well."""
         return self.phase == "Failed" or any(e.code != 0 for e in self.exits)

@@ -342,6 +342,17 @@ def test_a_gang_whose_queue_takes_the_room_back_was_preempted(sim: Simulation, s
     assert (status["restarts"], status["countedRestarts"]) == (1, 0)
 
 
+def test_a_job_whose_trainers_are_done_runs_until_its_pods_say_so(sim: Simulation) -> None:
+    """The kubelet tells of an ended container before the pod's phase follows."""
+    sim.run("tune", until="Running")
+    ended = [{"name": "trainer", "state": {"terminated": {"exitCode": 0}}}]
+    for pod in sim.pods():
+        sim.workers[pod].raw["status"]["containerStatuses"] = ended
+    sim.reconcile("tune")
+    assert sim.status("tune")["state"] == "Running"
+    assert sim.reason("tune", "PodsReady") == ("True", "PodsRunning")
+
+
 def test_a_job_that_its_queue_holds_back_waits_in_its_first_attempt(sim: Simulation) -> None:
     sim.reconcile("tune")
     sim.children_of["Job", "tune-a1"]["spec"]["suspend"] = True
