@@ -71,7 +71,7 @@ GUIDES: dict[str, Guide] = {
     "adalora": Guide(
         paper="Zhang et al.: AdaLoRA, adaptive budget allocation for parameter-efficient fine-tuning",
         when="The same quality with fewer weights, where layers need different ranks; ranks stand in the report.",
-        limits="The run's length must be known; slower than LoRA by the importance it keeps for each weight.",
+        limits="The run's length must be known; half the speed of LoRA; wants about five times LoRA's learning rate.",
         why={"ZeRO": "Ranks are given anew right after the update, from whole gradients beside whole weights."},
     ),
     "prefix_tuning": Guide(
