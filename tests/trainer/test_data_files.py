@@ -12,7 +12,7 @@ import pytest
 from finetune_api.causes import Cause
 from finetune_trainer.data.files import read_rows
 from finetune_trainer.data.records import BadRowError
-from finetune_trainer.fetch import data_files, data_kind, local_files, split_pattern
+from finetune_trainer.fetching.wanted import data_files, data_kind, local_files, split_pattern
 from finetune_trainer.outcome import RunError
 
 

@@ -20,7 +20,8 @@ pytest.importorskip("obstore", reason="needs the trainer extra")
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE, ENV_CONFIG, ENV_TERMINATION_LOG, EXIT_FAILED, EXIT_USER, Termination
 from finetune_trainer import fetch as fetching
-from finetune_trainer.fetch import fetch, local_files, split_pattern
+from finetune_trainer.fetch import fetch
+from finetune_trainer.fetching.wanted import local_files, split_pattern
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store, file_digest, local_path
 from tests.trainer.test_storage import no_credentials, s3, s3_server
@@ -270,7 +271,7 @@ def test_what_a_crash_left_half_fetched_is_not_taken(tmp_path, bucket, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetching, "_write_record", die)
+        patch.setattr(fetching, "write_record", die)
         with pytest.raises(KeyboardInterrupt):
             fetch(config, tmp_path / "cache")
     assert names(fetch(config, tmp_path / "cache").model) == set(PLAIN)

@@ -22,7 +22,8 @@ from finetune_api.causes import Cause
 from finetune_api.methods import Method
 from finetune_api.run import ENV_CACHE, ENV_WORK, TrainerConfig
 from finetune_trainer.adapter_files import WEIGHTS, described
-from finetune_trainer.fetch import Fetched, lock
+from finetune_trainer.fetch import Fetched
+from finetune_trainer.fetching.kept import lock
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import sync_folder
 

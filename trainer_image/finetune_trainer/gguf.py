@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.run import ENV_CACHE, ENV_WORK
-from finetune_trainer.fetch import lock
+from finetune_trainer.fetching.kept import lock
 from finetune_trainer.storage import sync_folder
 
 log = logging.getLogger(__name__)

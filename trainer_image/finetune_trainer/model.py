@@ -25,7 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from finetune_api.causes import Cause
 from finetune_api.methods import Qlora
 from finetune_api.run import TrainerConfig
-from finetune_trainer.fetch import no_safetensors
+from finetune_trainer.fetching.wanted import no_safetensors
 from finetune_trainer.gguf import converted
 from finetune_trainer.outcome import RunError
 from finetune_trainer.templates import use_template

@@ -31,7 +31,8 @@ from finetune_trainer.data.records import BadRowError
 from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary
 from finetune_trainer.data.sources import BadRows, records
 from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, collate
-from finetune_trainer.fetch import Fetched, data_kind, source_key, split_pattern
+from finetune_trainer.fetch import Fetched, source_key
+from finetune_trainer.fetching.wanted import data_kind, split_pattern
 from finetune_trainer.model import vocabulary_rows
 from finetune_trainer.outcome import RunError
 from finetune_trainer.world import rank

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune_api.run import ENV_CACHE, ENV_WORK
 from finetune_api.spec import DataSource
 from finetune_trainer.data.stream import Rows
-from finetune_trainer.fetch import lock
+from finetune_trainer.fetching.kept import lock
 from finetune_trainer.storage import sync_folder
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 from finetune_api.causes import Cause
 from finetune_trainer.data.fields import kind
 from finetune_trainer.data.records import BadRowError
-from finetune_trainer.fetch import DATA_KINDS, data_kind, local_files
+from finetune_trainer.fetching.wanted import DATA_KINDS, data_kind, local_files
 from finetune_trainer.outcome import RunError
 
 TextUnit = Literal["line", "paragraph", "document", "conll"]

@@ -16,7 +16,7 @@ from finetune_trainer.data.files import Place, Rows, TextUnit, head, read_rows
 from finetune_trainer.data.formats import TABLE
 from finetune_trainer.data.recognise import SAMPLE, UnknownFormatError, recognise, recognise_text
 from finetune_trainer.data.records import KIND_NAMES, BadRowError, accepts, as_kind
-from finetune_trainer.fetch import data_kind, local_files
+from finetune_trainer.fetching.wanted import data_kind, local_files
 from finetune_trainer.outcome import RunError
 
 log = logging.getLogger(__name__)

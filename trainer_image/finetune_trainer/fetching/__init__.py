@@ -1,0 +1,1 @@
+"""What ``fetch.py`` brings things with: which files, from the hub, and how they are kept."""
