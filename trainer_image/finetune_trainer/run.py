@@ -479,7 +479,7 @@ class Job(Attempt):
 
     def _answer_before(self) -> None:
         """The answers of the untrained model; a resumed run has them from its checkpoint. Collective."""
-        from finetune_trainer.generate import answers
+        from finetune_trainer.samples import answers
 
         wanted = self.config.evaluation
         missing = self.world.share("prompts", [p for p in wanted.prompts if p not in self.tally.before])
@@ -565,7 +565,7 @@ class Job(Attempt):
         self.pulse.close()
 
     def _answers(self) -> list[Answer]:
-        from finetune_trainer.generate import answers
+        from finetune_trainer.samples import answers
 
         wanted = self.config.evaluation
         if not wanted.prompts:
