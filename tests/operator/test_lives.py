@@ -224,6 +224,15 @@ def test_a_policy_waits_for_its_reward_model(kind: str) -> None:
     assert '"s3://team/judge"' in sim.children_of["ConfigMap", "second-config"]["data"]["config.json"]
 
 
+def first_writes(sim: Simulation, output: OutputInfo) -> None:
+    """A job named first runs to its end."""
+    sim.submit("first")
+    sim.run("first", until="Running")
+    for pod in sim.pods():
+        sim.exit(pod, 0, Termination(cause=Cause.SUCCEEDED, rank=_index(sim.workers[pod].raw), outputs=[output]))
+    assert sim.run("first")["state"] == "Succeeded"
+
+
 @pytest.mark.parametrize(
     ("kind", "model", "state"),
     [
@@ -237,12 +246,7 @@ def test_a_chain_takes_a_model_or_an_adapter_as_it_asks_for(kind: str, model: di
     sim.submit("second", {**GOOD_SPEC, "model": model})
     sim.reconcile("second")
     assert sim.reason("second", "InputsReady") == ("False", "WaitingForJob")
-    sim.submit("first")
-    sim.run("first", until="Running")
-    outputs = [OutputInfo(uri="s3://team/first", kind=kind, digest="sha256:1", size=1)]
-    for pod in sim.pods():
-        sim.exit(pod, 0, Termination(cause=Cause.SUCCEEDED, rank=_index(sim.workers[pod].raw), outputs=outputs))
-    assert sim.run("first")["state"] == "Succeeded"
+    first_writes(sim, OutputInfo(uri="s3://team/first", kind=kind, digest="sha256:1", size=1))
     if state == "Waiting":
         sim.reconcile("second")
         assert sim.reason("second", "Stalled") == ("True", "InputJobFailed")
@@ -281,12 +285,8 @@ def test_a_chain_takes_rows_where_it_asks_for_rows(kind: str, state: str) -> Non
     sim.submit("second", {**GOOD_SPEC, "stage": "dpo", "data": data})
     sim.reconcile("second")
     assert sim.reason("second", "InputsReady") == ("False", "WaitingForJob")
-    sim.submit("first")
-    sim.run("first", until="Running")
-    outputs = [OutputInfo(uri="s3://team/first/preferences.jsonl", kind=kind)]
-    for pod in sim.pods():
-        sim.exit(pod, 0, Termination(cause=Cause.SUCCEEDED, rank=_index(sim.workers[pod].raw), outputs=outputs))
-    assert sim.run("first")["state"] == "Succeeded"
+    rows = OutputInfo(uri="s3://team/first/preferences.jsonl", kind=kind)
+    first_writes(sim, rows)
     if state == "Waiting":
         sim.reconcile("second")
         assert sim.reason("second", "Stalled") == ("True", "InputJobFailed")
@@ -294,17 +294,12 @@ def test_a_chain_takes_rows_where_it_asks_for_rows(kind: str, state: str) -> Non
         return
     assert sim.run("second")["state"] == state
     config = json.loads(sim.children_of["ConfigMap", "second-config"]["data"]["config.json"])
-    assert [s["uri"] for s in config["data"]["train"]] == ["s3://team/rows.jsonl", outputs[0].uri]
+    assert [s["uri"] for s in config["data"]["train"]] == ["s3://team/rows.jsonl", rows.uri]
 
 
 def test_rows_are_no_model() -> None:
     sim = Simulation()
-    sim.submit("first")
-    sim.run("first", until="Running")
-    outputs = [OutputInfo(uri="s3://team/first/preferences.jsonl", kind="data")]
-    for pod in sim.pods():
-        sim.exit(pod, 0, Termination(cause=Cause.SUCCEEDED, rank=_index(sim.workers[pod].raw), outputs=outputs))
-    sim.run("first")
+    first_writes(sim, OutputInfo(uri="s3://team/first/preferences.jsonl", kind="data"))
     sim.submit("second", {**GOOD_SPEC, "model": {"uri": "job://first"}})
     sim.reconcile("second")
     assert "wrote rows and no model" in sim.message("second", "Stalled")
