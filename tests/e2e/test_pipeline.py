@@ -48,7 +48,7 @@ def test_a_pipeline_of_seven_stages_by_one_apply(product: Product, team: str, ti
     product.wait(
         "pipeline-ppo",
         team,
-        lambda status: any("Waiting for FineTuneJob" in c["message"] for c in status["conditions"]),
+        lambda status: any("Waiting for FineTuneJob" in c["message"] for c in status.get("conditions", [])),
         30,
     )
     done = {
