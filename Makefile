@@ -16,8 +16,9 @@ export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer_image
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(BIN)/python -m pytest
-# A file of tests stays together: what its tests share is made once. One thread a process, or they wait for each other.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -q -n logical --maxprocesses 4 --dist loadfile
+# A file of tests stays together: what its tests share is made once; in order, for those that take longest (tests/local)
+# come first. One thread a process, or they wait for each other.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help: ## This list
@@ -91,15 +92,15 @@ binaries: setup ## Build the test cluster's binaries from Go modules (7 minutes,
 
 .PHONY: test-cluster
 test-cluster: binaries ## Against a real Kubernetes API server
-	$(PYTEST) -q -m cluster
+	$(PYTEST) -q -m cluster -n 2 --dist loadfile --ignore=tests/trainer
 
 .PHONY: test-e2e
 test-e2e: binaries ## Two real kubelets, S3 server, Prometheus, the real images: the whole product (30 GB of disk)
-	$(PYTEST) -q -m e2e
+	$(PYTEST) -q -m e2e tests/e2e tests/cluster
 
 .PHONY: test-image
 test-image: binaries ## Of these only the one that builds the trainer's real image
-	$(PYTEST) -q -m image
+	$(PYTEST) -q -m image tests/e2e
 
 .PHONY: test-gpu
 test-gpu: setup ## On a machine with a GPU

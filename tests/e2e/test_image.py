@@ -53,7 +53,9 @@ def test_the_example_runs_in_the_real_images_under_the_restricted_standard(produ
     try:
         with cluster.namespace("restricted", RESTRICTED) as team:
             product.secret(team)
-            cluster.apply(json.dumps(self_cognition(demo.MODEL, replicas=2, name="sealed")), namespace=team)
+            job = self_cognition(demo.MODEL, replicas=2, name="sealed")
+            job["spec"]["training"]["num_train_epochs"] = 6
+            cluster.apply(json.dumps(job), namespace=team)
             done = product.wait_state("sealed", team, "Succeeded", 600)["status"]
             assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
         answers = product.s3().get_object(Bucket=BUCKET, Key="models/sealed/answers.json")["Body"].read()
