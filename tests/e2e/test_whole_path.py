@@ -44,7 +44,8 @@ def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(produ
     done = product.wait_state("self-cognition", team, "Succeeded", 900)["status"]
     assert done["restarts"] == 0
     assert [c["step"] for c in done["checkpoints"]] == [20, 23]  # save_steps 10, save_total_limit 2, 23 steps
-    kept = {o["Key"].split("/step-")[1].split("/")[0] for o in listing(product, "checkpoints/") if "/step-" in o["Key"]}
+    mine = [o["Key"] for o in listing(product, "checkpoints/") if "/self-cognition/step-" in o["Key"]]
+    kept = {key.split("/step-")[1].split("/")[0] for key in mine}
     assert {int(step) for step in kept} == {20, 23}
     for checkpoint in done["checkpoints"]:
         check_digests(product, checkpoint["uri"], checkpoint["digest"])
