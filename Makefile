@@ -16,9 +16,8 @@ export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer_image
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(BIN)/python -m pytest
-# A file of tests stays together: what its tests share is made once; in order, for those that take longest (tests/local)
-# come first. One thread a process, or they wait for each other.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A file of tests stays together: what its tests share is made once. One thread a process, or they wait for each other.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -q -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help
 help: ## This list

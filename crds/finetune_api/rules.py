@@ -19,7 +19,7 @@ from finetune_api.compatibility import COMPATIBILITY, CONTINUED, Row
 from finetune_api.formats import formats_for
 from finetune_api.schema import METHOD_PARAMETERS, spec_schema
 from finetune_api.spec import CHAT_TEMPLATES
-from finetune_api.stages import MAKERS, ROLLOUTS, SECTIONS, STAGES, TRAINED
+from finetune_api.stages import LANGUAGE, MAKERS, ROLLOUTS, SECTIONS, STAGES, TRAINED
 
 NAME_LENGTH = 63 - len("-a99999") - len("-9999")
 """Pods are called ``<name>-a<attempt>-<index>``, and that is their hostname: 63 characters at most."""
@@ -357,15 +357,24 @@ def _of_stages_with_targets() -> list[Rule]:
             accepted="false with spec.method.type: moelora",
             remedy="remove it: while writing, the model would not know the task of the row",
         ),
-        Rule(
-            at="spec",
-            field="evaluation.predict_with_generate",
-            holds=lambda self: not self.evaluation.predict_with_generate or len(self.data.eval) > 0,
-            cel="!self.evaluation.predict_with_generate || size(self.data.eval) > 0",
-            accepted="false, as spec.data.eval is empty",
-            remedy="add held-out rows in spec.data.eval, or remove it",
-        ),
+        _held_out("evaluation", "predict_with_generate", "false", "!{}", "it"),
     ]
+
+
+def _held_out(section: str, field: str, nothing: str, unset: str, what: str = "") -> Rule:
+    """What an evaluation is asked for needs rows for it. ``unset``: CEL, true of the field where nothing is asked."""
+
+    def holds(self: Any) -> bool:
+        return not getattr(getattr(self, section), field) or len(self.data.eval) > 0
+
+    return Rule(
+        at="spec",
+        field=f"{section}.{field}",
+        holds=holds,
+        cel=f"{unset.format(f'self.{section}.{field}')} || size(self.data.eval) > 0",
+        accepted=f"{nothing}, as spec.data.eval is empty",
+        remedy=f"add held-out rows in spec.data.eval, or remove {what or field}",
+    )
 
 
 _ENDPOINT = r"^https?://[^/?#@ ]+(/[^?# ]*)?$"
@@ -928,45 +937,19 @@ RULES: tuple[Rule, ...] = (
         accepted="0 with lr_scheduler_type: constant, which has no warm-up",
         remedy="set lr_scheduler_type: constant_with_warmup",
     ),
-    Rule(
-        at="spec",
-        field="training.eval_steps",
-        holds=lambda self: self.training.eval_steps == 0 or len(self.data.eval) > 0,
-        cel="self.training.eval_steps == 0 || size(self.data.eval) > 0",
-        accepted="0, as spec.data.eval is empty",
-        remedy="add held-out rows in spec.data.eval, or remove eval_steps",
-    ),
-    *(
-        Rule(
-            at="spec",
-            field=f"training.{field}",
-            holds=lambda self, field=field: not getattr(self.training, field) or len(self.data.eval) > 0,  # type: ignore[misc]
-            cel=f"{cel} || size(self.data.eval) > 0",
-            accepted=f"{nothing}, as spec.data.eval is empty",
-            remedy=f"add held-out rows in spec.data.eval, or remove {field}",
-        )
-        for field, nothing, cel in (
-            ("eval_on_start", "false", "!self.training.eval_on_start"),
-            ("load_best_model_at_end", "false", "!self.training.load_best_model_at_end"),
-            ("early_stopping_patience", "0", "self.training.early_stopping_patience == 0"),
-        )
-    ),
+    _held_out("training", "eval_steps", "0", "{} == 0"),
+    _held_out("training", "eval_on_start", "false", "!{}"),
+    _held_out("training", "load_best_model_at_end", "false", "!{}"),
+    _held_out("training", "early_stopping_patience", "0", "{} == 0"),
     Rule(
         at="spec",
         field="evaluation.perplexity_positions",
-        holds=lambda self: not self.evaluation.perplexity_positions or self.stage in ("pretrain", "sft"),
-        cel="size(self.evaluation.perplexity_positions) == 0 || self.stage in ['pretrain', 'sft']",
-        accepted="none but with spec.stage: pretrain or sft",
+        holds=lambda self: not self.evaluation.perplexity_positions or self.stage in LANGUAGE,
+        cel=f"size(self.evaluation.perplexity_positions) == 0 || self.stage in {list(LANGUAGE)}",
+        accepted=f"none but with spec.stage: {' or '.join(LANGUAGE)}",
         remedy="remove them; finetune evaluate --perplexity-position tells them of any causal language model",
     ),
-    Rule(
-        at="spec",
-        field="evaluation.perplexity_positions",
-        holds=lambda self: not self.evaluation.perplexity_positions or len(self.data.eval) > 0,
-        cel="size(self.evaluation.perplexity_positions) == 0 || size(self.data.eval) > 0",
-        accepted="none, as spec.data.eval is empty",
-        remedy="add held-out rows in spec.data.eval, or remove them",
-    ),
+    _held_out("evaluation", "perplexity_positions", "none", "size({}) == 0", "them"),
     Rule(
         at="spec",
         field="evaluation.perplexity_positions",

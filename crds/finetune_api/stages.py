@@ -225,6 +225,8 @@ STAGES: dict[str, Stage] = {
 }
 TRAINED = tuple(name for name, stage in STAGES.items() if not stage.makes)
 """Stages whose result is a model or an adapter; that of the others is data."""
+LANGUAGE = ("pretrain", "sft")
+"""Stages that learn to write the next token of each row, and nothing else."""
 MAKERS = tuple(name for name, stage in STAGES.items() if stage.makes)
 """The others."""
 SECTIONS = tuple(name for name, stage in STAGES.items() if stage.parameters is not None)

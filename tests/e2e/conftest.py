@@ -78,6 +78,12 @@ def upload(product: Product, path: Path, key: str) -> None:
         client.upload_file(str(file), BUCKET, name)
 
 
+def watching(product: Product, namespace: str) -> subprocess.Popen[str]:
+    """``kubectl get ftj -w``, begun; :func:`tail` tells what it printed."""
+    command = ["kubectl", "get", "ftj", "-n", namespace, "-w"]
+    return subprocess.Popen(command, env=product.cluster.environment, stdout=subprocess.PIPE, text=True)
+
+
 def tail(process: subprocess.Popen[str]) -> str:
     """What a process has printed, when it is over."""
     process.terminate()

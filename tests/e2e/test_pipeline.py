@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.conftest import tail, upload
+from tests.e2e.conftest import tail, upload, watching
 from tests.e2e.product import BUCKET, ROOT, Product
 
 pytestmark = pytest.mark.e2e
@@ -41,9 +40,7 @@ def test_a_pipeline_of_seven_stages_by_one_apply(product: Product, team: str, ti
     upload(product, ROOT / "examples" / "data", "pipeline")
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump_all(jobs))
-    watch = subprocess.Popen(
-        ["kubectl", "get", "ftj", "-n", team, "-w"], env=cluster.environment, stdout=subprocess.PIPE, text=True
-    )
+    watch = watching(product, team)
     cluster.kubectl("apply", "-n", team, "-f", str(path))
     product.wait(
         "pipeline-ppo",

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import yaml
 
 from tests.chart.test_dashboards import QUERIES, filled_in
-from tests.e2e.conftest import tail
+from tests.e2e.conftest import tail, watching
 from tests.e2e.product import BUCKET, JOBS, Product, self_cognition
 
 pytestmark = pytest.mark.e2e
@@ -27,9 +26,7 @@ def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(produ
 
     cluster = product.cluster
     job = self_cognition(demo.MODEL, replicas=2)
-    watch = subprocess.Popen(
-        ["kubectl", "get", "ftj", "-n", team, "-w"], env=cluster.environment, stdout=subprocess.PIPE, text=True
-    )
+    watch = watching(product, team)
     cluster.apply(yaml.safe_dump(job), namespace=team)
 
     training = product.wait("self-cognition", team, lambda s: (s.get("progress") or {}).get("step", 0) >= 3, 240)

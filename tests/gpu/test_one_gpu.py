@@ -4,7 +4,6 @@ Whole jobs, those of a device in one start, as in ``tests/trainer/test_stages.py
 another order only; answers are drawn, so runs with rollouts are asked for what they have learned instead.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,24 +24,13 @@ SAME = ("pretrain", "dpo", "dpo, full", "dpo, prefix", "kto", "kto, full", "orpo
 DRAWN = ("reward", "reward, full")
 """The head is drawn on the device, where the same seed draws other numbers."""
 JUDGED = tuple(rollouts.RUNS)
-LEARNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ppo learns": ("ppo", {"kl_coef": 0.0, "num_mini_batches": 2}),
-    "grpo learns": ("grpo", {"num_generations": 4}),
-}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All runs, by device."""
-    root = tmp_path_factory.mktemp("gpu")
-    tiny.make_model(root / "model")
-    for number, name in enumerate(("general", "domain", "general-eval", "domain-eval")):
-        tiny.make_texts(root / f"{name}.jsonl", 9 if "eval" in name else 30, seed=number)
-    for number, name in enumerate(("pairs", "pairs-eval", "verdicts", "verdicts-eval")):
-        verdicts = "verdicts" in name
-        tiny.make_preferences(root / f"{name}.jsonl", 7 if "eval" in name else 24, seed=number, verdicts=verdicts)
-    for number, name in enumerate(("rows", "held-out")):
-        tiny.make_rows(root / f"{name}.jsonl", 24 - 17 * number, seed=number)
+    root = stages.make_rows_of_every_kind(tmp_path_factory.mktemp("gpu"))
+    tiny.make_rows(root / "held-out.jsonl", 7, seed=1)
     (root / "rewards.py").write_text(rollouts.REWARDS)
     found: dict[str, dict[str, Any]] = {}
     for device, changes in (("cpu", {}), ("gpu", GPU)):
@@ -55,16 +43,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
                 stage, own = rollouts.RUNS[name]
                 more = tiny.merge(changes, BF16 | {"deepspeed": {"bf16": {"enabled": True}}} if "full" in name else {})
                 plans.append(rollouts.job(root, f"{device}/{name}", (stage, tiny.merge(own, more)), name=name))
-            plans += [learning(root, name) for name in LEARNS]
+            plans += [rollouts.learning(root, stage, **GPU) for stage in rollouts.LEARNERS]
         found[device] = play(root, plans, 1, DS_ACCELERATOR={"cpu": "cpu", "gpu": "cuda"}[device], FINETUNE_COMPILE="0")
     return found
-
-
-def learning(root: Path, name: str) -> dict[str, Any]:
-    stage, more = LEARNS[name]
-    options = {"temperature": 1.0, "local_rollout_forward_batch_size": 64, "reward_funcs": [rollouts.python(root)]}
-    changes = {stage: options | more, "global_batch_size": 64 if stage == "ppo" else 16}
-    return rollouts.job(root, name, (stage, tiny.merge(tiny.merge(rollouts.LEARNING, changes), GPU)), name=name)
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -93,9 +74,9 @@ def test_a_run_with_rollouts_comes_to_its_end(runs: dict[str, dict[str, Any]], n
         assert abs(records[0]["kl"]) < (5e-2 if "full" in name else 1e-4)
 
 
-@pytest.mark.parametrize("name", LEARNS)
-def test_a_reward_is_learned(runs: dict[str, dict[str, Any]], name: str) -> None:
-    found = runs["gpu"][name]
+@pytest.mark.parametrize("stage", rollouts.LEARNERS)
+def test_a_reward_is_learned(runs: dict[str, dict[str, Any]], stage: str) -> None:
+    found = runs["gpu"][f"{stage} learns"]
     assert found.get("finished"), found.get("trace")
     rewards = [record["reward"] for record in said(found)]
     assert rewards[0] < 0.1

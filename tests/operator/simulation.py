@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune_api.run import CheckpointInfo, OutputInfo, Progress, Termination
 from finetune_operator import manifests
-from finetune_operator.cluster import ClusterError, Object
+from finetune_operator.cluster import ClusterError, Object, is_same
 from finetune_operator.observe import format_time
 from finetune_operator.reconcile import Result, reconcile
 from finetune_operator.settings import Profile, Settings
@@ -300,7 +300,7 @@ class Simulation:
 
     def delete_job(self, job: Object) -> None:
         self._call("delete")
-        if not self._is_there(job):
+        if not is_same(self.jobs.get(job["metadata"]["name"]), job):
             return
         name = job["metadata"]["name"]
         del self.jobs[name]
@@ -309,14 +309,10 @@ class Simulation:
 
     def patch_status(self, job: Object, status: Mapping[str, Any]) -> bool:
         self._call("patch")
-        if not self._is_there(job):
+        if not is_same(self.jobs.get(job["metadata"]["name"]), job):
             return False
         self.jobs[job["metadata"]["name"]]["status"] = copy.deepcopy(dict(status))
         return True
-
-    def _is_there(self, job: Object) -> bool:
-        there = self.jobs.get(job["metadata"]["name"])
-        return there is not None and there["metadata"]["uid"] == job["metadata"]["uid"]
 
     def event(self, job: Object, kind: str, reason: str, message: str) -> None:
         self._call("event")

@@ -50,6 +50,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 GANG = ("ppo", "ppo, full", "grpo", "grpo, full")
 CUTS = ("ppo", "grpo")
 RESUMED = ("ppo", "ppo, full", "grpo")
+LEARNERS: dict[str, dict[str, Any]] = {
+    "ppo": {"kl_coef": 0.0, "num_mini_batches": 2},
+    "grpo": {"num_generations": 4},
+}
 LEARNING: dict[str, Any] = {
     "method": {"type": "full"},
     "training": {
@@ -122,11 +126,16 @@ def alone(root: Path) -> dict[str, dict[str, Any]]:
         plans.append(job(root, name, ("ppo", {"ppo": {"reward_funcs": [python(root, name)]}})))
     plans.append(job(root, "no judge", judged_by(root, "model")))
     plans.append(job(root, "no answer", ("ppo", {"ppo": {"reward_funcs": [{"type": "exact_match", "column": "x"}]}})))
-    for stage, more in (("ppo", {"kl_coef": 0.0, "num_mini_batches": 2}), ("grpo", {"num_generations": 4})):
-        options = {"temperature": 1.0, "local_rollout_forward_batch_size": 64, "reward_funcs": [python(root)]} | more
-        changes = tiny.merge(LEARNING, {stage: options, "global_batch_size": 64 if stage == "ppo" else 16})
-        plans.append(job(root, f"{stage} learns", (stage, changes)))
+    plans += [learning(root, stage) for stage in LEARNERS]
     return play(root, plans, 1)
+
+
+def learning(root: Path, stage: str, **changes: Any) -> dict[str, Any]:
+    """The plan of a run that is long enough to learn what is rewarded."""
+    options = {"temperature": 1.0, "local_rollout_forward_batch_size": 64, "reward_funcs": [python(root)]}
+    options |= LEARNERS[stage]
+    changes |= {stage: options, "global_batch_size": 64 if stage == "ppo" else 16}
+    return job(root, f"{stage} learns", (stage, tiny.merge(LEARNING, changes)))
 
 
 @pytest.fixture(scope="module")

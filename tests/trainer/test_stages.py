@@ -127,7 +127,11 @@ def job(root: Path, folder: str, run: tuple[str, dict[str, Any]], **plan: Any) -
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and rows of every kind."""
-    root = tmp_path_factory.mktemp("stages")
+    return make_rows_of_every_kind(tmp_path_factory.mktemp("stages"))
+
+
+def make_rows_of_every_kind(root: Path) -> Path:
+    """A tiny model, and rows and held-out rows of every kind; the folder."""
     tiny.make_model(root / "model")
     for number, name in enumerate(("general", "domain", "general-eval", "domain-eval")):
         tiny.make_texts(root / f"{name}.jsonl", 9 if "eval" in name else 30, seed=number)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
+from finetune_trainer import scores
 from finetune_trainer.data import Item, Stream
 from finetune_trainer.feed import Slot, StepBatch, draw_seed
 from finetune_trainer.hooks import NOTHING, Hooks
@@ -444,7 +445,7 @@ class Engine:
             loss = mean_loss(sums, weights)
             figures[f"loss{name}"] = loss
             if self.objective.per_token:
-                figures[f"perplexity{name}"] = math.exp(min(loss, 700.0))
+                figures[f"perplexity{name}"] = scores.perplexity(loss)
             figures |= {f"{key}{name}": value for key, value in self.figures(told).items()}
             if self.objective.labels:
                 self.confusion[name.removeprefix("/")] = self.unflattened(told)["confusion"].long().tolist()

@@ -12,6 +12,7 @@ from typing import Any
 from finetune_api.causes import Cause
 from finetune_api.run import EvaluateConfig
 from finetune_api.spec import Evaluation, Training
+from finetune_api.stages import LANGUAGE
 from finetune_trainer.command import carried_out
 from finetune_trainer.outcome import RunError
 
@@ -34,11 +35,11 @@ def evaluate(wanted: EvaluateConfig, cache: Path) -> tuple[dict[str, Figures], d
         update={"data": found.config.data.model_copy(update={"max_bad_rows": wanted.max_bad_rows})}
     )
     if wanted.perplexity_positions:
-        if config.stage not in ("pretrain", "sft"):
+        if config.stage not in LANGUAGE:
             raise RunError(
                 Cause.INVALID_CONFIGURATION,
                 f"--perplexity-position is for running texts and answers, and {wanted.model.uri} is of stage "
-                f"{config.stage}: add --stage pretrain or --stage sft.",
+                f"{config.stage}: add {' or '.join(f'--stage {stage}' for stage in LANGUAGE)}.",
             )
         below = sorted({position for position in wanted.perplexity_positions if position < wanted.max_length})
         config = config.model_copy(update={"evaluation": Evaluation(perplexity_positions=below)})

@@ -6,7 +6,7 @@ transformers: it starts in a third of a second.
 
 What lies under ``file://`` is used where it is. Everything else is kept in the cache, a folder that many pods
 may share: one folder per source, in it one per version of its content, and a record with the size and digest of
-every file. A record is written last, so a version without a record does not exist.
+every file (``fetching/kept.py``).
 """
 
 import hashlib
@@ -91,10 +91,7 @@ def fetch(config: TrainerConfig, cache: Path, *, refresh: bool = False) -> Fetch
     """
     digests: dict[str, str] = {}
     model, adapters = fetch_model(config.model, cache, digests, refresh=refresh)
-    train, held_out = (
-        [_source(source, row_files(source), Cause.DATA_NOT_FOUND, cache, refresh, digests) for source in sources]
-        for sources in (config.data.train, config.data.eval)
-    )
+    train, held_out = _rows(config, cache, digests, refresh=refresh)
     judge = None
     if (source := judge_source(config)) is not None:
         judge, _ = fetch_model(source, cache, digests, refresh=refresh)
@@ -122,11 +119,19 @@ def judge_source(config: TrainerConfig) -> ModelSource | None:
 def fetch_data(config: TrainerConfig, cache: Path, fetched: Fetched) -> Fetched:
     """The rows, beside a model that was fetched for itself."""
     digests = dict(fetched.digests)
-    train, held_out = (
-        [_source(source, row_files(source), Cause.DATA_NOT_FOUND, cache, False, digests) for source in sources]
-        for sources in (config.data.train, config.data.eval)
-    )
+    train, held_out = _rows(config, cache, digests)
     return replace(fetched, train=train, eval=held_out, digests=digests)
+
+
+def _rows(
+    config: TrainerConfig, cache: Path, digests: dict[str, str], *, refresh: bool = False
+) -> tuple[list[Path], list[Path]]:
+    """One file or folder per source of rows: those of training, and the held-out ones."""
+    found = [
+        [_source(source, row_files(source), Cause.DATA_NOT_FOUND, cache, refresh, digests) for source in sources]
+        for sources in (config.data.train, config.data.eval)
+    ]
+    return found[0], found[1]
 
 
 def _rewards(
@@ -166,10 +171,7 @@ def fetch_to_look_at(config: TrainerConfig, cache: Path) -> Fetched:
         model = _source(config.model, model_files(config.model), Cause.MODEL_NOT_FOUND, cache, False, digests)
     else:
         model = _source(config.model, tokenizer_files, Cause.MODEL_NOT_FOUND, cache, False, digests, "tokenizer")
-    train, held_out = (
-        [_source(source, row_files(source), Cause.DATA_NOT_FOUND, cache, False, digests) for source in sources]
-        for sources in (config.data.train, config.data.eval)
-    )
+    train, held_out = _rows(config, cache, digests)
     return Fetched(model=model, train=train, eval=held_out, digests=digests)
 
 

@@ -407,21 +407,19 @@ class Job(Attempt):
             line |= self.log.method(self.engine.hooks.figures())
         if evaluate:
             line |= self._evaluate()
-        if self.world.first:
-            self.history.add(line)
-            self._print(for_people(line, self.max_steps))
+        self._tell(line)
 
     def _evaluate_before(self) -> None:
-        """What the training begins from, as the line of step 0. It is never the best: nothing of it is saved.
-        Collective."""
-        if self.step or not self.config.training.eval_on_start:
-            return
-        line = {"step": 0, "epoch": 0.0, **self._evaluate(compare=False), "time": now()}
+        """What the training begins from, as the line of step 0. Collective."""
+        if not self.step and self.config.training.eval_on_start:
+            self._tell({"step": 0, "epoch": 0.0, **self._evaluate(), "time": now()})
+
+    def _tell(self, line: dict[str, Any]) -> None:
         if self.world.first:
             self.history.add(line)
             self._print(for_people(line, self.max_steps))
 
-    def _evaluate(self, *, compare: bool = True) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
         from finetune_trainer.report import SHOWN_LABELS
 
@@ -438,15 +436,14 @@ class Job(Attempt):
             self.tally.confusion = self.engine.confusion[""]
             if len(self.objective.labels) <= SHOWN_LABELS:
                 told["eval_confusion"] = self.tally.confusion
-        if compare:
-            self._compare(figures)
+        self._compare(figures)
         self._phase(before)
         return told
 
     def _compare(self, figures: dict[str, float]) -> None:
         """Whether this evaluation is the best one, and whether to go on. Collective."""
         training = self.config.training
-        if not watched(training):
+        if not watched(training) or not self.step:  # of what the training begins from, nothing is saved
             return
         found = judge(self.tally.best, training, self.step, figures)
         # Rank 0 alone remembers earlier attempts.

@@ -24,6 +24,11 @@ def _f1(hits: float, given: float, wanted: float) -> float:
     return _ratio(2 * hits, given + wanted)
 
 
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; of a loss beyond all floats the largest that is one."""
+    return math.exp(min(loss, 700.0))
+
+
 # --- one label of several ---------------------------------------------------------------------------------------
 
 

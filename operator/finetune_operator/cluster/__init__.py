@@ -17,6 +17,11 @@ class ClusterError(Exception):
         self.message = message
 
 
+def is_same(there: Object | None, job: Object) -> bool:
+    """What lies under a FineTuneJob's name is that very one: it was neither deleted nor made anew since."""
+    return there is not None and bool(there["metadata"]["uid"] == job["metadata"]["uid"])
+
+
 class Cluster(Protocol):
     """What the reconcile loop needs of a cluster. Every call may raise :class:`ClusterError`."""
 

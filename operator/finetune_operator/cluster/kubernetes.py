@@ -22,7 +22,7 @@ from kubernetes.client.exceptions import ApiException
 
 from finetune_api.run import HTTP_PORT
 from finetune_operator import manifests
-from finetune_operator.cluster import ClusterError, Object
+from finetune_operator.cluster import ClusterError, Object, is_same
 
 log = logging.getLogger(__name__)
 
@@ -161,15 +161,15 @@ class KubernetesCluster:
 
     def _on_this(self, job: Object, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
         """A call on one FineTuneJob that the API server refuses if another one has its name by now. False: it did."""
-        namespace, name, uid = (job["metadata"][key] for key in ("namespace", "name", "uid"))
+        namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
+        what = f"{what} FineTuneJob {namespace}/{name}"
+        place = (manifests.GROUP, manifests.VERSION, namespace, manifests.PLURAL, name)
         try:
-            what = f"{what} FineTuneJob {namespace}/{name}"
-            self._json(
-                what, call, manifests.GROUP, manifests.VERSION, namespace, manifests.PLURAL, name, *args, **kwargs
-            )
-        except ClusterError as error:
-            there = None if isinstance(error, _NotFoundError) else self.finetunejob(namespace, name)
-            if there is not None and there["metadata"]["uid"] == uid:
+            self._json(what, call, *place, *args, **kwargs)
+        except _NotFoundError:
+            return False
+        except ClusterError:
+            if is_same(self.finetunejob(namespace, name), job):
                 raise
             return False
         return True

@@ -30,7 +30,7 @@ from typing import Any
 from finetune_api import run
 from finetune_api.causes import Cause
 from finetune_operator import manifests
-from finetune_operator.cluster import ClusterError, Object, pods, processes
+from finetune_operator.cluster import ClusterError, Object, is_same, pods, processes
 from finetune_operator.cluster.gpus import Gpus, visible
 from finetune_operator.cluster.store import Folder, tail
 from finetune_operator.observe import format_time
@@ -273,8 +273,7 @@ class LocalCluster:
     def delete_job(self, job: Object) -> None:
         """Take a FineTuneJob away with everything made for it."""
         metadata = job["metadata"]
-        there = self.finetunejob(metadata["namespace"], metadata["name"])
-        if there is not None and there["metadata"]["uid"] == metadata["uid"]:
+        if is_same(self.finetunejob(metadata["namespace"], metadata["name"]), job):
             self.forget(metadata["namespace"], metadata["name"])
 
     def patch_status(self, job: Object, status: Mapping[str, Any]) -> bool:
@@ -282,7 +281,7 @@ class LocalCluster:
         folder = self.folder(job["metadata"]["namespace"], job["metadata"]["name"])
         with folder.changing():
             there = folder.job
-            if there is None or there["metadata"]["uid"] != job["metadata"]["uid"]:
+            if there is None or not is_same(there, job):
                 return False
             folder.write_job({**there, "status": dict(status)})
             return True

@@ -33,6 +33,7 @@ class Record:
 
 
 def read_record(home: Path) -> Record | None:
+    """The version that a cache entry holds; None where it holds none, or a broken one."""
     try:
         return Record(**json.loads((home / "record.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -40,10 +41,12 @@ def read_record(home: Path) -> Record | None:
 
 
 def write_record(home: Path, record: Record) -> None:
+    """From now on the entry holds this version."""
     write_atomically(home / "record.json", json.dumps(asdict(record)))
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Whole, or not at all, also where the machine stops meanwhile."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     with temporary.open("w") as file:
         file.write(text)
@@ -70,6 +73,7 @@ def unchanged(record: Record, *, thorough: bool) -> bool:
 
 
 def digest_all(files: Iterable[Path]) -> Iterator[str]:
+    """The SHA-256 of each, four at a time."""
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
         yield from pool.map(file_digest, files)
 
@@ -94,6 +98,7 @@ def lock(home: Path) -> Iterator[None]:
 
 
 def cache_broken(cache: Path, error: OSError) -> RunError:
+    """The error for a cache that cannot be written to."""
     return RunError(
         Cause.STORAGE_UNAVAILABLE,
         f"cannot write to the cache {cache}: {error}. Check its free space and permissions (the profile's cache, "

@@ -36,6 +36,8 @@ Select = Callable[[Names, Callable[[str], bytes]], list[str]]
 
 
 def model_files(model: ModelSource) -> Select:
+    """Configuration, tokenizer and weights, in safetensors or the one GGUF file. RunError where they are not there."""
+
     def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
         top = [name for name in names if "/" not in name]
         patterns = (*_MODEL_PARTS, *(("*.py",) if model.trust_remote_code else ()))
@@ -69,6 +71,7 @@ def model_files(model: ModelSource) -> Select:
 
 
 def tokenizer_files(names: Names, read: Callable[[str], bytes]) -> list[str]:
+    """Of a model everything but its weights."""
     del read
     return sorted(n for n in names if "/" not in n and any(fnmatch.fnmatch(n, pattern) for pattern in _MODEL_PARTS))
 
@@ -98,6 +101,8 @@ def no_safetensors(uri: str, names: Iterable[str]) -> RunError:
 
 
 def adapter_files(adapter: AdapterSource) -> Select:
+    """Configuration and weights as PEFT writes them. RunError where they are not there."""
+
     def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
         del read
         needed = [CONFIG, WEIGHTS]
@@ -126,10 +131,13 @@ def reward_files(source: AdapterSource) -> Select:
 
 
 def no_folder(names: Names, read: Callable[[str], bytes]) -> list[str]:
+    """Of what is a single file, nothing is chosen."""
     raise AssertionError("a reward function is a single file")
 
 
 def row_files(source: DataSource) -> Select:
+    """The files that hold rows. RunError where there are none."""
+
     def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
         del read
         _, pattern = split_pattern(source.uri)

@@ -3,13 +3,13 @@
 Equal to TRL's and transformers' loss times their number of label tokens. Pure: nothing is kept between calls.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from finetune_trainer import scores
 from finetune_trainer.objectives.head import Head
 
 IGNORED = -100
@@ -59,7 +59,7 @@ def by_position(ends: Sequence[int]) -> dict[str, Any]:
     """``prepare``, ``loss_sums`` and ``figures`` of an objective whose evaluations also tell the perplexity of each
     stretch of positions: up to the first of the rising ``ends``, from there up to the second … They count from 1 at the
     beginning of a document."""
-    bounds = torch.tensor(ends)
+    bounds = torch.tensor(ends[:-1])  # nothing is longer than the last one
 
     def prepared(batch: dict[str, Any]) -> dict[str, Any]:
         batch = prepare(batch)
@@ -71,15 +71,15 @@ def by_position(ends: Sequence[int]) -> dict[str, Any]:
         if torch.is_grad_enabled():
             return losses.sum().reshape(1), {}
         learned = (batch["wanted"] != IGNORED).to(losses)
-        told = losses.new_zeros(2, len(ends) + 1)
+        told = losses.new_zeros(2, len(ends))
         told.index_add_(1, batch["stretch"], torch.stack([losses * learned, learned]))
         return losses.sum().reshape(1), {"by_position": told}
 
     def figures(told: dict[str, Any]) -> dict[str, float]:
         if "by_position" not in told:
             return {}
-        stretches = zip(ends, *told["by_position"].tolist(), strict=False)
-        return {f"perplexity_to_{end}": math.exp(min(loss / n, 700.0)) for end, loss, n in stretches if n}
+        stretches = zip(ends, *told["by_position"].tolist(), strict=True)
+        return {f"perplexity_to_{end}": scores.perplexity(loss / n) for end, loss, n in stretches if n}
 
     return {"prepare": prepared, "loss_sums": sums, "figures": figures}
 
