@@ -1,6 +1,6 @@
 """The fine-tuning methods side by side: one model, one recipe, what each learns, forgets, costs and leaves.
 
-    python benchmarks/methods_side_by_side.py                     # some minutes a method on 2 CPU cores
+    python benchmarks/methods_side_by_side.py                     # some minutes a method on a CPU core
     python benchmarks/methods_side_by_side.py --only lora ia3 --again
 
 SmolLM2-135M-Instruct learns its identity by the recipe of ``examples/02`` (with replay rows), each method at a rate
@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "mam": ({"type": "mam", "bottleneck_size": 64}, 5e-4),
     "unipelt": ({"type": "unipelt"}, 1e-3),
     "prefix_tuning": ({"type": "prefix_tuning"}, 1e-3),
-    "p_tuning": ({"type": "p_tuning"}, 3e-3),
+    "p_tuning": ({"type": "p_tuning"}, 1e-3),
     "prompt_tuning": (
         {
             "type": "prompt_tuning",
@@ -87,6 +87,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "FINETUNE_CACHE": str(folder / "cache"),
         "FINETUNE_TERMINATION_LOG": str(out / "termination"),
         "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",  # threads that wait for each other would count as work
     }
     (out / "work").mkdir()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -174,7 +175,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
             f"{found['held_out']['general']:.3f}",
             f"{found['cpu_seconds']:.0f}",
             f"{found['memory'] / 1e9:.1f}",
-            f"{found['size'] / 1e6:.1f}",
+            f"{found['size'] / 1e6:.3g}",
         )
         for name, found in results.items()
     ]
@@ -203,7 +204,7 @@ INTRODUCTION = """\
 
 SmolLM2-135M-Instruct learns its identity by the recipe of
 [examples/02](../examples/02-self-cognition-keep-knowledge.yaml): 18 rows about itself and 9 of general questions,
-6 epochs, batches of 4, float32 on 2 CPU cores. Held out are six questions about itself in other words and eight
+6 epochs, batches of 4, float32 on one CPU core. Held out are six questions about itself in other words and eight
 general ones ([benchmarks/data](../benchmarks/data)). Each method has one learning rate, as papers and libraries
 advise; none was searched for, so a method that looks weak here may be at the wrong rate rather than the wrong method.
 CPU seconds are those of the whole process: loading, training, both evaluations, answers, writing.
