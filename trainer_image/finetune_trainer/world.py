@@ -138,6 +138,8 @@ def join(accelerator: str) -> World:
     os.environ.setdefault("MASTER_PORT", str(MASTER_PORT))
     if accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed's import
+        # Nothing is compiled on a CPU; bitsandbytes would load the compiler all the same, 1.5 s of every start.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
