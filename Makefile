@@ -16,8 +16,10 @@ export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer_image
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(BIN)/python -m pytest
-# A file of tests stays together: what its tests share is made once. One thread a process, or they wait for each other.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -q -n logical --maxprocesses 4 --dist loadfile
+# A file of tests stays together: what its tests share is made once. The order of files is that of tests/conftest.py.
+FILES := --dist loadfile --no-loadscope-reorder
+# One thread a process, or they wait for each other.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -q -n logical --maxprocesses 4 $(FILES)
 
 .PHONY: help
 help: ## This list
@@ -91,7 +93,7 @@ binaries: setup ## Build the test cluster's binaries from Go modules (7 minutes,
 
 .PHONY: test-cluster
 test-cluster: binaries ## Against a real Kubernetes API server
-	$(PYTEST) -q -m cluster -n 2 --dist loadfile --ignore=tests/trainer
+	$(PYTEST) -q -m cluster -n 2 $(FILES) --ignore=tests/trainer
 
 .PHONY: test-e2e
 test-e2e: binaries ## Two real kubelets, S3 server, Prometheus, the real images: the whole product (30 GB of disk)

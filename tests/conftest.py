@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -23,6 +24,19 @@ from tests.cluster.cluster import Cluster
 # A shell starts what runs in the background deaf to Ctrl-C, and so would be all processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONG_ONES = (
+    *("test_examples", "test_methods_resume", "test_heads", "test_stages", "test_resume", "test_rollouts"),
+    *("test_run", "test_methods_own", "test_rlaif", "test_earlier"),
+)
+"""Files that take longest for their number of tests, longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files begin first: where several processes share the files, none is left alone with one at the end."""
+    sizes = Counter(item.path for item in items)
+    places = {name: place for place, name in enumerate(LONG_ONES)}
+    items.sort(key=lambda item: (places.get(item.path.stem, len(places)), -sizes[item.path], item.path))
 
 
 def available(make: Callable[[], object]) -> None:
