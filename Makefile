@@ -50,7 +50,7 @@ test: setup lint check-generated test-unit binaries test-trainer test-cluster te
 lint: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --cache-dir "$(CACHE)/mypy"
 	$(BIN)/lint-imports
 
 .PHONY: format
