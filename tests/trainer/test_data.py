@@ -1,7 +1,9 @@
 """From files to streams: what is counted, cut, dropped, refused and cached."""
 
 import json
+import weakref
 
+import numpy as np
 import pytest
 
 pytest.importorskip("transformers", reason="needs the trainer extra")
@@ -10,6 +12,9 @@ from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE, ENV_WORK
 from finetune_api.spec import DataSource
 from finetune_trainer.data import prepare, source_names
+from finetune_trainer.data.cache import Spool
+from finetune_trainer.data.render import Tokens
+from finetune_trainer.data.stream import Draft, Rows
 from finetune_trainer.fetch import Fetched, fetch
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.outcome import RunError
@@ -162,3 +167,17 @@ def test_a_cache_that_cannot_be_written_costs_time_only(model, tmp_path, monkeyp
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(ENV_CACHE, str(tmp_path / "file"))
     assert prepared(model, tmp_path, [row("red", "blue")]).report["train"]["sequences"] == 1
+
+
+def test_while_a_source_is_read_its_tokens_leave_the_memory(cache):
+    cache.mkdir()
+    spool, held = Spool("rows"), []
+    for first in (0, 10):
+        part = Rows.of("rows", [Draft((Tokens(np.arange(first, first + 5, dtype=np.int32), np.arange(5) > 1),))])
+        held += [weakref.ref(part.ids), weakref.ref(part.learned)]
+        spool.add(part)
+        del part
+    assert [reference() for reference in held] == [None] * 4
+    rows = spool.rows()
+    assert rows.ids.tolist() == [*range(5), *range(10, 15)] and rows.starts.tolist() == [0, 5, 10]
+    assert rows.learned.tolist() == [False, False, True, True, True] * 2
