@@ -40,8 +40,8 @@ method: {type: lora, r: 16, lora_alpha: 32, target_modules: all-linear}
 
 `finetune methods` prints this table, `finetune methods lora` what is said of one method. Start with `lora`; with
 `qlora` where memory is short; with `full` where data is plenty. NEFTune (`training.neftune_noise_alpha`) goes with all
-of them. What they learn, forget and cost on a real model: [methods-side-by-side.md](methods-side-by-side.md). Speed and
-memory on a GPU: [performance.md](performance.md).
+of them. What 13 of them learn, forget and cost on a real model:
+[methods-side-by-side.md](methods-side-by-side.md). Speed and memory on a GPU: [performance.md](performance.md).
 """
 MEANING = """\
 - *Trained*: weights trained and all weights, in the tests' small case on a Llama of two layers (`bitfit`: a GPT-2).

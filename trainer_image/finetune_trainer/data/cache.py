@@ -85,10 +85,10 @@ class Spool:
             values = getattr(part, key)
             if values is not None:
                 values.tofile(self._file(key))
-        # Not slices of nothing: they would keep the whole arrays in memory.
-        ids, learned = np.empty(0, part.ids.dtype), np.empty(0, part.learned.dtype)
-        notes = None if part.notes is None else np.empty(0, part.notes.dtype)
-        self._kept.append(replace(part, ids=ids, learned=learned, labels=None, notes=notes))
+        # Copied: a slice, be it empty, keeps the whole array in memory.
+        notes = None if part.notes is None else part.notes[:0].copy()
+        kept = replace(part, ids=part.ids[:0].copy(), learned=part.learned[:0].copy(), labels=None, notes=notes)
+        self._kept.append(kept)
 
     def rows(self) -> Rows:
         """All of them."""
