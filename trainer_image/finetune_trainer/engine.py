@@ -30,11 +30,8 @@ from finetune_trainer.objectives import Objective, Sums
 from finetune_trainer.objectives.head import find_head
 from finetune_trainer.outcome import RunError
 from finetune_trainer.stopping import Stop
-from finetune_trainer.world import World
+from finetune_trainer.world import ENV_COMPILE, World
 from finetune_trainer.zero import deepspeed_config, forget_dry_run, is_plain, passes, zero_stage
-
-ENV_COMPILE = "FINETUNE_COMPILE"
-"""auto: decoder layers are compiled where that is known to be safe. 1: always. 0: never."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("FINETUNE_COLLECTIVE_TIMEOUT", "300")))
 """How long a collective may wait for a peer. Long work (downloads, answers) never happens inside one."""
 
+ENV_COMPILE = "FINETUNE_COMPILE"
+"""auto: decoder layers are compiled where that is known to be safe. 1: always. 0: never."""
+
 
 def rank() -> int:
     """Number of this process, 0 without a launcher."""
@@ -138,8 +141,9 @@ def join(accelerator: str) -> World:
     os.environ.setdefault("MASTER_PORT", str(MASTER_PORT))
     if accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed's import
-        # Nothing is compiled on a CPU; bitsandbytes would load the compiler all the same, 1.5 s of every start.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # Nothing is compiled on a CPU unasked; bitsandbytes would load the compiler all the same, 1.5 s of every start.
+        if os.environ.get(ENV_COMPILE) != "1":
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
