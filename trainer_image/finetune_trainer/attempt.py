@@ -168,7 +168,7 @@ class Attempt:
 
     def _print(self, text: str) -> None:
         if rank() == 0:
-            print(text, flush=True)
+            print(f"{text}\n", end="", flush=True)  # one write: the saving thread prints as well
 
     def _on_first(self, name: str, work: Callable[[], Any]) -> Any:
         """``work`` on rank 0 only; its RunError is raised on every process. None elsewhere."""
