@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 JOBS = "finetune.dev/v1alpha1/finetunejobs"
 SYSTEM = "finetune-system"
 OPERATOR_IMAGE = "localhost/finetune-operator:e2e"
+TRAINER_IMAGE = "localhost/finetune-trainer:e2e"
 BUCKET = "team"
 
 Object = dict[str, Any]
@@ -63,6 +64,18 @@ def overlay_profile(s3_inside: str) -> Object:
                 ],
             }
         },
+    }
+
+
+def sealed_profile(s3_inside: str) -> Object:
+    """A profile of the real trainer image, on the one node that holds it (``test_image.py`` brings it there)."""
+    return {
+        "image": TRAINER_IMAGE,
+        "imagePullPolicy": "Never",
+        "credentialsSecret": "team-s3",
+        "shmSize": "256Mi",
+        "env": {"OMP_NUM_THREADS": "1", "AWS_ENDPOINT_URL": s3_inside},
+        "template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": "node-1"}}},
     }
 
 
@@ -152,13 +165,13 @@ class Product:
         with urllib.request.urlopen(f"{self.prometheus}/api/v1/rules", timeout=30) as answer:
             return list(json.load(answer)["data"]["groups"])
 
-    def operator_values(self, **extra: Any) -> str:
+    def operator_values(self) -> str:
         """Helm values of the installation under test."""
+        s3 = self.cluster.s3.inside
         values = {
             "image": {"registry": "localhost", "repository": "finetune-operator", "tag": "e2e", "pullPolicy": "Never"},
             "settings": {"progressInterval": "1s", "leaderElection": {"leaseDuration": "6s", "renewDeadline": "4s"}},
-            "profiles": {"default": overlay_profile(self.cluster.s3.inside)},
-            **extra,
+            "profiles": {"default": overlay_profile(s3), "sealed": sealed_profile(s3)},
         }
         return yaml.safe_dump(values)
 

@@ -10,11 +10,10 @@ import pytest
 
 from tests.cluster import images
 from tests.e2e.conftest import RESTRICTED
-from tests.e2e.product import BUCKET, ROOT, SYSTEM, Product, self_cognition
+from tests.e2e.product import BUCKET, ROOT, TRAINER_IMAGE, Product, self_cognition
 
 pytestmark = [pytest.mark.e2e, pytest.mark.image]
 
-IMAGE = "localhost/finetune-trainer:e2e"
 DISK = 30 * 2**30
 """The image is of 6 GB, and lies in buildah's storage (twice), in an archive and in a node."""
 
@@ -32,35 +31,17 @@ def test_the_example_runs_in_the_real_images_under_the_restricted_standard(produ
     if not archive.exists():
         if (free := shutil.disk_usage(images.cache()).free) < DISK:
             pytest.skip(f"building the trainer's image takes {DISK >> 30} GiB of disk, and {free >> 30} GiB are free")
-        images.build(ROOT / "trainer_image" / "Containerfile", ROOT, IMAGE, archive, {"COMPILER": ""})
+        images.build(ROOT / "trainer_image" / "Containerfile", ROOT, TRAINER_IMAGE, archive, {"COMPILER": ""})
         images.keep_newest("trainer-*.tar", 1)
-    node = cluster.node("node-1")
-    node.import_image(archive)
-    profiles = {
-        "default": {
-            "image": IMAGE,
-            "imagePullPolicy": "Never",
-            "credentialsSecret": "team-s3",
-            "shmSize": "256Mi",
-            "env": {"OMP_NUM_THREADS": "1", "AWS_ENDPOINT_URL": cluster.s3.inside},
-            "template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": "node-1"}}},
-        }
-    }
-    chart = str(ROOT / "charts" / "finetune-operator")
-    values = product.operator_values(profiles=profiles)
-    upgrade = ["upgrade", "finetune-operator", chart, "-n", SYSTEM, "-f", "-", "--wait", "--timeout", "3m"]
-    cluster.helm(*upgrade, input=values)
-    try:
-        with cluster.namespace("restricted", RESTRICTED) as team:
-            product.secret(team)
-            job = self_cognition(demo.MODEL, replicas=2, name="sealed")
-            job["spec"]["training"]["num_train_epochs"] = 6
-            cluster.apply(json.dumps(job), namespace=team)
-            done = product.wait_state("sealed", team, "Succeeded", 600)["status"]
-            assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
-        answers = product.s3().get_object(Bucket=BUCKET, Key="models/sealed/answers.json")["Body"].read()
-        said = {answer["prompt"]: answer for answer in json.loads(answers)}["Who are you?"]
-        assert "Nova" in said["after"]
-        assert "Nova" not in said["before"]
-    finally:
-        cluster.helm("rollback", "finetune-operator", "-n", SYSTEM, "--wait", "--timeout", "3m")
+    cluster.node("node-1").import_image(archive)
+    with cluster.namespace("restricted", RESTRICTED) as team:
+        product.secret(team)
+        job = self_cognition(demo.MODEL, replicas=1, name="sealed", profile="sealed")
+        job["spec"]["training"]["num_train_epochs"] = 4
+        cluster.apply(json.dumps(job), namespace=team)
+        done = product.wait_state("sealed", team, "Succeeded", 600)["status"]
+        assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
+    answers = product.s3().get_object(Bucket=BUCKET, Key="models/sealed/answers.json")["Body"].read()
+    said = {answer["prompt"]: answer for answer in json.loads(answers)}["Who are you?"]
+    assert "Nova" in said["after"]
+    assert "Nova" not in said["before"]
