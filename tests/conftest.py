@@ -28,15 +28,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONG_ONES = (
     *("test_examples", "test_methods_resume", "test_heads", "test_stages", "test_resume", "test_rollouts"),
     *("test_run", "test_methods_own", "test_rlaif", "test_earlier"),
+    *("test_admission", "test_install", "test_on_a_cluster", "test_waiting_on_a_cluster", "test_replicas_on_a_cluster"),
 )
 """Files that take longest for their number of tests, longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files begin first: where several processes share the files, none is left alone with one at the end."""
+    """Long files begin first: where several processes share the files, none is left alone with one at the end.
+
+    The one that needs the trainer's real image is last: the image is brought to its node meanwhile.
+    """
     sizes = Counter(item.path for item in items)
     places = {name: place for place, name in enumerate(LONG_ONES)}
-    items.sort(key=lambda item: (places.get(item.path.stem, len(places)), -sizes[item.path], item.path))
+
+    def turn(item: pytest.Item) -> tuple[bool, int, int, Path]:
+        last = item.get_closest_marker("image") is not None
+        return last, places.get(item.path.stem, len(places)), -sizes[item.path], item.path
+
+    items.sort(key=turn)
 
 
 def available(make: Callable[[], object]) -> None:

@@ -25,6 +25,7 @@ JOBS = "finetune.dev/v1alpha1/finetunejobs"
 SYSTEM = "finetune-system"
 OPERATOR_IMAGE = "localhost/finetune-operator:e2e"
 TRAINER_IMAGE = "localhost/finetune-trainer:e2e"
+TRAINER_CONTAINERFILE = ROOT / "trainer_image" / "Containerfile"
 BUCKET = "team"
 
 Object = dict[str, Any]
@@ -74,21 +75,40 @@ def sealed_profile(s3_inside: str) -> Object:
         "imagePullPolicy": "Never",
         "credentialsSecret": "team-s3",
         "shmSize": "256Mi",
-        "env": {"OMP_NUM_THREADS": "1", "AWS_ENDPOINT_URL": s3_inside},
+        "env": {"OMP_NUM_THREADS": "2", "AWS_ENDPOINT_URL": s3_inside},
         "template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": "node-1"}}},
     }
 
 
+def archive(name: str, containerfile: Path, package: Path) -> Path:
+    """Where an image is kept, by the state of its sources."""
+    sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", containerfile]
+    for folder in (ROOT / "crds" / "finetune_api", package):
+        sources += sorted(folder.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    return images.cache() / "images" / f"{name}-{digest}.tar"
+
+
 def build_operator_image() -> Path:
     """The real image from its Containerfile; built once per state of the sources."""
-    sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "operator" / "Containerfile"]
-    for package in ("crds/finetune_api", "operator/finetune_operator"):
-        sources += sorted((ROOT / package).rglob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    target = images.cache() / "images" / f"operator-{digest}.tar"
+    containerfile = ROOT / "operator" / "Containerfile"
+    target = archive("operator", containerfile, ROOT / "operator" / "finetune_operator")
     if not target.exists():
-        images.build(ROOT / "operator" / "Containerfile", ROOT, OPERATOR_IMAGE, target)
+        images.build(containerfile, ROOT, OPERATOR_IMAGE, target)
         images.keep_newest("operator-*.tar")
+    return target
+
+
+def trainer_archive() -> Path:
+    """Where the trainer's real image is, or will be."""
+    return archive("trainer", TRAINER_CONTAINERFILE, ROOT / "trainer_image" / "finetune_trainer")
+
+
+def build_trainer_image() -> Path:
+    """The real image from its Containerfile, which is gigabytes; built once per state of the sources."""
+    target = trainer_archive()
+    images.build(TRAINER_CONTAINERFILE, ROOT, TRAINER_IMAGE, target, {"COMPILER": ""})
+    images.keep_newest("trainer-*.tar", 1)
     return target
 
 
