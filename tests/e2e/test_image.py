@@ -35,10 +35,11 @@ def test_the_example_runs_in_the_real_images_under_the_restricted_standard(
         product.secret(team)
         job = self_cognition(demo.MODEL, replicas=1, name="sealed", profile="sealed")
         job["spec"]["training"]["num_train_epochs"] = 4
+        job["spec"]["evaluation"]["prompts"] = ["Who are you?"]
         cluster.apply(json.dumps(job), namespace=team)
         done = product.wait_state("sealed", team, "Succeeded", 600)["status"]
         assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
     answers = product.s3().get_object(Bucket=BUCKET, Key="models/sealed/answers.json")["Body"].read()
-    said = {answer["prompt"]: answer for answer in json.loads(answers)}["Who are you?"]
+    [said] = json.loads(answers)
     assert "Nova" in said["after"]
     assert "Nova" not in said["before"]

@@ -60,7 +60,7 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
         ["kubectl", "get", "pods", "-n", team, "-w", "-o", "json", "--output-watch-events"],
         env=cluster.environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=4500)), namespace=team)
+    cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=3000)), namespace=team)
     running, killed = operator(), 0
     try:
         # Each life of an operator lasts until it has done something, plus a moment drawn at random: so the kills fall

@@ -113,7 +113,7 @@ def check_queries(product: Product) -> None:
 def test_a_lost_worker_is_made_good_from_the_checkpoint(product: Product, team: str, tiny_model: str) -> None:
     """kill -9 of a trainer process in a pod: cause and exit code in the status, then success."""
     cluster = product.cluster
-    cluster.apply(json.dumps(tiny_job(tiny_model, product, "fragile", replicas=2, steps=1000)), namespace=team)
+    cluster.apply(json.dumps(tiny_job(tiny_model, product, "fragile", replicas=2, steps=600)), namespace=team)
     product.wait("fragile", team, lambda s: s.get("checkpoints"), 240)
     victim = next(
         p["metadata"]["name"]
@@ -137,7 +137,7 @@ def test_a_lost_worker_is_made_good_from_the_checkpoint(product: Product, team: 
 
 def test_suspend_gives_the_pods_back_and_resume_continues(product: Product, team: str, tiny_model: str) -> None:
     cluster = product.cluster
-    cluster.apply(json.dumps(tiny_job(tiny_model, product, "patient", replicas=1, steps=2000)), namespace=team)
+    cluster.apply(json.dumps(tiny_job(tiny_model, product, "patient", replicas=1, steps=1200)), namespace=team)
     product.wait("patient", team, lambda s: (s.get("progress") or {}).get("step", 0) >= 5, 240)
     cluster.kubectl("patch", "ftj", "patient", "-n", team, "--type=merge", "-p", '{"spec":{"suspend":true}}')
     product.wait_state("patient", team, "Suspended", 90)
