@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,20 @@ def e2e_cluster() -> Iterator[Cluster]:
     own.stop()
 
 
+@pytest.fixture(scope="session")
+def importing(e2e_cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Future[None] | None]:
+    """The trainer's real image on its way to node-1, where a test of this session wants it and it is built already:
+    six gigabytes take two minutes, in which the other tests go on."""
+    from tests.e2e.product import trainer_archive
+
+    wanted = any(item.get_closest_marker("image") for item in request.session.items)
+    with ThreadPoolExecutor(1) as beside:
+        if wanted and trainer_archive().exists():
+            yield beside.submit(e2e_cluster.node("node-1").import_image, trainer_archive())
+        else:
+            yield None
+
+
 @pytest.fixture
 def namespace(cluster: Access) -> Iterator[str]:
     """A namespace of `cluster` for one test."""
@@ -92,7 +107,7 @@ def namespace(cluster: Access) -> Iterator[str]:
 
 
 @pytest.fixture
-def e2e_namespace(e2e_cluster: Cluster) -> Iterator[str]:
+def e2e_namespace(e2e_cluster: Cluster, importing: object) -> Iterator[str]:
     """A namespace of `e2e_cluster` for one test."""
     with e2e_cluster.namespace() as name:
         yield name

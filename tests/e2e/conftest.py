@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.e2e.product import BUCKET, ROOT, SYSTEM, Product, build_operator_image, trainer_archive
+from tests.e2e.product import BUCKET, ROOT, SYSTEM, Product, build_operator_image
 
 RESTRICTED = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
 
@@ -23,18 +22,6 @@ def rules() -> str:
 
     made = only(template("--set", "prometheusRule.enabled=true"), "PrometheusRule")
     return yaml.safe_dump(made["spec"])
-
-
-@pytest.fixture(scope="session")
-def importing(e2e_cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Future[None] | None]:
-    """The trainer's real image on its way to node-1, where a test of this session wants it and it is built already:
-    six gigabytes take two minutes, in which the other tests go on."""
-    wanted = any(item.get_closest_marker("image") for item in request.session.items)
-    with ThreadPoolExecutor(1) as beside:
-        if wanted and trainer_archive().exists():
-            yield beside.submit(e2e_cluster.node("node-1").import_image, trainer_archive())
-        else:
-            yield None
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def sealed_profile(s3_inside: str) -> Object:
         "imagePullPolicy": "Never",
         "credentialsSecret": "team-s3",
         "shmSize": "256Mi",
-        "env": {"OMP_NUM_THREADS": "2", "AWS_ENDPOINT_URL": s3_inside},
+        "env": {"OMP_NUM_THREADS": "1", "AWS_ENDPOINT_URL": s3_inside},
         "template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": "node-1"}}},
     }
 

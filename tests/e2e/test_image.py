@@ -33,8 +33,8 @@ def test_the_example_runs_in_the_real_images_under_the_restricted_standard(
         cluster.node("node-1").import_image(build_trainer_image())
     with cluster.namespace("restricted", RESTRICTED) as team:
         product.secret(team)
-        job = self_cognition(demo.MODEL, replicas=1, name="sealed", profile="sealed")
-        job["spec"]["training"]["num_train_epochs"] = 4
+        job = self_cognition(demo.MODEL, replicas=2, name="sealed", profile="sealed")
+        job["spec"]["training"]["num_train_epochs"] = 6
         job["spec"]["evaluation"]["prompts"] = ["Who are you?"]
         cluster.apply(json.dumps(job), namespace=team)
         done = product.wait_state("sealed", team, "Succeeded", 600)["status"]
