@@ -29,7 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONG_ONES = (
     *("test_examples", "test_methods_resume", "test_heads", "test_stages", "test_resume", "test_rollouts"),
     *("test_run", "test_methods_own", "test_rlaif", "test_earlier"),
-    *("test_admission", "test_install", "test_on_a_cluster", "test_waiting_on_a_cluster", "test_replicas_on_a_cluster"),
+    *("test_install", "test_on_a_cluster", "test_waiting_on_a_cluster", "test_admission", "test_replicas_on_a_cluster"),
 )
 """Files that take longest for their number of tests, longest first."""
 
@@ -89,12 +89,12 @@ def e2e_cluster() -> Iterator[Cluster]:
 def importing(e2e_cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Future[None] | None]:
     """The trainer's real image on its way to node-1, where a test of this session wants it and it is built already:
     six gigabytes take two minutes, in which the other tests go on."""
-    from tests.e2e.product import trainer_archive
+    from tests.e2e.product import TRAINER
 
     wanted = any(item.get_closest_marker("image") for item in request.session.items)
     with ThreadPoolExecutor(1) as beside:
-        if wanted and trainer_archive().exists():
-            yield beside.submit(e2e_cluster.node("node-1").import_image, trainer_archive())
+        if wanted and TRAINER.archive.exists():
+            yield beside.submit(e2e_cluster.node("node-1").import_image, TRAINER.archive)
         else:
             yield None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.e2e.product import BUCKET, ROOT, SYSTEM, Product, build_operator_image
+from tests.e2e.product import BUCKET, OPERATOR, ROOT, SYSTEM, Product
 
 RESTRICTED = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
 
@@ -28,7 +28,7 @@ def rules() -> str:
 def product(e2e_cluster: Cluster, importing: object) -> Iterator[Product]:
     """Operator image built and imported, chart installed into a namespace that enforces ``restricted``, an S3 bucket,
     Prometheus with the chart's alerts."""
-    e2e_cluster.import_image(build_operator_image())
+    e2e_cluster.import_image(OPERATOR.build())
     e2e_cluster.s3.make_bucket(BUCKET)
     prometheus = e2e_cluster.start_prometheus(rules())
     product = Product(e2e_cluster, prometheus)

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,44 @@ from tests.cluster.cluster import Cluster
 ROOT = Path(__file__).parents[2]
 JOBS = "finetune.dev/v1alpha1/finetunejobs"
 SYSTEM = "finetune-system"
-OPERATOR_IMAGE = "localhost/finetune-operator:e2e"
-TRAINER_IMAGE = "localhost/finetune-trainer:e2e"
-TRAINER_CONTAINERFILE = ROOT / "trainer_image" / "Containerfile"
 BUCKET = "team"
 
 Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A real image of the product, from its Containerfile; built once per state of the sources."""
+
+    name: str
+    folder: Path
+    kept: int
+    build_args: Mapping[str, str]
+
+    @property
+    def tag(self) -> str:
+        return f"localhost/finetune-{self.name}:e2e"
+
+    @property
+    def archive(self) -> Path:
+        """Where the image of these sources is, or will be."""
+        sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", self.folder / "Containerfile"]
+        for package in (ROOT / "crds" / "finetune_api", self.folder / f"finetune_{self.name}"):
+            sources += sorted(package.rglob("*.py"))
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+        return images.cache() / "images" / f"{self.name}-{digest}.tar"
+
+    def build(self) -> Path:
+        """Makes the archive where there is none."""
+        target = self.archive
+        if not target.exists():
+            images.build(self.folder / "Containerfile", ROOT, self.tag, target, self.build_args)
+            images.keep_newest(f"{self.name}-*.tar", self.kept)
+        return target
+
+
+OPERATOR = Image("operator", ROOT / "operator", kept=2, build_args={})
+TRAINER = Image("trainer", ROOT / "trainer_image", kept=1, build_args={"COMPILER": ""})
 
 
 def overlay_profile(s3_inside: str) -> Object:
@@ -69,47 +101,15 @@ def overlay_profile(s3_inside: str) -> Object:
 
 
 def sealed_profile(s3_inside: str) -> Object:
-    """A profile of the real trainer image, on the one node that holds it (``test_image.py`` brings it there)."""
+    """A profile of the real trainer image, on the one node that gets it."""
     return {
-        "image": TRAINER_IMAGE,
+        "image": TRAINER.tag,
         "imagePullPolicy": "Never",
         "credentialsSecret": "team-s3",
         "shmSize": "256Mi",
         "env": {"OMP_NUM_THREADS": "1", "AWS_ENDPOINT_URL": s3_inside},
         "template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": "node-1"}}},
     }
-
-
-def archive(name: str, containerfile: Path, package: Path) -> Path:
-    """Where an image is kept, by the state of its sources."""
-    sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", containerfile]
-    for folder in (ROOT / "crds" / "finetune_api", package):
-        sources += sorted(folder.rglob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    return images.cache() / "images" / f"{name}-{digest}.tar"
-
-
-def build_operator_image() -> Path:
-    """The real image from its Containerfile; built once per state of the sources."""
-    containerfile = ROOT / "operator" / "Containerfile"
-    target = archive("operator", containerfile, ROOT / "operator" / "finetune_operator")
-    if not target.exists():
-        images.build(containerfile, ROOT, OPERATOR_IMAGE, target)
-        images.keep_newest("operator-*.tar")
-    return target
-
-
-def trainer_archive() -> Path:
-    """Where the trainer's real image is, or will be."""
-    return archive("trainer", TRAINER_CONTAINERFILE, ROOT / "trainer_image" / "finetune_trainer")
-
-
-def build_trainer_image() -> Path:
-    """The real image from its Containerfile, which is gigabytes; built once per state of the sources."""
-    target = trainer_archive()
-    images.build(TRAINER_CONTAINERFILE, ROOT, TRAINER_IMAGE, target, {"COMPILER": ""})
-    images.keep_newest("trainer-*.tar", 1)
-    return target
 
 
 @dataclass

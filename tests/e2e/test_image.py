@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster import images
 from tests.e2e.conftest import RESTRICTED
-from tests.e2e.product import BUCKET, Product, build_trainer_image, self_cognition
+from tests.e2e.product import BUCKET, TRAINER, Product, self_cognition
 
 pytestmark = [pytest.mark.e2e, pytest.mark.image]
 
@@ -30,7 +30,7 @@ def test_the_example_runs_in_the_real_images_under_the_restricted_standard(
     elif (free := shutil.disk_usage(images.cache()).free) < DISK:
         pytest.skip(f"building the trainer's image takes {DISK >> 30} GiB of disk, and {free >> 30} GiB are free")
     else:
-        cluster.node("node-1").import_image(build_trainer_image())
+        cluster.node("node-1").import_image(TRAINER.build())
     with cluster.namespace("restricted", RESTRICTED) as team:
         product.secret(team)
         job = self_cognition(demo.MODEL, replicas=2, name="sealed", profile="sealed")
