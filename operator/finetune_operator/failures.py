@@ -53,9 +53,9 @@ def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str]
 
     ``dead_nodes`` are nodes of these pods that are gone or not ready.
     """
-    stories = [(_when(pod), failure) for pod in pods if (failure := _judge_pod(pod, dead_nodes))]
+    stories = [(_when(pod, failure), failure) for pod in pods if (failure := _judge_pod(pod, dead_nodes))]
     if stories:
-        when, failure = min(stories, key=lambda story: (_SECONDARY.get(story[1].cause, 0), story[0]))
+        when, failure = min(stories, key=_how_far_from_the_cause)
         if job is not None and job.suspended and failure.cause in _SECONDARY:
             return replace(taken_back(job), exit_code=failure.exit_code, pod=failure.pod, node=failure.node)
         echo = failure.cause is Cause.COMMUNICATION_ERROR and any(pod.running for pod in pods)
@@ -77,7 +77,16 @@ def taken_back(job: GangJob) -> Failure:
     return Failure(Cause.PREEMPTED, message)
 
 
-def _when(pod: Pod) -> datetime:
+def _how_far_from_the_cause(story: tuple[datetime, Failure]) -> tuple[int, datetime, bool]:
+    when, failure = story
+    # Kubernetes tells seconds, and the Job's controller deletes the other pods within milliseconds of a failure: who
+    # was told to go in the second of another's failure was told because of it.
+    return _SECONDARY.get(failure.cause, 0), when, failure.cause is Cause.TERMINATED
+
+
+def _when(pod: Pod, failure: Failure) -> datetime:
+    if failure.cause is Cause.TERMINATED and pod.told_to_go:
+        return pod.told_to_go
     ends = [e.finished for e in pod.exits if e.code != 0 and e.finished]
     return min(ends) if ends else datetime.max.replace(tzinfo=UTC)
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -56,6 +56,9 @@ class Pod:
     node: str
     deleting: bool
     deletion_time: datetime | None
+    """When its time to end is over; None where it is not being deleted."""
+    told_to_go: datetime | None
+    """When its deletion was asked for."""
     running_since: datetime | None
     """When the training container started; None before."""
     waiting: str
@@ -206,6 +209,8 @@ def _pod(child: dict[str, Any]) -> Pod:
     running: Object = next((c for c in containers if c["name"] == TRAINER_CONTAINER), {})
     started = (running.get("state") or {}).get("running") or (running.get("state") or {}).get("terminated") or {}
     scheduled: Object = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
+    deletion_time = parse_time(metadata.get("deletionTimestamp"))
+    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
     unschedulable = scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else ""
     return Pod(
         name=metadata["name"],
@@ -215,8 +220,9 @@ def _pod(child: dict[str, Any]) -> Pod:
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         node=(child.get("spec") or {}).get("nodeName") or "",
-        deleting="deletionTimestamp" in metadata,
-        deletion_time=parse_time(metadata.get("deletionTimestamp")),
+        deleting=deletion_time is not None,
+        deletion_time=deletion_time,
+        told_to_go=deletion_time - grace if deletion_time else None,
         running_since=parse_time(started.get("startedAt")),
         waiting=waiting.get("reason", ""),
         waiting_message=waiting.get("message", ""),

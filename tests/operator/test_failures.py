@@ -15,13 +15,17 @@ NO_NODES: frozenset[str] = frozenset()
 
 def pod(index: int = 0, *, node: str = "node-1", **status: Any) -> dict[str, Any]:
     """A worker pod, as the API server would show it."""
-    deleting = status.pop("deleting", False)
+    deleting, told = status.pop("deleting", False), status.pop("told", 30)
     return {
         "kind": "Pod",
         "metadata": {
             "name": f"tune-a1-{index}-x",
             "labels": {"finetune.dev/attempt": "1", "batch.kubernetes.io/job-completion-index": str(index)},
-            **({"deletionTimestamp": "2026-01-01T00:01:00Z"} if deleting else {}),
+            **(
+                {"deletionTimestamp": "2026-01-01T00:01:00Z", "deletionGracePeriodSeconds": 60 - told}
+                if deleting
+                else {}
+            ),
         },
         "spec": {"nodeName": node},
         "status": {"phase": "Running", **status},
@@ -136,6 +140,22 @@ def test_who_lost_his_peers_waits_a_moment_for_their_story() -> None:
     assert judged(victim, silent, at=7) is None
     assert judged(victim, silent, at=8).cause is Cause.COMMUNICATION_ERROR
     assert judged(victim, pod(1, **ended(137, at=6)), at=7).cause is Cause.KILLED
+
+
+@pytest.mark.parametrize(
+    ("told", "cause"),
+    [
+        (3, Cause.COMMUNICATION_ERROR),  # by the Job's controller, at once
+        (4, Cause.COMMUNICATION_ERROR),
+        (2, Cause.TERMINATED),  # by a person, and its peers lost it
+    ],
+)
+@pytest.mark.parametrize("end", [{}, ended(143, at=4)])
+def test_who_was_told_to_go_is_the_cause_where_nothing_had_failed_before(
+    told: int, cause: Cause, end: dict[str, Any]
+) -> None:
+    victim = pod(1, **ended(1, at=3, message="NCCL error: remote process exited"))
+    assert judged(pod(0, deleting=True, told=told, **end), victim).cause is cause
 
 
 def test_pods_of_a_job_that_is_gone_are_nobodys() -> None:
