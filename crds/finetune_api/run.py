@@ -264,6 +264,8 @@ class Termination(_Wire):
     evaluation: dict[str, float] = {}
     outputs: list[OutputInfo] = []
     last_checkpoint: CheckpointInfo | None = None
+    kept: list[int] = []
+    """Steps of the complete checkpoints that are on storage now, the last one too."""
 
     def to_message(self) -> str:
         """JSON that fits into a termination message; the message is cut first, then the evaluation."""

@@ -336,7 +336,8 @@ def _with_parting_word(facts: Facts, status: FineTuneJobStatus) -> FineTuneJobSt
 def _with_checkpoint(status: FineTuneJobStatus, last: Termination) -> dict[str, Any]:
     assert last.last_checkpoint is not None
     newest = checkpoint_status(last.last_checkpoint)
-    kept = [c for c in status.checkpoints if c.step < newest.step]
+    # What was deleted after the last look at its progress, its word tells by telling what is there.
+    kept = [c for c in status.checkpoints if c.step < newest.step and (c.step in last.kept or not last.kept)]
     return {"checkpoints": [*kept, newest], "last_checkpoint_time": newest.time}
 
 

@@ -62,6 +62,9 @@ def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str]
         return None if echo and now - when < ECHO_PATIENCE else failure
     if job is None:
         return Failure(Cause.JOB_DELETED, "The batch Job of this attempt was deleted by someone else.")
+    if job.failed and not pods and job.failure_reason == "BackoffLimitExceeded":
+        # Of a container that failed by itself, the pod would be there.
+        return Failure(Cause.TERMINATED, f"The pods of batch Job {job.name} were deleted.")
     if job.failed:
         detail = f"{job.failure_reason}: {job.failure_message}".strip(": ")
         return Failure(Cause.UNKNOWN, f"The batch Job {job.name} failed without a failed pod ({detail}).")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import urllib.error
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune_operator.cluster.processes import free_port
 from tests.cluster import binaries
 
 
@@ -63,9 +63,7 @@ def serve(openmetrics: str, folder: Path) -> Iterator[Server]:
     made = promtool("tsdb", "create-blocks-from", "openmetrics", text, folder / "data")
     assert made.returncode == 0, made.stderr
     (folder / "prometheus.yml").write_text("scrape_configs: []\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [
         program("prometheus"),
         f"--config.file={folder / 'prometheus.yml'}",

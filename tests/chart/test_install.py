@@ -137,6 +137,7 @@ def test_a_release_is_installed_upgraded_rolled_back_and_taken_away(api: Access,
 
     # Taken away, nothing is left but the CRD, which is kept, and with it the job; a new install adopts it.
     api.helm("uninstall", release, "--namespace", NAMESPACE, "--wait")
+    api.wait_gone("pods", selector=OPERATOR, namespace=NAMESPACE)
     assert left_over(api) == [f"customresourcedefinition.apiextensions.k8s.io/{CRD}"]
     install(api, release)
     assert has_later_column(api)
@@ -190,6 +191,7 @@ def test_without_keep_the_crd_goes_with_the_release(api: Access, release: str) -
     install(api, release, "--set", "crds.keep=false")
     api.helm("uninstall", release, "--namespace", NAMESPACE, "--wait")
     api.wait_gone(CRDS, name=CRD, namespace=None)
+    api.wait_gone("pods", selector=OPERATOR, namespace=NAMESPACE)
     assert left_over(api) == []
 
 
@@ -332,12 +334,15 @@ def test_users_get_their_rights_by_the_roles_they_have(api: Access, release: str
             namespace="team-a",
         )
     # The roles are put together by a controller: wait until it has done so.
-    api.wait_for(
-        "rbac.authorization.k8s.io/v1/clusterroles",
-        lambda roles: any("finetunejobs" in r["resources"] and "create" in r["verbs"] for r in roles[0]["rules"]),
-        name="edit",
-        namespace=None,
-    )
+    for role, verb in (("view", "get"), ("edit", "create"), ("admin", "create")):
+        api.wait_for(
+            "rbac.authorization.k8s.io/v1/clusterroles",
+            lambda roles, verb=verb: any(  # type: ignore[misc]
+                "finetunejobs" in r.get("resources", ()) and verb in r["verbs"] for r in roles[0]["rules"]
+            ),
+            name=role,
+            namespace=None,
+        )
     jobs = "finetunejobs.finetune.dev"
     asked = [
         ("get", jobs, "team-a"),

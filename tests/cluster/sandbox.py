@@ -16,11 +16,18 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.cluster import init
+
+
+def commands() -> Iterator[tuple[int, bytes]]:
+    """Pid and command line of every process of the machine; arguments end with a NUL."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            yield int(folder.name), (folder / "cmdline").read_bytes()
 
 
 class SandboxError(RuntimeError):

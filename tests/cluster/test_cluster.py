@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from tests.cluster import images
 from tests.cluster.access import Access, Object
 from tests.cluster.cluster import Cluster
+from tests.cluster.sandbox import commands
 
 
 def job(name: str, pod_spec: Object, *, workers: int = 2) -> Object:
@@ -99,19 +101,13 @@ def test_a_simulated_node_can_die_and_come_back(simulated: Cluster) -> None:
 def traces(cluster: Cluster) -> list[str]:
     """Processes, mounts, cgroups and files that mention the cluster's state folder, as seen from outside."""
     mark = cluster.sandbox.state.name
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if _readable(path)]
-    found = [c.replace(b"\0", b" ").decode(errors="replace") for c in commands if mark.encode() in c]
+    running = [command for _, command in commands()]
+    found = [c.replace(b"\0", b" ").decode(errors="replace") for c in running if mark.encode() in c]
     found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if mark in line]
-    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{mark}*")]
+    # os.walk passes over what is taken away meanwhile.
+    found += [f"{at}/{name}" for at, names, _ in os.walk("/sys/fs/cgroup") for name in names if name.startswith(mark)]
     found += [str(cluster.sandbox.state)] if cluster.sandbox.state.exists() else []
     return found
-
-
-def _readable(path: Path) -> bool:
-    try:
-        return bool(path.read_bytes())
-    except OSError:  # the process has ended meanwhile
-        return False
 
 
 def interfaces() -> str:
@@ -174,7 +170,7 @@ PEERS: Object = {
 SERVE = "import http.server as h; h.HTTPServer(('', 8000), h.SimpleHTTPRequestHandler).serve_forever()"
 ASK_PEER = """
 import time, urllib.request
-for _ in range(100):  # until the name is known and the server listens
+for _ in range(900):  # until the name is known and the server listens
     try:
         print(urllib.request.urlopen("http://server.peers:8000/etc/hostname").read().decode())
         break
@@ -195,7 +191,7 @@ store.put("from/pod", b"hello from the pod")
 def test_pods_of_two_nodes_talk_by_the_names_of_a_headless_service(e2e_cluster: Cluster, e2e_namespace: str) -> None:
     server, client = python_pod(SERVE, "server", "node-1"), python_pod(ASK_PEER, "client", "node-2")
     e2e_cluster.apply(PEERS, server, client, namespace=e2e_namespace)
-    e2e_cluster.wait_for_pod("client", "Succeeded", namespace=e2e_namespace)
+    e2e_cluster.wait_for_pod("client", "Succeeded", namespace=e2e_namespace, timeout=120)
     assert e2e_cluster.kubectl("logs", "client", "-n", e2e_namespace).strip() == "server"
 
     address = e2e_cluster.get("pods", "server", namespace=e2e_namespace)["status"]["podIP"]

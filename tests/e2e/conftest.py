@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -78,13 +79,22 @@ def upload(product: Product, path: Path, key: str) -> None:
         client.upload_file(str(file), BUCKET, name)
 
 
-def watching(product: Product, namespace: str) -> subprocess.Popen[str]:
-    """``kubectl get ftj -w``, begun; :func:`tail` tells what it printed."""
-    command = ["kubectl", "get", "ftj", "-n", namespace, "-w"]
-    return subprocess.Popen(command, env=product.cluster.environment, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def printed(product: Product, team: str, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """All that ``kubectl get ftj -w`` has printed, once a text is in it."""
+    log = tmp_path / "watch.log"
+    with log.open("w") as out:
+        watch = subprocess.Popen(
+            ["kubectl", "get", "ftj", "-n", team, "-w"], env=product.cluster.environment, stdout=out
+        )
 
+    def once(text: str) -> str:
+        deadline = time.monotonic() + 30
+        while text not in log.read_text():
+            assert time.monotonic() < deadline, f"{text} is not in:\n{log.read_text()}"
+            time.sleep(0.05)
+        return log.read_text()
 
-def tail(process: subprocess.Popen[str]) -> str:
-    """What a process has printed, when it is over."""
-    process.terminate()
-    return process.communicate(timeout=10)[0]
+    yield once
+    watch.terminate()
+    watch.wait()

@@ -190,7 +190,7 @@ class Product:
         s3 = self.cluster.s3.inside
         values = {
             "image": {"registry": "localhost", "repository": "finetune-operator", "tag": "e2e", "pullPolicy": "Never"},
-            "settings": {"progressInterval": "1s", "leaderElection": {"leaseDuration": "6s", "renewDeadline": "4s"}},
+            "settings": {"progressInterval": "1s"},
             "profiles": {"default": overlay_profile(s3), "sealed": sealed_profile(s3)},
         }
         return yaml.safe_dump(values)

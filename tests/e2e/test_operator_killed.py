@@ -18,6 +18,13 @@ from tests.e2e.test_whole_path import tiny_job
 pytestmark = pytest.mark.e2e
 
 KILLS = 20
+WAITING = """
+import sys
+from finetune_operator import handlers
+from finetune_operator.cli.main import main
+sys.stdin.readline()
+main(["operator", "--config", sys.argv[1]])
+"""
 
 
 @pytest.fixture
@@ -53,21 +60,28 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
     log = (tmp_path / "operator.log").open("w")
 
     def operator() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "finetune_operator.cli.main", "operator", "--config", str(settings)]
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        """One that has nothing left to load, and waits to be begun."""
+        command = [sys.executable, "-c", WAITING, str(settings)]
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+    def begin(waiting: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        assert waiting.stdin is not None
+        waiting.stdin.write(b"\n")
+        waiting.stdin.flush()
+        return waiting
 
     watching = subprocess.Popen(
         ["kubectl", "get", "pods", "-n", team, "-w", "-o", "json", "--output-watch-events"],
         env=cluster.environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=3000)), namespace=team)
-    running, killed = operator(), 0
+    running, following, killed = begin(operator()), operator(), 0
     try:
-        # Each life of an operator lasts until it has done something, plus a moment drawn at random: so the kills fall
-        # into all of its doings, from the first apply to the last status.
+        # Short lives and long ones: the kills fall into all of an operator's doings, from its first request and the
+        # taking of the Lease to the last status.
         while killed < KILLS:
             try:
-                running.wait(timeout=draw.uniform(1.0, 3.0))
+                running.wait(timeout=draw.uniform(0.2, 4.0))
             except subprocess.TimeoutExpired:
                 state = cluster.get(JOBS, "steady", namespace=team).get("status", {}).get("state")
                 if state == "Succeeded":
@@ -75,11 +89,12 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
                 running.send_signal(signal.SIGKILL)
                 killed += 1
             running.wait()
-            running = operator()
+            running, following = begin(following), operator()
         done = product.wait_state("steady", team, "Succeeded", 900)["status"]
     finally:
-        running.kill()
-        running.wait()
+        for process in (running, following):
+            process.kill()
+            process.wait()
         log.close()
         watching.terminate()
     assert killed == KILLS, f"the job was over after {killed} kills: make it longer"

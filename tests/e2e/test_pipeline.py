@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.conftest import tail, upload, watching
+from tests.e2e.conftest import upload
 from tests.e2e.product import BUCKET, ROOT, Product
 
 pytestmark = pytest.mark.e2e
@@ -35,18 +36,19 @@ def pipeline(model: str) -> list[dict[str, Any]]:
     return jobs
 
 
-def test_a_pipeline_of_seven_stages_by_one_apply(product: Product, team: str, tiny_model: str, tmp_path: Path) -> None:
+def test_a_pipeline_of_seven_stages_by_one_apply(
+    product: Product, team: str, tiny_model: str, tmp_path: Path, printed: Callable[[str], str]
+) -> None:
     cluster, jobs = product.cluster, pipeline(tiny_model)
     upload(product, ROOT / "examples" / "data", "pipeline")
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump_all(jobs))
-    watch = watching(product, team)
     cluster.kubectl("apply", "-n", team, "-f", str(path))
     product.wait(
         "pipeline-ppo",
         team,
         lambda status: any("Waiting for FineTuneJob" in c["message"] for c in status.get("conditions", [])),
-        30,
+        120,  # the operator's pods may have to start
     )
     done = {
         job["spec"]["stage"]: product.wait_state(job["metadata"]["name"], team, "Succeeded", 400)["status"]
@@ -55,7 +57,7 @@ def test_a_pipeline_of_seven_stages_by_one_apply(product: Product, team: str, ti
     for stage, earlier in STARTS_FROM.items():
         began, ended = (datetime.fromisoformat(t) for t in (done[stage]["startTime"], done[earlier]["completionTime"]))
         assert began >= ended, stage
-    seen = tail(watch)
+    seen = printed("Succeeded")
     for stage in STARTS_FROM:
         assert any(f"pipeline-{stage} " in line and "Waiting" in line for line in seen.splitlines()), stage
     # What each has learned from: the digests of the adapters below it stand in its own manifest.

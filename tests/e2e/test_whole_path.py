@@ -6,27 +6,28 @@ import hashlib
 import json
 import os
 import signal
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import yaml
 
 from tests.chart.test_dashboards import QUERIES, filled_in
-from tests.e2e.conftest import tail, watching
+from tests.cluster.sandbox import commands
 from tests.e2e.product import BUCKET, JOBS, Product, self_cognition
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.usefixtures("example_data")
-def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(product: Product, team: str) -> None:
+def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(
+    product: Product, team: str, printed: Callable[[str], str]
+) -> None:
     """The example of ``make demo`` with the real SmolLM2, storage on S3, two workers, ZeRO-2 and torchrun."""
     from examples import demo
 
     cluster = product.cluster
     job = self_cognition(demo.MODEL, replicas=2)
-    watch = watching(product, team)
     cluster.apply(yaml.safe_dump(job), namespace=team)
 
     training = product.wait("self-cognition", team, lambda s: (s.get("progress") or {}).get("step", 0) >= 3, 240)
@@ -58,10 +59,9 @@ def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(produ
     losses = [json.loads(line)["loss"] for line in metrics.splitlines()]
     assert losses[-1] < 0.5 < 2 < losses[0]
 
-    seen = tail(watch)
+    seen = printed("Succeeded")
     assert "PROGRESS" in seen
     assert " %" in seen
-    assert "Succeeded" in seen
 
     cluster.kubectl("delete", "ftj", "self-cognition", "-n", team)
     for resource in ("batch/v1/jobs", "pods", "networking.k8s.io/v1/networkpolicies"):
@@ -121,12 +121,8 @@ def test_a_lost_worker_is_made_good_from_the_checkpoint(product: Product, team: 
         if p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] == "1"
     )
     # From outside: in its own pid namespace nobody can kill a pod's first process.
-    [process] = [
-        path
-        for path in Path("/proc").glob("[0-9]*")
-        if b"--node-rank=1\0--master-addr=fragile-a1-0." in (path / "cmdline").read_bytes()
-    ]
-    os.kill(int(process.name), signal.SIGKILL)
+    [process] = [pid for pid, command in commands() if b"--node-rank=1\0--master-addr=fragile-a1-0." in command]
+    os.kill(process, signal.SIGKILL)
     done = product.wait_state("fragile", team, "Succeeded", 400)["status"]
     first, second = done["attempts"]
     assert (first["cause"], first["exitCode"], first["counted"]) == ("Killed", 137, True)

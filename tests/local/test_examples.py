@@ -268,7 +268,7 @@ def test_the_examples_of_the_stages_are_valid(stage: str, tmp_path: Path) -> Non
 @pytest.mark.trainer
 def test_keeping_knowledge_stopped_and_killed_ends_with_the_same_losses(place: Place) -> None:
     """Ctrl-C, then kill -9 of the command, then kill -9 of a worker: every loss is that of a run left alone."""
-    options = ["training.max_steps=300", "checkpoint.save_steps=10"]
+    options = ["training.max_steps=500", "checkpoint.save_steps=10"]
     place.run("02", *options, output="alone")
     name = "self-cognition-keep-knowledge"
     command = place.command("02", *options, output="disturbed")

@@ -51,7 +51,10 @@ def operator(cluster: Cluster, own: str, tmp_path_factory: pytest.TempPathFactor
         "on-silent-nodes": profile(own, **{"simulate.finetune.dev/silent": "true"}),
     }
     with account(cluster, own, folder) as kubeconfig:
-        process = OperatorProcess(cluster, kubeconfig, folder, "operator", settings_in(own, profiles=profiles))
+        # Nobody takes its place: a slow moment of the machine must not end its leadership.
+        alone = {"namespace": own, "leaseDuration": "60s", "renewDeadline": "40s", "retryPeriod": "2s"}
+        settings = settings_in(own, profiles=profiles, leaderElection=alone)
+        process = OperatorProcess(cluster, kubeconfig, folder, "operator", settings)
         process.wait_until("it answers", process.answers)
         yield process
         process.stop()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import yaml
 
 from finetune_api import crd
 from finetune_api.run import HTTP_PORT, Progress
+from finetune_operator.cluster.processes import free_port
 from tests.chart.charts import ROOT, only, template
 from tests.cluster.access import Access, Object
 from tests.cluster.cluster import Cluster
@@ -36,13 +36,6 @@ def simulated(cluster: Access) -> Cluster:
     if not isinstance(cluster, Cluster) or not cluster.simulated:
         pytest.skip("needs simulated pods, and the cluster of KUBECONFIG has none")
     return cluster
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.create_server(("", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 class OperatorProcess:
@@ -99,7 +92,7 @@ class OperatorProcess:
                 return float(found[3])
         return None
 
-    def wait_until(self, what: str, ready: Callable[[], object], timeout: float = 30) -> None:
+    def wait_until(self, what: str, ready: Callable[[], object], timeout: float = 90) -> None:
         """For what cannot be watched: its log and its web server."""
         deadline = time.monotonic() + timeout
         while not ready():

@@ -175,6 +175,15 @@ def test_the_workers_own_exit_code_is_told_not_the_launchers() -> None:
     assert judged(pod(**ended(1, message=said))).exit_code == -9
 
 
+def test_a_job_that_failed_and_has_no_pods_lost_them_to_someone() -> None:
+    """As an operator finds it that was away: a deleted pod failed the Job, whose controller took the others."""
+    condition = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded", "message": "has reached it"}
+    found = judged(job={**JOB, "status": {"conditions": [condition]}})
+    assert (found.cause, found.retry) == (Cause.TERMINATED, Retry.FREE)
+    condition["reason"] = "DeadlineExceeded"
+    assert judged(job={**JOB, "status": {"conditions": [condition]}}).cause is Cause.UNKNOWN
+
+
 def test_a_job_that_is_gone_was_deleted_by_someone() -> None:
     assert judged(job=None).cause is Cause.JOB_DELETED
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_operator.cluster.processes import free_port
 from tests.cluster.access import Object
 from tests.cluster.cluster import Cluster
 from tests.operator.jobs_on_a_cluster import (
@@ -24,7 +25,7 @@ from tests.operator.jobs_on_a_cluster import (
     uids,
     workers,
 )
-from tests.operator.operator_process import OperatorProcess, account, free_port, settings_in
+from tests.operator.operator_process import OperatorProcess, account, settings_in
 
 pytestmark = pytest.mark.cluster
 
@@ -107,7 +108,7 @@ def test_a_killed_leader_is_replaced_within_the_lease_and_its_job_goes_on(
     first.process.send_signal(signal.SIGKILL)
     first.process.wait()
     took = wait_for_holder(cluster, own, second.name)
-    assert took < LEASE_DURATION + 3  # two retry periods, and a slow machine
+    assert took < 2 * LEASE_DURATION  # it has expired, two retry periods are over, and the machine is slow
     second.wait_until("it leads", lambda: leads(second))
     # It has looked at the job before its gang is compared.
     second.wait_until("it counts the job", lambda: second.metric("finetune_jobs", namespace=namespace) == 1)
@@ -135,9 +136,10 @@ def test_a_leader_that_is_told_to_stop_gives_the_lease_back(
     asked = time.monotonic()
     first.process.terminate()
     took = wait_for_holder(cluster, own, second.name)
-    assert took < LEASE_DURATION / 2
     assert first.process.wait(timeout=10) == 0, first.log.read_text()
-    assert time.monotonic() - asked < LEASE_DURATION / 2
+    # Not after the 5 s for which kopf waits for open connections, nor when the Lease expires.
+    assert max(took, time.monotonic() - asked) < 4.5
+    assert "the Lease finetune-operator is given back" in first.log.read_text()
     second.wait_until("it leads", lambda: leads(second))
     done = let_succeed(cluster, namespace, "tune")["status"]
     assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
@@ -197,7 +199,10 @@ def test_an_api_server_that_is_away_for_a_moment_ends_no_leadership_and_one_that
     line = Line(int(server["server"].rpartition(":")[2]))
     server["server"] = f"https://127.0.0.1:{line.port}"
     (tmp_path / "kubeconfig").write_text(json.dumps(access))
-    replica = OperatorProcess(cluster, tmp_path / "kubeconfig", tmp_path, "replica", settings_in(own))
+    # Long enough for what is done while the line is cut.
+    patient = {"namespace": own, "leaseDuration": "15s", "renewDeadline": "10s", "retryPeriod": "1s"}
+    settings = settings_in(own, leaderElection=patient)
+    replica = OperatorProcess(cluster, tmp_path / "kubeconfig", tmp_path, "replica", settings)
     try:
         replica.wait_until("it leads", lambda: leads(replica))
         pods = running_job(cluster, namespace, "tune")
@@ -214,7 +219,7 @@ def test_an_api_server_that_is_away_for_a_moment_ends_no_leadership_and_one_that
 
         # Without an answer it must end before another one may lead, however long a connection can hang.
         line.silent = True
-        assert replica.process.wait(timeout=LEASE_DURATION) == 1
+        assert replica.process.wait(timeout=15) == 1
         assert "leadership lost" in replica.log.read_text()
     finally:
         replica.stop()

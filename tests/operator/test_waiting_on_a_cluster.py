@@ -168,9 +168,15 @@ def test_a_quota_that_is_used_up_is_told(cluster: Cluster, namespace: str) -> No
     )
     cluster.wait_for("resourcequotas", lambda found: found[0].get("status", {}).get("hard"), namespace=namespace)
     cluster.apply(fine_tune_job("tune"), namespace=namespace)
-    exceeded = wait_for_reason(cluster, namespace, "tune", "PodsReady", "QuotaExceeded")
-    assert exceeded["message"].startswith("1 of 2 workers run. ")
-    assert "No further pod can be made: exceeded quota: gpus, requested: " in exceeded["message"]
+
+    def exceeded(jobs: list[Object]) -> Object | None:
+        found = condition(jobs[0], "PodsReady")
+        return found if found["message"].startswith("1 of 2 workers run. No further") else None
+
+    told = cluster.wait_for(JOBS, exceeded, name="tune", namespace=namespace)
+    assert told
+    assert told["reason"] == "QuotaExceeded"
+    assert "No further pod can be made: exceeded quota: gpus, requested: " in told["message"]
     more = '{"spec": {"hard": {"requests.nvidia.com/gpu": "16"}}}'
     cluster.kubectl("patch", "resourcequota", "gpus", "-n", namespace, "-p", more)
     wait_for_reason(cluster, namespace, "tune", "PodsReady", "PodsRunning")

@@ -476,7 +476,7 @@ def test_the_init_container_is_light_and_quick(tmp_path):
     assert code == 0, said
     imported = {line.rsplit("|", 1)[-1].strip() for line in said.splitlines() if line.startswith("import time:")}
     assert not imported & {"torch", "transformers", "datasets", "numpy", "huggingface_hub", "peft"}
-    assert seconds < 10
+    assert seconds < 30
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_an_unreachable_hub_names_endpoint_and_model_and_is_tried_again(tmp_path
     config = config_for(tmp_path, "hf://org/name")
     code, stderr, seconds = init_container(tmp_path, config, HF_ENDPOINT="http://127.0.0.1:1")
     assert code == EXIT_FAILED, stderr
-    assert seconds < 30
+    assert seconds < 60
     last = word(tmp_path)
     assert last.cause is Cause.STORAGE_UNAVAILABLE
     assert last.message.startswith("hf://org/name (revision main, endpoint http://127.0.0.1:1) cannot be fetched: ")

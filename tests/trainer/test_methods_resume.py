@@ -115,7 +115,7 @@ def gang(root: Path) -> dict[str, list[float]]:
         log = (root / f"gang-{rank}.log").open("w")
         mine = {"RANK": rank, "LOCAL_RANK": rank}
         processes.append(subprocess.Popen(command, env=environ | mine, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=400) for process in processes]
+    codes = [process.wait(timeout=900) for process in processes]
     assert codes == [0, 0], (root / "gang-0.log").read_text()[-3000:]
     told: dict[str, list[float]] = json.loads(path.with_name(path.name + ".out").read_text())
     return told

@@ -5,14 +5,13 @@ In a process of its own, because DeepSpeed and its process group cannot be undon
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.tiny import ROOT
+from tests.trainer.tiny import ROOT, free_port
 
 SCRIPT = """
 import json, os, sys
@@ -84,9 +83,7 @@ for kind in ("full", "lora"):
 
 def run(root: Path, device: str) -> dict:
     pytest.importorskip("deepspeed", reason="needs the trainer extra")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*(str(ROOT / part) for part in ("", "crds", "trainer_image")), *sys.path[1:]]),
         "OMP_NUM_THREADS": "1",

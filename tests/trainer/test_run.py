@@ -160,6 +160,8 @@ def test_the_last_word_of_a_good_run(whole: dict[str, Any]) -> None:
     assert word.evaluation["loss"] == word.evaluation["loss/held-out"] > 0
     assert word.last_checkpoint is not None
     assert word.last_checkpoint.step == STEPS
+    kept = (whole["output"].parent / "checkpoints").rglob("manifest.json")
+    assert word.kept == sorted(int(manifest.parent.name.removeprefix("step-")) for manifest in kept)
     assert [(output.kind, output.uri) for output in word.outputs] == [
         ("adapter", f"file://{whole['output']}"),
         ("merged", f"file://{whole['output']}/merged"),
@@ -269,7 +271,8 @@ def test_the_report_tells_before_and_after(whole: dict[str, Any]) -> None:
 
 def test_killed_and_stopped_at_any_moment_it_goes_on_exactly(whole: dict[str, Any], root: Path, pods: Any) -> None:
     config = config_of(root, "killed")
-    moment = random.Random().randint(4, STEPS - 15)
+    # From there on, that the checkpoint of step 3 is complete was waited for by the save of step 6.
+    moment = random.Random().randint(7, STEPS - 20)
     first = pods(root, config)
     first.wait_for(f"step {moment}/{STEPS}")
     first.process.kill()
@@ -311,7 +314,7 @@ def told_answers(page: str) -> list[dict[str, str]]:
 def test_a_gang_is_killed_and_stopped(root: Path, pods: Any) -> None:
     config = config_of(root, "gang", merge=False)
     first = pods(root, config, processes=2)
-    first.wait_for(f"step 5/{STEPS}")
+    first.wait_for(f"step 8/{STEPS}")
     os.kill(first.workers()[1], signal.SIGKILL)
     assert first.wait() == 128 + signal.SIGKILL
     word = tiny.word(root)
@@ -363,4 +366,4 @@ def test_no_configuration_is_told_at_once(tmp_path: Path) -> None:
     assert done.returncode == EXIT_USER
     assert tiny.word(tmp_path).cause is Cause.INVALID_CONFIGURATION
     assert "config.json" in tiny.word(tmp_path).message
-    assert time.monotonic() - began < 10, "torch must not be imported for that"
+    assert time.monotonic() - began < 30, "torch must not be imported for that"

@@ -15,18 +15,13 @@ import pytest
 pytest.importorskip("obstore", reason="needs the trainer extra")
 
 from finetune_api.causes import Cause
+from finetune_operator.cluster.processes import free_port
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store, digest, file_digest
 from tests.cluster import binaries
 from tests.conftest import available
 
 AWS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from tests.unit.local_runs import Bench, Watch, job, step
 
 def test_two_workers_succeed(bench: Bench) -> None:
     bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
+    bench.script(seconds=0.1)
     watch = Watch()
     status = bench.run(watch)
     assert status.state == "Succeeded"
@@ -34,7 +35,7 @@ def test_two_workers_succeed(bench: Bench) -> None:
 
 def test_a_worker_that_fails_is_restarted_from_the_newest_checkpoint(bench: Bench) -> None:
     bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
-    bench.script(steps=12, seconds=0.1, exit_at=5, worker=1)
+    bench.script(steps=12, seconds=0.1, exit_at=8, worker=1)
     status = bench.run()
     assert status.state == "Succeeded"
     first, second = status.attempts
@@ -186,7 +187,7 @@ def test_an_input_that_nobody_makes_is_refused(bench: Bench) -> None:
 
 def test_jobs_without_gpus_run_one_after_the_other(bench: Bench) -> None:
     bench.write(job(bench.home), job(bench.home, "second"))
-    bench.script(steps=4, seconds=0.05)
+    bench.script(steps=4, seconds=0.1)
     watch = Watch()
     bench.run(watch)
     messages = [c.message for name, s in watch.seen if name == "second" for c in s.conditions if c.reason == "Queued"]

@@ -52,6 +52,7 @@ class Attempt:
         self.loss: float | None = None
         self.tally = Tally()
         self.last_checkpoint: CheckpointInfo | None = None
+        self.kept: list[CheckpointInfo] = []
         self.outputs: list[OutputInfo] = []
         self.fence: Any = None
         self.work = Path(os.environ.get(ENV_WORK) or tempfile.mkdtemp(prefix="finetune-"))
@@ -115,6 +116,7 @@ class Attempt:
             evaluation=self.tally.evaluation,
             outputs=self.outputs,
             last_checkpoint=self.last_checkpoint,
+            kept=[info.step for info in self.kept],
         )
 
     def stopped(self, why: str) -> None:

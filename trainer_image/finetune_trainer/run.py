@@ -170,6 +170,7 @@ class Job(Attempt):
         self.resumed = resume(self.checkpoints, config, world, self.state, self.fence, self.inputs, self.work)
         self.step = self.resumed.step
         self.last_checkpoint = self.resumed.info
+        self.kept = self.resumed.kept
         self.history = History(self.work / f"metrics-{world.rank}.jsonl")
         if world.first:
             self.history.restore(self.resumed.metrics, self.step)
@@ -523,7 +524,8 @@ class Job(Attempt):
         else:
             metrics.checkpoint_failures.inc()
             self._print(f"step {saved.step} could not be saved, training goes on: {saved.problem}")
-        self.telemetry.checkpoints(self.saver.kept, self.saver.failures)
+        self.kept = list(self.saver.kept)
+        self.telemetry.checkpoints(self.kept, self.saver.failures)
 
     def leave_stopped(self) -> int:
         """All processes agreed to stop: save what was done since the last save, and leave."""

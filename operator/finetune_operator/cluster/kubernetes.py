@@ -86,7 +86,19 @@ class KubernetesCluster:
         ):
             answer = self._json(f"list {kind}s of {namespace}", listing, namespace, label_selector=selector)
             found += [{**item, "kind": kind} for item in answer.get("items") or []]
+        self._tell_suspended(namespace, selector, found)
         return [*found, *self._refusals(namespace, found)]
+
+    def _tell_suspended(self, namespace: str, selector: str, children: list[Object]) -> None:
+        """A queue suspends a Job, and its pods go at once: read a moment before them, it would not tell why."""
+        if not any(child["kind"] == "Pod" and "deletionTimestamp" in child["metadata"] for child in children):
+            return
+        listing = self._batch.list_namespaced_job
+        answer = self._json(f"list Jobs of {namespace}", listing, namespace, label_selector=selector)
+        suspended = {job["metadata"]["uid"]: job["spec"].get("suspend") for job in answer.get("items") or []}
+        for child in children:
+            if suspended.get(child["metadata"]["uid"]):
+                child["spec"]["suspend"] = True
 
     def _refusals(self, namespace: str, children: list[Object]) -> list[Object]:
         """The events that say why the Job controller cannot make the pods a Job lacks: they are told nowhere else."""
