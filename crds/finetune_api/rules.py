@@ -481,6 +481,9 @@ def _distinct(at: str) -> Rule:
     )
 
 
+_OF_WHAT_IS_WRITTEN = "^(eval_)?(reward|reward_.+|ended|length)(/.+)?$"
+
+
 def _rollouts(stage: str) -> list[Rule]:
     """Of a stage that learns from what the model writes."""
     model, functions = f"spec.{stage}.reward_model", f"spec.{stage}.reward_funcs[]"
@@ -534,6 +537,20 @@ def _rollouts(stage: str) -> list[Rule]:
             cel=f"self.stage != '{stage}' || self.training.neftune_noise_alpha == 0.0",
             accepted=f"0 with spec.stage: {stage}",
             remedy="leave it out: the probabilities of an answer must be those it was written with",
+        ),
+        Rule(
+            at="spec",
+            field="training.metric_for_best_model",
+            holds=lambda self: (
+                self.stage != stage
+                or not (self.training.load_best_model_at_end or self.training.early_stopping_patience)
+                or re.match(_OF_WHAT_IS_WRITTEN, self.training.metric_for_best_model) is not None
+            ),
+            cel=f"self.stage != '{stage}' || "
+            "!(self.training.load_best_model_at_end || self.training.early_stopping_patience > 0) || "
+            f"self.training.metric_for_best_model.matches('{_OF_WHAT_IS_WRITTEN}')",
+            accepted=f"reward, reward_FUNCTION, ended or length, also of one source (reward/NAME), with stage {stage}",
+            remedy="set it to reward: what the model writes itself is judged, and has no loss",
         ),
         Rule(
             at="",

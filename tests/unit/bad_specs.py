@@ -1160,6 +1160,13 @@ BAD: tuple[Bad, ...] = (
         "0 with spec.stage: grpo",
     ),
     Bad(
+        "the best loss of what has none",
+        {"spec.stage": "ppo", "spec.ppo": JUDGED, "spec.data.eval": [{"uri": "s3://a/b.jsonl"}]}
+        | {"spec.training.load_best_model_at_end": True},
+        "spec.training.metric_for_best_model",
+        "set it to reward: what the model writes itself is judged",
+    ),
+    Bad(
         "a judge that is judged",
         {"spec.stage": "ppo", "spec.ppo": {"reward_model": {"uri": "job://tune"}}},
         "spec.ppo.reward_model.uri",

@@ -274,6 +274,9 @@ GOOD: tuple[Good, ...] = (
                 "missing_eos_penalty": 1,
                 "num_mini_batches": 2,
             },
+            "spec.data.eval": [{"uri": "s3://team/held-out.jsonl"}],
+            "spec.training.load_best_model_at_end": True,
+            "spec.training.metric_for_best_model": "eval_reward/held-out",
         },
     ),
     Good(
