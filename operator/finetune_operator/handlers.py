@@ -53,11 +53,12 @@ class Operator:
     def seen(self, body: Object, deleted: bool) -> None:
         """A FineTuneJob changed."""
         key = (body["metadata"]["namespace"], body["metadata"]["name"])
-        if deleted:
-            self.jobs.pop(key, None)
-        else:
+        before = self.jobs.pop(key, None)
+        if not deleted:
             self.jobs[key] = body
-        self.queue.add(key)
+        # Every pass that writes a status is told of here, too: it must not be the cause of the next one.
+        if deleted or before is None or _asked(before) != _asked(body):
+            self.queue.add(key)
         for other, job in self.jobs.items():
             if other[0] == key[0] and other != key and _names(job.get("spec"), f"job://{key[1]}"):
                 self.queue.add(other)
@@ -199,6 +200,12 @@ def _kopf_settings() -> kopf.OperatorSettings:
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     return settings
+
+
+def _asked(job: Object) -> Object:
+    """What others than this operator write of a job."""
+    written = ("resourceVersion", "managedFields")
+    return {"metadata": {k: v for k, v in job["metadata"].items() if k not in written}, "spec": job.get("spec")}
 
 
 def _names(part: Any, uri: str) -> bool:

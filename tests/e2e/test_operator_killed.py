@@ -22,6 +22,7 @@ WAITING = """
 import sys
 from finetune_operator import handlers
 from finetune_operator.cli.main import main
+print("ready", flush=True)
 sys.stdin.readline()
 main(["operator", "--config", sys.argv[1]])
 """
@@ -62,7 +63,12 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
     def operator() -> subprocess.Popen[bytes]:
         """One that has nothing left to load, and waits to be begun."""
         command = [sys.executable, "-c", WAITING, str(settings)]
-        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=log)
+
+    def loaded(waiting: subprocess.Popen[bytes]) -> None:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == b"ready\n", Path(log.name).read_text()[-3000:]
 
     def begin(waiting: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
         assert waiting.stdin is not None
@@ -74,14 +80,15 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
         ["kubectl", "get", "pods", "-n", team, "-w", "-o", "json", "--output-watch-events"],
         env=cluster.environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=3000)), namespace=team)
+    cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=1200)), namespace=team)
     running, following, killed = begin(operator()), operator(), 0
     try:
-        # Short lives and long ones: the kills fall into all of an operator's doings, from its first request and the
-        # taking of the Lease to the last status.
+        # The next one is ready to go on at once: the kills fall into all of an operator's doings, from its first
+        # request and the taking of the Lease to the last status.
         while killed < KILLS:
+            loaded(following)
             try:
-                running.wait(timeout=draw.uniform(0.2, 4.0))
+                running.wait(timeout=draw.uniform(0.0, 2.0))
             except subprocess.TimeoutExpired:
                 state = cluster.get(JOBS, "steady", namespace=team).get("status", {}).get("state")
                 if state == "Succeeded":

@@ -1,9 +1,12 @@
-"""The queue and the metrics."""
+"""What wakes the loop, the queue and the metrics."""
 
 import asyncio
+import copy
+from typing import Any, cast
 
 from prometheus_client import generate_latest
 
+from finetune_operator.handlers import Operator
 from finetune_operator.metrics import OperatorMetrics
 from finetune_operator.queue import WorkQueue
 from tests.operator.simulation import Simulation
@@ -54,6 +57,42 @@ def test_failures_back_off_and_a_good_pass_forgets_them() -> None:
         await queue.get()
         queue.done("a", None)
         assert "a" not in queue._failures
+
+    asyncio.run(story())
+
+
+def test_a_job_is_looked_at_when_others_change_it_and_not_when_its_own_status_does() -> None:
+    async def story() -> None:
+        sim = Simulation()
+        operator = Operator(sim.settings, cast(Any, sim))
+        first: dict[str, Any] = {
+            "metadata": {"namespace": "team", "name": "tune", "uid": "1"},
+            "spec": {"profile": "a"},
+        }
+        waiting = {"metadata": {"namespace": "team", "name": "next"}, "spec": {"model": {"uri": "job://tune"}}}
+
+        async def woken(job: dict[str, Any], deleted: bool = False) -> set[str]:
+            operator.seen(copy.deepcopy(job), deleted)
+            keys = {(await operator.queue.get())[1] for _ in range(len(operator.queue))}
+            for key in keys:
+                operator.queue.done(("team", key), None)
+            return keys
+
+        assert await woken(first) == {"tune"}  # as all jobs are listed at the start
+        assert await woken(waiting) == {"next"}
+        first["metadata"] |= {"resourceVersion": "2", "managedFields": [{"manager": "finetune-operator"}]}
+        first["status"] = {"progress": {"step": 1}}
+        assert await woken(first) == {"next"}  # which may have waited for just that
+        for part, change in (
+            ("spec", {"suspend": True}),
+            ("metadata", {"labels": {"a": "b"}}),
+            ("metadata", {"deletionTimestamp": "2026-01-01T00:00:00Z"}),
+            ("metadata", {"uid": "2"}),
+        ):
+            first[part] |= change
+            assert await woken(first) == {"tune", "next"}, change
+        assert await woken(first, deleted=True) == {"tune", "next"}
+        assert await woken(first) == {"tune", "next"}
 
     asyncio.run(story())
 
