@@ -76,10 +76,10 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
         waiting.stdin.flush()
         return waiting
 
-    watching = subprocess.Popen(
-        ["kubectl", "get", "pods", "-n", team, "-w", "-o", "json", "--output-watch-events"],
-        env=cluster.environment, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    seen = tmp_path / "pods"
+    with seen.open("w") as out:
+        watch = ["kubectl", "get", "pods", "-n", team, "-w", "-o", "name"]
+        watching = subprocess.Popen(watch, env=cluster.environment, stdout=out)
     cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=1200)), namespace=team)
     running, following, killed = begin(operator()), operator(), 0
     try:
@@ -104,9 +104,11 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
             process.wait()
         log.close()
         watching.terminate()
+        watching.wait()
     assert killed == KILLS, f"the job was over after {killed} kills: make it longer"
     assert [a["cause"] for a in done["attempts"]] == ["Succeeded"], Path(log.name).read_text()[-3000:]
     pods = cluster.objects("pods", namespace=team)
+    assert set(seen.read_text().split()) == {f"pod/{pod['metadata']['name']}" for pod in pods}
     indexes = sorted(p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] for p in pods)
     assert indexes == ["0", "1"]
     assert len(cluster.objects("batch/v1/jobs", namespace=team)) == 1
