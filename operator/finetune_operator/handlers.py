@@ -44,6 +44,8 @@ class Operator:
         self.queue: WorkQueue[Key] = WorkQueue()
         self.jobs: dict[Key, Object] = {}
         self.metrics = OperatorMetrics(lambda: list(self.jobs.values()), settings)
+        self._told: dict[Key, str] = {}
+        """The states of jobs, as those that wait for them know them."""
         self.leading = asyncio.Event()
         self.give_back: Callable[[], None] = lambda: None
         self._stop_watches = threading.Event()
@@ -59,9 +61,13 @@ class Operator:
         # Every pass that writes a status is told of here, too: it must not be the cause of the next one.
         if deleted or before is None or _asked(before) != _asked(body):
             self.queue.add(key)
-        for other, job in self.jobs.items():
-            if other[0] == key[0] and other != key and _names(job.get("spec"), f"job://{key[1]}"):
-                self.queue.add(other)
+        known, state = self._told.pop(key, None), None
+        if not deleted:
+            state = self._told[key] = (body.get("status") or {}).get("state", "")
+        if state != known:
+            for other, job in self.jobs.items():
+                if other[0] == key[0] and other != key and _names(job.get("spec"), f"job://{key[1]}"):
+                    self.queue.add(other)
 
     def watch_pods(self) -> None:
         """Threads that turn changes of worker pods into keys."""

@@ -81,8 +81,10 @@ def test_a_job_is_looked_at_when_others_change_it_and_not_when_its_own_status_do
         assert await woken(first) == {"tune"}  # as all jobs are listed at the start
         assert await woken(waiting) == {"next"}
         first["metadata"] |= {"resourceVersion": "2", "managedFields": [{"manager": "finetune-operator"}]}
-        first["status"] = {"progress": {"step": 1}}
+        first["status"] = {"state": "Running", "progress": {"step": 1}}
         assert await woken(first) == {"next"}  # which may have waited for just that
+        first["status"]["progress"]["step"] = 2
+        assert await woken(first) == set()
         for part, change in (
             ("spec", {"suspend": True}),
             ("metadata", {"labels": {"a": "b"}}),
@@ -90,7 +92,7 @@ def test_a_job_is_looked_at_when_others_change_it_and_not_when_its_own_status_do
             ("metadata", {"uid": "2"}),
         ):
             first[part] |= change
-            assert await woken(first) == {"tune", "next"}, change
+            assert await woken(first) == {"tune"}, change
         assert await woken(first, deleted=True) == {"tune", "next"}
         assert await woken(first) == {"tune", "next"}
 
