@@ -311,5 +311,5 @@ def test_keeping_knowledge_stopped_and_killed_ends_with_the_same_losses(place: P
     attempts = place.status(name, "disturbed")["attempts"]
     assert [a["cause"] for a in attempts] == ["Suspended", "Terminated", "Killed", "Succeeded"]
     alone, disturbed = place.records(name, "alone"), place.records(name, "disturbed")
-    assert [r["step"] for r in disturbed] == list(range(1, 301))
+    assert [r["step"] for r in disturbed] == list(range(1, 501))
     assert [r["loss"] for r in disturbed] == [r["loss"] for r in alone]
