@@ -49,6 +49,12 @@ class _Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
+class _Told(_Wire):
+    """What a trainer says, to an operator that may be older than its image: what that does not know, it passes over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class TrainerConfig(_Wire):
     """Everything a run's result depends on, every default resolved. Written once per job, never changed."""
 
@@ -173,7 +179,7 @@ class ChatConfig(UseConfig):
     seed: int | None = None
 
 
-class CheckpointInfo(_Wire):
+class CheckpointInfo(_Told):
     """A complete checkpoint (or the reason why a found one was passed over)."""
 
     step: int
@@ -196,7 +202,7 @@ class Answer(_Wire):
     after: str = ""
 
 
-class Progress(_Wire):
+class Progress(_Told):
     """Where a run stands, as rank 0 sees it. Served as JSON."""
 
     attempt: int = 1
@@ -235,7 +241,7 @@ class Progress(_Wire):
     """What the run is doing, one line for people."""
 
 
-class OutputInfo(_Wire):
+class OutputInfo(_Told):
     """A written result."""
 
     uri: str
@@ -249,7 +255,7 @@ class OutputInfo(_Wire):
 TERMINATION_LIMIT = 4096  # bytes the kubelet keeps of a container's termination message
 
 
-class Termination(_Wire):
+class Termination(_Told):
     """The last word of a worker process."""
 
     cause: Cause

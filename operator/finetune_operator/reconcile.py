@@ -198,9 +198,8 @@ def _progress(cluster: Cluster, observed: Observed) -> Progress | None:
     document = cluster.progress(rank0.raw)
     if document is None:
         return None
-    known = {key: value for key, value in document.items() if key in Progress.model_fields}
     try:
-        progress = Progress.model_validate(known)
+        progress = Progress.model_validate(document)
     except ValidationError:
         log.warning("pod %s answers something else than progress", rank0.name)
         return None

@@ -1,12 +1,13 @@
 """What is said of every way a worker can end."""
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from finetune_api.causes import Cause, Retry
-from finetune_api.run import Termination
+from finetune_api.run import Progress, Termination
 from finetune_operator.failures import judge
 from finetune_operator.observe import observe
 
@@ -173,6 +174,15 @@ def test_pods_of_a_job_that_is_gone_are_nobodys() -> None:
 def test_the_workers_own_exit_code_is_told_not_the_launchers() -> None:
     said = word(Cause.KILLED, exit_code=-9)
     assert judged(pod(**ended(1, message=said))).exit_code == -9
+
+
+def test_the_words_of_a_newer_trainer_are_understood() -> None:
+    output = {"uri": "s3://team/tune", "kind": "model", "parts": 3}
+    message = json.dumps({"cause": "OutOfGPUMemory", "outputs": [output], "peak_memory": 81})
+    [ended_so] = observe("tune", [pod(**ended(1, message=message))]).pods[0].exits
+    assert ended_so.termination is not None
+    assert (ended_so.termination.cause, ended_so.termination.outputs[0].uri) == ("OutOfGPUMemory", "s3://team/tune")
+    assert Progress.model_validate({"step": 3, "checkpoints": [{"step": 2, "uri": "s3://c", "shards": 4}]}).step == 3
 
 
 def test_a_job_that_failed_and_has_no_pods_lost_them_to_someone() -> None:
