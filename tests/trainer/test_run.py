@@ -361,9 +361,13 @@ def test_no_configuration_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"name": "x"}')
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "finetune_trainer.launch"], env=environ, capture_output=True, text=True
-    )
+        [sys.executable, "-X", "importtime", "-m", "finetune_trainer.launch"],
+        env=environ, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == EXIT_USER
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "finetune_api.run" in imported
+    assert "torch" not in imported
     assert tiny.word(tmp_path).cause is Cause.INVALID_CONFIGURATION
     assert "config.json" in tiny.word(tmp_path).message
     assert time.monotonic() - began < 30, "torch must not be imported for that"

@@ -84,20 +84,22 @@ class KubernetesCluster:
             ("Pod", self._core.list_namespaced_pod),
             ("ConfigMap", self._core.list_namespaced_config_map),
         ):
-            answer = self._json(f"list {kind}s of {namespace}", listing, namespace, label_selector=selector)
-            found += [{**item, "kind": kind} for item in answer.get("items") or []]
+            found += self._list(kind, listing, namespace, label_selector=selector)
         self._tell_suspended(namespace, selector, found)
         return [*found, *self._refusals(namespace, found)]
+
+    def _list(self, kind: str, listing: Callable[..., Any], namespace: str, **selector: str) -> list[Object]:
+        answer = self._json(f"list {kind}s of {namespace}", listing, namespace, **selector)
+        return [{**item, "kind": kind} for item in answer.get("items") or []]
 
     def _tell_suspended(self, namespace: str, selector: str, children: list[Object]) -> None:
         """A queue suspends a Job, and its pods go at once: read a moment before them, it would not tell why."""
         if not any(child["kind"] == "Pod" and "deletionTimestamp" in child["metadata"] for child in children):
             return
-        listing = self._batch.list_namespaced_job
-        answer = self._json(f"list Jobs of {namespace}", listing, namespace, label_selector=selector)
-        suspended = {job["metadata"]["uid"]: job["spec"].get("suspend") for job in answer.get("items") or []}
+        jobs = self._list("Job", self._batch.list_namespaced_job, namespace, label_selector=selector)
+        suspended = {job["metadata"]["uid"] for job in jobs if job["spec"].get("suspend")}
         for child in children:
-            if suspended.get(child["metadata"]["uid"]):
+            if child["metadata"]["uid"] in suspended:
                 child["spec"]["suspend"] = True
 
     def _refusals(self, namespace: str, children: list[Object]) -> list[Object]:
@@ -111,9 +113,7 @@ class KubernetesCluster:
                 continue
             selector = f"involvedObject.uid={uid},reason=FailedCreate"
             with contextlib.suppress(ClusterError):  # a job runs as well without being explained
-                listing = self._core.list_namespaced_event
-                answer = self._json(f"list events of {namespace}", listing, namespace, field_selector=selector)
-                found += [{**item, "kind": "Event"} for item in answer.get("items") or []]
+                found += self._list("Event", self._core.list_namespaced_event, namespace, field_selector=selector)
         return found
 
     def node(self, name: str) -> Object | None:
