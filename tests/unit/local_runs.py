@@ -14,6 +14,7 @@ import yaml
 from finetune_api.base import seconds
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cli import files
+from finetune_operator.cli.fresh import Choice
 from finetune_operator.cli.run import Runner, prepare, status_of
 from finetune_operator.cluster import processes
 from finetune_operator.cluster.gpus import Gpus
@@ -106,14 +107,20 @@ class Bench:
         return datetime.now(UTC) + self.offset
 
     def runner(
-        self, watch: Watch | None = None, cluster: LocalCluster | None = None, grace: str = "20s", fresh: bool = False
+        self,
+        watch: Watch | None = None,
+        cluster: LocalCluster | None = None,
+        grace: str = "20s",
+        fresh: Choice | None = None,
     ) -> Runner:
-        """A runner of the file, as ``finetune run`` makes it."""
+        """A runner of the file, as ``finetune run`` makes it; ``fresh``: what is answered with --fresh."""
         assert seconds(grace)
         documents, _ = files.load([str(self.file)])
         cluster, watch = cluster or self.cluster(), watch or Watch()
         settings = Settings(profiles={"default": Profile(termination_grace_period=grace)}, progress_interval="100ms")
-        keys = prepare(cluster, documents, watch.say, fresh=fresh)
+        keys = prepare(
+            cluster, documents, watch.say, (lambda told: watch.said.append(told) or fresh) if fresh else None
+        )
         return Runner(cluster, settings, keys, watch, self.now)
 
     def run(self, watch: Watch | None = None, **options: Any) -> FineTuneJobStatus:

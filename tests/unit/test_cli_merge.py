@@ -7,6 +7,7 @@ import pytest
 
 from finetune_operator.cli.files import RefusedError
 from finetune_operator.cli.merge import configuration
+from tests.unit.test_cli_files import finetune
 
 PLAIN: dict[str, Any] = {
     "kind": "model",
@@ -64,3 +65,13 @@ def test_an_input_is_not_overwritten() -> None:
     with pytest.raises(RefusedError) as refused:
         configuration("s3://team/base", "main", ["s3://team/a"], "s3://team/a", **PLAIN)
     assert "would be overwritten" in refused.value.mistakes[0]
+
+
+def test_what_lies_in_the_output_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_model.safetensors").write_text("days of work")
+    result = finetune("merge", "--base", "hf://a/b", "--adapter", "s3://a/b", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"--output {tmp_path}/out: it is not empty, and nothing is written over; accepted: a new or empty folder.\n"
+    )

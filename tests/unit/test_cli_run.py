@@ -134,6 +134,44 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(bench: Bench) -> None:
     assert "tiny: Succeeded" in told
 
 
+def test_no_guess_leads_to_what_destroys() -> None:
+    for typed in ("--fres", "--refresh", "--freshh"):
+        said = finetune("run", "job.yaml", typed).stderr
+        assert "No such option" in said and "'--fresh'" not in said
+    said = finetune("delet", "tiny").stderr
+    assert "No such command" in said and "'delete'" not in said
+    assert "Did you mean '--plain'?" in finetune("run", "job.yaml", "--plai").stderr
+
+
+def test_going_on_may_be_asked_for(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    assert finetune("run", bench.file, "--state-dir", bench.state, "--resume").exit_code == 0
+    result = finetune("run", bench.file, "--state-dir", bench.state, "--resume", "--fresh")
+    assert (result.exit_code, result.stderr) == (2, "--fresh begins at step 0, --resume goes on: accepted is one.\n")
+
+
+def test_a_terminal_is_asked_before_anything_is_deleted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere nothing is deleted: see test_local_runs.py."""
+    bench.write(job(bench.home))
+    finetune("run", bench.file, "--state-dir", bench.state)
+    master, slave = os.openpty()
+    try:
+        with subprocess.Popen(
+            [*COMMAND, str(bench.file), "--state-dir", str(bench.state), "--fresh", "--plain"],
+            stdin=slave, stdout=subprocess.PIPE, stderr=slave,
+        ) as process:  # fmt: skip
+            told = b""
+            while b"[keep]: " not in told:
+                told += os.read(master, 4096)
+            assert b"tiny: an earlier run left 3 checkpoints" in told and b"(keep, delete, cancel)" in told
+            os.write(master, b"cancel\n")
+            assert process.wait() == 2
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert (bench.output / "report.html").exists()
+
+
 def test_suspended_from_another_terminal(bench: Bench) -> None:
     bench.write(job(bench.home))
     bench.script(steps=1000, seconds=0.05)

@@ -6,6 +6,7 @@ import pytest
 
 from finetune_api.causes import Cause
 from finetune_operator.cli.files import RefusedError
+from finetune_operator.cli.fresh import Choice
 from finetune_operator.cluster import Object, processes, store
 from tests.unit.local_runs import Bench, Watch, job, step
 
@@ -233,13 +234,62 @@ def test_a_finished_job_is_not_run_again_unless_asked(bench: Bench) -> None:
     bench.run()
     watch = Watch()
     assert bench.run(watch).state == "Succeeded"
-    assert watch.said == ["tiny has already succeeded; --fresh trains it again."]
+    assert watch.said == ["tiny has already succeeded; --fresh trains it again, and keeps what there is."]
     assert bench.status(bench.cluster()).attempts[-1].number == 1
     bench.write(job(bench.home, training={"learning_rate": 0.5}))
     with pytest.raises(RefusedError, match=r"has already succeeded with another configuration: .*0\.5"):
         bench.runner()
-    status = bench.run(fresh=True)
+    status = bench.run(fresh=Choice.KEEP)
     assert status.state == "Succeeded" and status.attempts[-1].resumed_from_step is None
+
+
+def test_beginning_anew_says_what_there_is_and_keeps_it_beside(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.run()
+    (bench.output / "notes.txt").write_text("the user's own")
+    bench.script(steps=5, exit_at=1)
+    watch = Watch()
+    beside: list[list[str]] = []
+    watch.when, watch.act = step(1, attempt=2), lambda: beside.append(sorted(p.name for p in bench.output.iterdir()))
+    assert bench.run(watch, fresh=Choice.KEEP).attempts[0].resumed_from_step is None
+    earlier = bench.home / "out.earlier-1"
+    left = (
+        f"tiny: an earlier run left 3 checkpoints (0B) in {bench.output}/checkpoints and a result with its report "
+        f"(184B) in {bench.output}."
+    )
+    assert watch.said[:2] == [left, f"{left} It is now in {earlier}."]
+    assert "report.html" not in beside[0] and "notes.txt" in beside[0], "the old report beside the new run"
+    assert sorted(path.name for path in earlier.iterdir()) == [
+        *("answers.json", "checkpoints", "manifest.json", "model.safetensors", "report.html"),
+    ]
+    assert sorted(path.name for path in (earlier / "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
+    assert (bench.state / "default" / "tiny" / "earlier" / "1" / "logs" / "tiny-a1-0" / "trainer.log").exists()
+    assert bench.run(fresh=Choice.KEEP).state == "Succeeded"
+    assert (bench.home / "out.earlier-2" / "report.html").exists()
+
+
+def test_beginning_anew_deletes_where_that_was_chosen_and_nothing_where_it_was_not(bench: Bench) -> None:
+    bench.write(job(bench.home, checkpoint={"save_steps": 2, "uri": "file://./states"}))
+    bench.run()
+    (bench.home / "states" / "tiny" / "notes.txt").write_text("the user's own")
+    before = sorted(bench.home.rglob("*"))
+    with pytest.raises(RefusedError, match="Nothing was changed"):
+        bench.runner(fresh=Choice.CANCEL)
+    assert sorted(bench.home.rglob("*")) == before
+    bench.runner(fresh=Choice.DELETE).cluster.close()
+    assert [path.name for path in (bench.home / "states" / "tiny").iterdir()] == ["notes.txt"]
+    assert {path.suffix for path in bench.output.iterdir()} == {".json"}, "only how the fake was started"
+    assert not list(bench.home.glob("*.earlier*"))
+
+
+def test_the_result_of_another_run_is_not_written_over(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.run()
+    bench.write(job(bench.home, "second", output={"uri": "file://./out"}))
+    with pytest.raises(RefusedError, match=r"second: spec\.output\.uri: a finished result lies in .*/out"):
+        bench.runner()
+    bench.runner(fresh=Choice.KEEP).cluster.close()
+    assert (bench.home / "out.earlier-1" / "model.safetensors").read_text() == "after 6 steps"
 
 
 def test_a_failed_job_starts_anew_and_may_be_changed(bench: Bench) -> None:
@@ -248,6 +298,7 @@ def test_a_failed_job_starts_anew_and_may_be_changed(bench: Bench) -> None:
     bench.write(job(bench.home))
     status = bench.run()
     assert (status.state, len(status.attempts)) == ("Succeeded", 1)
+    assert (bench.state / "default" / "tiny" / "earlier" / "1" / "logs" / "tiny-a1-0" / "fetch.log").exists()
 
 
 def test_a_job_that_has_begun_keeps_its_configuration(bench: Bench) -> None:

@@ -31,6 +31,7 @@ from finetune_operator.cli import merge as merging
 from finetune_operator.cli import methods as method_table
 from finetune_operator.cli.display import Plain, Terminal
 from finetune_operator.cli.files import Document, RefusedError
+from finetune_operator.cli.fresh import Choice
 from finetune_operator.cli.preview import job_for
 from finetune_operator.cli.preview import preview as show
 from finetune_operator.cli.run import Runner, needs_trainer, prepare, status_of
@@ -46,12 +47,23 @@ FAILED, MISTAKES, INTERRUPTED = 1, 2, 130
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class _Destroying(click.Option):
+    """An option that may take away what a run has made: nobody is led to it by a guess."""
+
+
 class _Main(click.Group):
     """Prints mistakes one per line, and nothing else of an exception that is meant for the user."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            known = {name: option for option in error.ctx.command.params for name in option.opts} if error.ctx else {}
+            meant = [name for name in error.possibilities or () if not isinstance(known.get(name), _Destroying)]
+            raise click.NoSuchOption(error.option_name, error.message, meant, error.ctx) from error
+        except click.NoSuchCommand as error:
+            meant = [name for name in error.possibilities or () if name != "delete"]
+            raise click.NoSuchCommand(error.command_name, error.message, meant, error.ctx) from error
         except RefusedError as refused:
             for mistake in refused.mistakes:
                 click.echo(mistake, err=True)
@@ -96,7 +108,11 @@ _profiles = click.option(
 @_cpu
 @_state_dir
 @_profiles
-@click.option("--fresh", is_flag=True, help="Forget an earlier run of these jobs: its state and its local checkpoints.")
+@click.option(
+    "--fresh", is_flag=True, cls=_Destroying,
+    help="Begin at step 0. What earlier runs of these jobs left here is moved aside; a terminal is asked.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, as is done in any case.")
 @click.option("--plain", is_flag=True, help="Plain lines, also in a terminal.")
 def run(
     files: tuple[str, ...],
@@ -105,6 +121,7 @@ def run(
     state_dir: Path,
     profile_file: Path | None,
     fresh: bool,
+    resume: bool,
     plain: bool,
 ) -> None:
     """Train what FILE says on this machine, and wait for it.
@@ -115,6 +132,8 @@ def run(
 
     Ctrl-C saves a checkpoint and stops; the same command goes on from there. Ctrl-C twice stops at once.
     """
+    if fresh and resume:
+        raise RefusedError(["--fresh begins at step 0, --resume goes on: accepted is one."])
     documents, notes = _load(files, changes, cpu)
     settings, more = _settings(profile_file, documents)
     needs_trainer()
@@ -124,7 +143,7 @@ def run(
     try:
         for note in [*notes, *more]:
             view.say(note)
-        runner = Runner(cluster, settings, prepare(cluster, documents, view.say, fresh=fresh), view)
+        runner = Runner(cluster, settings, prepare(cluster, documents, view.say, _what_to_do if fresh else None), view)
         with view, _stopping(runner, view.say):
             runner.run()
     except OSError as error:
@@ -132,6 +151,16 @@ def run(
     finally:
         cluster.close()
     sys.exit(_outcome(documents, cluster, bool(runner.interruptions)))
+
+
+def _what_to_do(left: str) -> Choice:
+    """Ask at a terminal what becomes of an earlier run; elsewhere it is kept."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return Choice.KEEP
+    click.echo(left, err=True)
+    choices = click.Choice([str(choice) for choice in Choice])
+    question = "Keep it in a folder beside, delete it, or cancel?"
+    return Choice(click.prompt(question, type=choices, default=str(Choice.KEEP), err=True))
 
 
 @contextlib.contextmanager

@@ -59,6 +59,11 @@ def configuration(base: str, revision: str, adapters: Sequence[str], output: str
         raise RefusedError(problems)
     if config.output_uri in (config.model.uri, *(adapter.uri for adapter in config.model.adapters)):
         raise RefusedError([f"--output {output}: what is merged would be overwritten; accepted: another folder."])
+    folder = Path(config.output_uri.removeprefix("file://"))
+    if config.output_uri.startswith("file://") and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise RefusedError(
+            [f"--output {output}: it is not empty, and nothing is written over; accepted: a new or empty folder."]
+        )
     return config
 
 

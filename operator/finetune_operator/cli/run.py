@@ -6,20 +6,19 @@ job has come to rest. It decides nothing about a run: that is ``reconcile``'s, h
 """
 
 import importlib.util
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Protocol
 
 from finetune_api.conditions import Condition, Reason, State
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cli.files import Document, RefusedError
+from finetune_operator.cli.fresh import Ask, Choice, finished, left_by
 from finetune_operator.cluster import ClusterError, Object
 from finetune_operator.cluster.local import Key, LocalCluster, no_room
 from finetune_operator.observe import observe
-from finetune_operator.plan import Owner, changed_fields, checkpoint_uri, result_part, waited_for
+from finetune_operator.plan import changed_fields, result_part, waited_for
 from finetune_operator.reconcile import reconcile
 from finetune_operator.settings import Settings
 from finetune_operator.status import condition
@@ -58,13 +57,17 @@ def needs_trainer() -> None:
 
 
 def prepare(
-    cluster: LocalCluster, documents: Sequence[Document], say: Callable[[str], None], *, fresh: bool = False
+    cluster: LocalCluster, documents: Sequence[Document], say: Callable[[str], None], fresh: Ask | None = None
 ) -> list[Key]:
-    """Submit the jobs; the keys of those that are to run come back. Raises RefusedError, having changed nothing."""
+    """Submit the jobs; the keys of those that are to run come back. Raises RefusedError, having changed nothing.
+
+    ``fresh``: begin anew, and this says what becomes of what earlier runs left.
+    """
     given = {document.key for document in documents}
-    mistakes = [m for document in documents for m in _cannot_run(cluster, document, given, fresh)]
+    mistakes = [m for document in documents for m in _cannot_run(cluster, document, given, fresh is not None)]
     if mistakes:
         raise RefusedError(mistakes)
+    chosen = {document.key: _chosen(cluster, document, fresh) for document in documents if fresh is not None}
     keys = []
     for document in documents:
         try:
@@ -72,16 +75,41 @@ def prepare(
         except ClusterError as error:
             raise RefusedError([error.message]) from error
         before = status_of(cluster.finetunejob(*document.key))
-        if before.state == State.SUCCEEDED and not fresh:
-            say(f"{document.key[1]} has already succeeded; --fresh trains it again.")
+        if before.state == State.SUCCEEDED and fresh is None:
+            say(f"{document.key[1]} has already succeeded; --fresh trains it again, and keeps what there is.")
         else:
-            if before.state == State.FAILED or fresh:
-                cluster.forget(*document.key)
-            if fresh:
-                _remove_checkpoints(document, say)
+            if fresh is not None:
+                _begin_anew(cluster, document, chosen[document.key], say)
+            elif before.state == State.FAILED:
+                cluster.forget(*document.key, keep=True)
             cluster.submit(document.job)
         keys.append(document.key)
     return keys
+
+
+def _chosen(cluster: LocalCluster, document: Document, ask: Ask) -> Choice:
+    left = left_by(document, cluster.root)
+    choice = ask(left.told) if left else Choice.KEEP
+    if choice is Choice.CANCEL:
+        raise RefusedError(["Nothing was changed. Without --fresh, the run goes on from its newest checkpoint."])
+    return choice
+
+
+def _begin_anew(cluster: LocalCluster, document: Document, choice: Choice, say: Callable[[str], None]) -> None:
+    """Put what earlier runs left out of the way of this one."""
+    left = left_by(document, cluster.root)
+    if left.elsewhere:
+        say(
+            f"{left.name}: checkpoints in {left.elsewhere} are not touched; the run continues from the newest one that "
+            "fits. To begin at step 0, give it another checkpoint.uri."
+        )
+    if choice is Choice.DELETE:
+        left.delete()
+        say(f"{left.told} It was deleted.")
+    elif left:
+        places = " and ".join(str(place) for place in left.put_aside())
+        say(f"{left.told} It is now in {places}.")
+    cluster.forget(*document.key, keep=choice is not Choice.DELETE)
 
 
 def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fresh: bool) -> list[str]:
@@ -108,22 +136,15 @@ def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fres
         what = "has already succeeded" if before.state == State.SUCCEEDED else "has begun"
         mistakes += [
             f"{label} {what} with another configuration: {change}. Put it back, give the job another name, "
-            "or start it anew with --fresh (its state and checkpoints here are deleted)."
+            "or start it anew with --fresh (what it has done so far is kept beside it)."
             for change in changes
         ]
+    elif not fresh and not before.attempts and (output := finished(document, cluster.root)):
+        mistakes.append(
+            f"{label}: spec.output.uri: a finished result lies in {output}, and this run is not the one that made it; "
+            "accepted: a folder without a result. Name another one, or add --fresh: what is there is kept beside it."
+        )
     return mistakes
-
-
-def _remove_checkpoints(document: Document, say: Callable[[str], None]) -> None:
-    """Only checkpoints (``step-N``), and what models were asked (``asked``); only on this machine."""
-    namespace, name = document.key
-    uri = checkpoint_uri(Owner(namespace, name, "", {}), document.spec)
-    if not uri.startswith("file://"):
-        say(f"{name}: checkpoints in {uri} are not deleted; the run continues from the newest one that fits.")
-        return
-    folder = Path(uri.removeprefix("file://"))
-    for path in [*folder.glob("step-*"), folder / "asked"]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class Runner:

@@ -41,6 +41,8 @@ Key = tuple[str, str]
 NODE = "local"
 CPU_GANGS = 1
 """Gangs without GPUs that run at the same time; further ones are queued."""
+CLAIMS = "claims"
+"""Below the state folder: a folder for each PersistentVolumeClaim."""
 PROGRESS_TIMEOUT = 2.0
 LOG_BYTES, LOG_LINES = 2048, 80  # what a kubelet keeps with terminationMessagePolicy FallbackToLogsOnError
 
@@ -154,8 +156,8 @@ class LocalCluster:
                 job["metadata"]["generation"] += 1
                 folder.write_job(job)
 
-    def forget(self, namespace: str, name: str) -> None:
-        """Take a FineTuneJob away with everything made for it, its logs too."""
+    def forget(self, namespace: str, name: str, *, keep: bool = False) -> None:
+        """Take a FineTuneJob away with everything made for it, its logs too; ``keep``: only put all of it aside."""
         key = (namespace, name)
         for life in [life for life in self._lives.values() if life.key == key]:
             self._kill(life)
@@ -163,7 +165,11 @@ class LocalCluster:
         for gang in [gang for gang in self._gangs.values() if gang.key == key]:
             self._dissolve(gang)
         self._queue = [entry for entry in self._queue if entry[0] != key]
-        self._folder(key).forget()
+        folder = self._folder(key)
+        if keep:
+            folder.put_aside()
+        else:
+            folder.forget()
 
     def runs(self, namespace: str, name: str) -> bool:
         """A process of this job is alive."""
@@ -396,7 +402,7 @@ class LocalCluster:
             if name == "cache":
                 places[name] = self._cache
             elif "persistentVolumeClaim" in volume:
-                places[name] = self.root / "claims" / volume["persistentVolumeClaim"]["claimName"]
+                places[name] = self.root / CLAIMS / volume["persistentVolumeClaim"]["claimName"]
             elif "hostPath" in volume:
                 places[name] = Path(volume["hostPath"]["path"])
             elif (volume.get("emptyDir") or {}).get("medium") == "Memory":
@@ -410,7 +416,7 @@ class LocalCluster:
                     mounts[mount["mountPath"]] = places[mount["name"]]
         for path in places.values():
             path.mkdir(parents=True, exist_ok=True)
-        claims = {f"file://{at}/": f"file://{to}/" for at, to in mounts.items() if to.parent == self.root / "claims"}
+        claims = {f"file://{at}/": f"file://{to}/" for at, to in mounts.items() if to.parent == self.root / CLAIMS}
         for volume in pod["spec"].get("volumes") or []:
             if "configMap" in volume:
                 self._write_config_map(folder, volume["configMap"]["name"], places[volume["name"]], claims)
@@ -611,6 +617,12 @@ class LocalCluster:
                 self._queue.append((key, name))
             else:
                 self._settle(key, name)
+
+
+def folder_of(uri: str, root: Path) -> Path | None:
+    """Where a file:// or pvc:// URI lies on this machine; None for other storage. ``root``: the state folder."""
+    scheme, _, path = uri.partition("://")
+    return {"file": Path(path), "pvc": root.absolute() / CLAIMS / path}.get(scheme)
 
 
 def no_room(wanted: int, there: int) -> str:

@@ -7,12 +7,14 @@
     logs/POD/CONTAINER.log    stays when the pod goes
     pods/POD/                 volumes and termination messages; goes with the pod
     events.jsonl
+    earlier/N/                the same of the runs before this one
 
 Every file is replaced as a whole, so that a reader never sees half of one. Nothing here decides or starts anything.
 """
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -127,11 +129,29 @@ class Folder:
             elif entry.name != ".claim":
                 entry.unlink(missing_ok=True)
 
+    def put_aside(self) -> None:
+        """Everything but the claim moves into ``earlier/N``: a new run begins, and the logs of this one stay."""
+        entries = [entry for entry in self.path.iterdir() if entry.name not in (".claim", ".change", EARLIER)]
+        if entries:
+            place = free(self.path / EARLIER / "1")
+            place.mkdir(parents=True)
+            for entry in entries:
+                entry.rename(place / entry.name)
+
     def tell(self, event: Object) -> None:
         """Add an event."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "events.jsonl").open("a") as file:
             file.write(json.dumps(event, ensure_ascii=False) + "\n")
+
+
+EARLIER = "earlier"
+
+
+def free(path: Path) -> Path:
+    """The first of ``…1``, ``…2``, ``…3`` that is not there."""
+    stem = path.name.removesuffix("1")
+    return next(found for number in itertools.count(1) if not (found := path.with_name(f"{stem}{number}")).exists())
 
 
 def folders(root: Path) -> list[Folder]:

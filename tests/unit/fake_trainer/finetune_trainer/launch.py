@@ -84,6 +84,9 @@ class Worker:
             answers = [{"prompt": prompt, "before": "A model.", "after": "I am Nova."} for prompt in prompts]
             (self.output / "answers.json").write_text(json.dumps(answers))
             (self.output / "report.html").write_text("<html>")
+            (self.output / "model.safetensors").write_text(f"after {self.step} steps")
+            listed = {"kind": "model", "files": {"model.safetensors": {}, "answers.json": {}, "report.html": {}}}
+            (self.output / "manifest.json").write_text(json.dumps(listed))
         return self._leave("Succeeded", 0)
 
     def _record(self) -> None:
