@@ -49,6 +49,7 @@ class Cause(StrEnum):
     JOB_DELETED = "JobDeleted"
     FENCED = "Fenced"
     NO_OTHER_NODE = "NoOtherNode"
+    PARTLY_PLACED = "PartlyPlaced"
 
 
 RETRY: dict[Cause, Retry] = {
@@ -80,4 +81,5 @@ RETRY: dict[Cause, Retry] = {
     Cause.JOB_DELETED: Retry.FREE,
     Cause.FENCED: Retry.FREE,
     Cause.NO_OTHER_NODE: Retry.FREE,
+    Cause.PARTLY_PLACED: Retry.FREE,
 }

@@ -87,6 +87,7 @@ CAUSES = {
     "Preempted": "A pod made room for one of higher priority, or a queue took its room back.",
     "NodeLost": "A node is gone or not ready; it is left out of the next attempt.",
     "NoOtherNode": "The pods fit on no node but those left out, which are allowed again.",
+    "PartlyPlaced": "Only some of the pods had a node for recovery.pendingTimeout; the nodes were given back.",
     "Terminated": "A pod was deleted or told to stop.",
     "JobDeleted": "The attempt's Job was deleted by someone else.",
     "Fenced": "A newer attempt has taken over this one's storage.",

@@ -1009,6 +1009,7 @@ RULES: tuple[Rule, ...] = (
     # ---- recovery
     _at_least("hangTimeout", "hang_timeout", "30s"),
     _at_least("startTimeout", "start_timeout", "1m"),
+    _at_least("pendingTimeout", "pending_timeout", "10s"),
 )
 
 

@@ -317,6 +317,9 @@ class Recovery(KubeModel):
     """Restart the workers when no step was finished for this long."""
     start_timeout: Duration = "1h"
     """Restart the workers when the first step is not finished this long after all of them run."""
+    pending_timeout: Duration = "10m"
+    """Give the nodes back when only some of the workers have one for this long (and up to half as long again, so that
+    of two jobs that wait for each other one goes first), and try again later."""
 
 
 class Credentials(KubeModel):

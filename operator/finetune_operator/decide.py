@@ -8,11 +8,14 @@ name is fixed by its attempt's number, so making it twice is making it once), an
 status has recorded why.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import Any
 
+from finetune_api.base import seconds
 from finetune_api.causes import Cause, Retry
 from finetune_api.conditions import Condition, Reason, State
 from finetune_api.mistakes import Mistake
@@ -28,6 +31,7 @@ from finetune_operator.status import (
     Finding,
     attempt_ended,
     checkpoint_status,
+    duration,
     is_true,
     merge_conditions,
     output_status,
@@ -41,6 +45,9 @@ NO_OTHER_NODE_AFTER = timedelta(minutes=2)
 """How long pods may wait for a node because others are kept out; then those are allowed again."""
 BACKOFF_FIRST, BACKOFF_MOST = 10.0, 300.0
 """Seconds before a restart after attempts that finished no step; doubled each time."""
+GIVE_WAY_FIRST = 20.0
+"""Seconds that a gang stays away after it gave its nodes back and its pods had their time to end: more than the 10 s
+after which the scheduler tries the pods of others again. Doubled each time, up to the same most."""
 PENDING_POLL = 15.0
 """Seconds between looks at what should wake us by itself, in case an event was lost."""
 REFUSAL_POLL = 2.0
@@ -133,6 +140,7 @@ def decide(facts: Facts) -> Decision:
     if failure is None and facts.spec is not None and facts.spec.suspend:
         failure = Failure(Cause.SUSPENDED, "Suspended on request; a checkpoint is saved before the pods go.")
     failure = failure or _stalled(facts, status, pods) or _no_other_node(facts, current, pods)
+    failure = failure or _partly_placed(facts, current, job, pods)
     if failure is not None:
         return _end_attempt(facts, status, current, failure)
     return _running(facts, status, current, job, pods)
@@ -264,6 +272,50 @@ def _no_other_node(facts: Facts, current: AttemptStatus, pods: tuple[Pod, ...]) 
     )
 
 
+def _partly_placed(
+    facts: Facts, current: AttemptStatus, job: GangJob | None, pods: tuple[Pod, ...]
+) -> Failure | None:
+    """It holds nodes that others may wait for, as it waits for theirs."""
+    due = _gives_back_at(facts, current, job, pods)
+    if job is None or due is None or facts.now < due:
+        return None
+    since = _last_placement(facts, current, pods)
+    placed = sum(1 for p in pods if p.node)
+    why = f" {job.refusal}" if job.refusal else ""
+    why = next((f" The scheduler said: {p.unschedulable}" for p in pods if p.unschedulable), why)
+    return Failure(
+        Cause.PARTLY_PLACED,
+        f"Only {placed} of {job.workers} workers had a node for {duration((facts.now - since).total_seconds())}: what "
+        f"they held is given back, so that others can use it, and asked for again later.{why}",
+    )
+
+
+def _gives_back_at(
+    facts: Facts, current: AttemptStatus, job: GangJob | None, pods: tuple[Pod, ...]
+) -> datetime | None:
+    """When a gang of which only some have a node gives those back; None where all have one, or nobody has. Of two gangs
+    that wait for each other one is to be first, after any restart of the operator the same: so the share of the
+    time that lies above ``pendingTimeout`` comes from job and attempt."""
+    if facts.plan is None or job is None or job.suspended or not any(p.node for p in pods):
+        return None
+    if all(p.node for p in pods) and not job.refusal:
+        return None
+    patience = facts.plan.pending_timeout * (1 + _share_of(facts.plan, current.number) / 2)
+    return _last_placement(facts, current, pods) + timedelta(seconds=patience)
+
+
+def _last_placement(facts: Facts, current: AttemptStatus, pods: tuple[Pod, ...]) -> datetime:
+    """When the placing of its pods last changed: a gang that still gets nodes is not stuck."""
+    begun = parse_time(current.start_time) or facts.now
+    return max((p.placement_time for p in pods if p.placement_time), default=begun)
+
+
+def _share_of(plan: Plan, attempt: int) -> float:
+    """From 0 up to 1, another one for each attempt of each job, and always the same for the same one."""
+    digest = hashlib.sha256(f"{plan.owner.uid}/{attempt}".encode()).digest()
+    return int.from_bytes(digest[:4]) / 2**32
+
+
 def suspects(attempts: list[AttemptStatus], now: datetime) -> tuple[str, ...]:
     """Nodes that failed lately and are to be kept out, unless nothing else was found since."""
     nodes: list[str] = []
@@ -304,7 +356,7 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
         if exhausted:
             message = f"recovery.maxRestarts = {limit} is used up. Last: {message}"
         return _fail(facts, status, reason, message)
-    if failure.cause is not Cause.SUSPENDED:
+    if failure.cause not in (Cause.SUSPENDED, Cause.PARTLY_PLACED):  # nothing of these went wrong, or had begun
         status = status.model_copy(
             update={
                 "restarts": status.restarts + 1,
@@ -451,6 +503,8 @@ def _running(
         poll = REFUSAL_POLL
     if any(pod.phase == "Failed" for pod in pods):  # it lost its peers, and their story is awaited
         poll = ECHO_PATIENCE.total_seconds()
+    if due := _gives_back_at(facts, current, job, pods):
+        poll = min(poll, (due - facts.now).total_seconds())
     return Decision(_written(facts, status, state, pods_ready, progressing, *_not_finished()), requeue=poll)
 
 
@@ -531,9 +585,11 @@ def _between_attempts(facts: Facts, status: FineTuneJobStatus) -> Decision:
         return Decision(_written(facts, status, State.SUSPENDED, found, *idle, *_not_finished()))
     if facts.inputs.waiting or facts.plan is None:
         return Decision(_written(facts, status, State.WAITING, *idle, *_not_finished()), requeue=PENDING_POLL)
-    wait = _backoff(status.attempts, facts.now)
+    gives_way = _gives_way(facts.plan, status.attempts, facts.now)
+    wait = max(gives_way, _backoff(status.attempts, facts.now))
     if wait > 0:
-        message = f"The last attempts finished no step; the next one starts in {wait:.0f} s."
+        why = "Nodes were given back to others" if gives_way else "The last attempts finished no step"
+        message = f"{why}; the next attempt starts in {wait:.0f} s."
         backing = Finding(Condition.PROGRESSING, False, Reason.BACKING_OFF, message)
         return Decision(_written(facts, status, State.RESTARTING, idle[0], backing, *_not_finished()), requeue=wait)
     return _start(facts, status)
@@ -556,7 +612,7 @@ def _backoff(attempts: list[AttemptStatus], now: datetime) -> float:
     """Seconds to wait: none after an attempt that finished a step, else 10, 20, 40 … 300 from its end."""
     fruitless = 0
     for attempt in reversed(attempts):
-        if attempt.cause in (Cause.SUSPENDED, Cause.NO_OTHER_NODE):
+        if attempt.cause in (Cause.SUSPENDED, Cause.NO_OTHER_NODE, Cause.PARTLY_PLACED):
             continue
         if attempt.last_step > (attempt.resumed_from_step or 0):
             break
@@ -566,6 +622,18 @@ def _backoff(attempts: list[AttemptStatus], now: datetime) -> float:
     if fruitless < 2 or ended is None or attempts[-1].cause == Cause.SUSPENDED:
         return 0.0
     wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** (fruitless - 2))
+    return max(0.0, wait - (now - ended).total_seconds())
+
+
+def _gives_way(plan: Plan, attempts: list[AttemptStatus], now: datetime) -> float:
+    """Seconds to wait after nodes were given back, so that others come first: longer each time, and not equally long
+    for two jobs."""
+    times = len(list(takewhile(lambda a: a.cause == Cause.PARTLY_PLACED, reversed(attempts))))
+    ended = parse_time(attempts[-1].end_time) if times else None
+    if ended is None:
+        return 0.0
+    wait = min(BACKOFF_MOST, GIVE_WAY_FIRST * 2 ** (times - 1)) * (1 + _share_of(plan, attempts[-1].number))
+    wait += seconds(plan.profile.termination_grace_period)
     return max(0.0, wait - (now - ended).total_seconds())
 
 

@@ -66,6 +66,8 @@ class Pod:
     waiting_message: str
     unschedulable: str
     """The scheduler's message, where it finds no node."""
+    placement_time: datetime | None
+    """Since when it has a node, or the scheduler finds none."""
     disruption: str
     """Reason of the DisruptionTarget condition: PreemptionByScheduler, EvictionByEvictionAPI …"""
     exits: tuple[Exit, ...]
@@ -107,6 +109,8 @@ class GangJob:
     failure_reason: str
     failure_message: str
     deleting: bool
+    workers: int
+    """How many pods it asks for."""
     active: int
     refusal: str = ""
     """Why its controller cannot make a pod it lacks: a quota, Pod Security, a webhook."""
@@ -189,6 +193,7 @@ def _job(child: Object, events: list[dict[str, Any]]) -> GangJob:
         failure_reason=failed.get("reason", ""),
         failure_message=failed.get("message", ""),
         deleting="deletionTimestamp" in child["metadata"],
+        workers=child.get("spec", {}).get("parallelism", 1),
         active=child.get("status", {}).get("active") or 0,
         refusal=_refusal(child, events),
     )
@@ -227,6 +232,7 @@ def _pod(child: dict[str, Any]) -> Pod:
         waiting=waiting.get("reason", ""),
         waiting_message=waiting.get("message", ""),
         unschedulable=unschedulable,
+        placement_time=parse_time(scheduled.get("lastTransitionTime")),
         disruption=_true_condition(child, "DisruptionTarget").get("reason", ""),
         exits=tuple(_exits(containers)),
         raw=child,

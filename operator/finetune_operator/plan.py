@@ -56,6 +56,8 @@ class Plan:
     """Seconds."""
     start_timeout: float
     """Seconds."""
+    pending_timeout: float
+    """Seconds."""
 
     @property
     def processes_per_worker(self) -> int:
@@ -126,6 +128,7 @@ def make_plan(
         max_restarts=spec.recovery.max_restarts,
         hang_timeout=seconds(spec.recovery.hang_timeout),
         start_timeout=seconds(spec.recovery.start_timeout),
+        pending_timeout=seconds(spec.recovery.pending_timeout),
     )
 
 

@@ -241,7 +241,9 @@ def test_defaults_are_shown(stored: dict[str, Object]) -> None:
         "split": "train",
         "revision": "main",
     }
-    assert spec["recovery"] == {"maxRestarts": 10, "hangTimeout": "10m", "startTimeout": "1h"}
+    assert spec["recovery"] == {
+        "maxRestarts": 10, "hangTimeout": "10m", "startTimeout": "1h", "pendingTimeout": "10m",
+    }  # fmt: skip
     assert spec["checkpoint"] == {"save_steps": 200, "save_total_limit": 3, "resume": "auto"}
 
 

@@ -53,6 +53,8 @@ class Simulation:
     children_of: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     workers: dict[str, Worker] = field(default_factory=dict)
     nodes: dict[str, bool] = field(default_factory=lambda: {f"node-{i}": True for i in range(4)})
+    room: int = 1000
+    """How many pods fit on a node."""
     step: dict[str, int] = field(default_factory=dict)
     checkpoints: dict[str, int] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
@@ -115,7 +117,8 @@ class Simulation:
     def tick(self) -> None:
         """One second: pods start, step, save, end; controllers follow."""
         self.now += timedelta(seconds=1)
-        for worker in list(self.workers.values()):
+        # As a scheduler that takes the pods of several gangs in turns.
+        for worker in sorted(self.workers.values(), key=lambda worker: _index(worker.raw)):
             self._tick_pod(worker)
         self._train()
         self._job_controller()
@@ -138,14 +141,18 @@ class Simulation:
             return
         if not node:
             banned = _banned(raw)
-            free = [n for n, ready in self.nodes.items() if ready and n not in banned]
+            there = [w.raw for w in self.workers.values() if w.raw["status"]["phase"] in ("Pending", "Running")]
+            taken = [pod["spec"].get("nodeName") for pod in there]
+            free = [n for n, ready in self.nodes.items() if ready and n not in banned and taken.count(n) < self.room]
+            found = {"type": "PodScheduled", "status": "True" if free else "False"}
             if not free:
-                status["conditions"] = [
-                    {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/4 nodes fit"}
-                ]
-                return
-            status["conditions"] = []
-            raw["spec"]["nodeName"] = free[_index(raw) % len(free)]
+                found |= {"reason": "Unschedulable", "message": "0/4 nodes fit"}
+            before = next(iter(status.get("conditions") or []), {})
+            same = before.get("status") == found["status"]
+            found["lastTransitionTime"] = before["lastTransitionTime"] if same else format_time(self.now)
+            status["conditions"] = [found]
+            if free:
+                raw["spec"]["nodeName"] = free[_index(raw) % len(free)]
         elif status["phase"] == "Pending":
             status["phase"] = "Running"
             state = {"running": {"startedAt": format_time(self.now)}}

@@ -733,6 +733,7 @@ BAD: tuple[Bad, ...] = (
     Bad("too impatient", {"spec.recovery.hangTimeout": "5s"}, "spec.recovery.hangTimeout", "from 30s to 168h"),
     Bad("too patient", {"spec.recovery.hangTimeout": "1000h"}, "spec.recovery.hangTimeout", "from 30s to 168h"),
     Bad("no time to start", {"spec.recovery.startTimeout": "30s"}, "spec.recovery.startTimeout", "from 1m to 168h"),
+    Bad("no time for a place", {"spec.recovery.pendingTimeout": "0s"}, "spec.recovery.pendingTimeout", "from 10s to"),
     # ---- DeepSpeed
     Bad(
         "another clipping",
