@@ -272,9 +272,7 @@ def _no_other_node(facts: Facts, current: AttemptStatus, pods: tuple[Pod, ...]) 
     )
 
 
-def _partly_placed(
-    facts: Facts, current: AttemptStatus, job: GangJob | None, pods: tuple[Pod, ...]
-) -> Failure | None:
+def _partly_placed(facts: Facts, current: AttemptStatus, job: GangJob | None, pods: tuple[Pod, ...]) -> Failure | None:
     """It holds nodes that others may wait for, as it waits for theirs."""
     due = _gives_back_at(facts, current, job, pods)
     if job is None or due is None or facts.now < due:
@@ -290,9 +288,7 @@ def _partly_placed(
     )
 
 
-def _gives_back_at(
-    facts: Facts, current: AttemptStatus, job: GangJob | None, pods: tuple[Pod, ...]
-) -> datetime | None:
+def _gives_back_at(facts: Facts, current: AttemptStatus, job: GangJob | None, pods: tuple[Pod, ...]) -> datetime | None:
     """When a gang of which only some have a node gives those back; None where all have one, or nobody has. Of two gangs
     that wait for each other one is to be first, after any restart of the operator the same: so the share of the
     time that lies above ``pendingTimeout`` comes from job and attempt."""
