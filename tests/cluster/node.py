@@ -171,10 +171,11 @@ class Node:
             "resolvConf": "",
             "podLogsDir": f"{self._folder}/logs",
             "makeIPTablesUtilChains": False,
-            # The disk is the machine's: however full it is, no pod is evicted and no image removed.
+            # The disk is the machine's: however full it is, no pod is evicted for it and no image removed. A pod that
+            # writes more than its own limits allow is.
             "evictionHard": {"nodefs.available": "1Mi", "memory.available": "1Mi"},
+            "volumeStatsAggPeriod": "5s",  # a minute, left to itself
             "imageGCHighThresholdPercent": 100,
-            "localStorageCapacityIsolation": False,
             "nodeStatusUpdateFrequency": "2s",
             "nodeLeaseDurationSeconds": 8,
             "maxPods": 40,

@@ -177,6 +177,11 @@ for _ in range(900):  # until the name is known and the server listens
     except OSError:
         time.sleep(0.1)
 """
+WRITE_AND_STAY = """
+import threading
+open("/cache/file", "wb").write(bytes(4 << 20))
+threading.Event().wait()
+"""
 S3_FROM_POD = """
 import os
 from obstore.store import S3Store
@@ -198,6 +203,17 @@ def test_pods_of_two_nodes_talk_by_the_names_of_a_headless_service(e2e_cluster: 
     host, port = e2e_cluster.forward(address, 8000)
     with urllib.request.urlopen(f"http://{host}:{port}/etc/hostname") as answer:
         assert answer.read().strip() == b"server"
+
+
+@pytest.mark.e2e
+def test_a_pod_is_evicted_that_writes_more_than_its_volume_may_hold(e2e_cluster: Cluster, e2e_namespace: str) -> None:
+    pod = python_pod(WRITE_AND_STAY, "writer", "node-1")
+    pod["spec"]["volumes"].append({"name": "cache", "emptyDir": {"sizeLimit": "1Mi"}})
+    pod["spec"]["containers"][0]["volumeMounts"].append({"name": "cache", "mountPath": "/cache"})
+    e2e_cluster.apply(pod, namespace=e2e_namespace)
+    evicted = e2e_cluster.wait_for_pod("writer", "Failed", namespace=e2e_namespace)["status"]
+    assert evicted["reason"] == "Evicted"
+    assert 'Usage of EmptyDir volume "cache" exceeds the limit "1Mi"' in evicted["message"]
 
 
 @pytest.mark.e2e
