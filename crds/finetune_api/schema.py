@@ -38,6 +38,10 @@ _KEEP = (
 )
 
 
+UNSEEN = -1
+"""``status.observedGeneration`` of a job the operator has not looked at."""
+
+
 class NotStructuralError(Exception):
     """A model says something that a structural schema cannot."""
 
@@ -50,8 +54,12 @@ def spec_schema() -> dict[str, Any]:
 
 @cache
 def status_schema() -> dict[str, Any]:
-    """The schema of ``status``. No defaults: what the operator has not written is not there."""
-    return _without_defaults(of_model(FineTuneJobStatus))
+    """The schema of ``status``. What the operator has not written is not there, but for the generation it has seen:
+    kstatus (Flux) calls an object without one Current, and this one is not even begun."""
+    schema = _without_defaults(of_model(FineTuneJobStatus))
+    schema["default"] = {"observedGeneration": UNSEEN}
+    schema["properties"]["observedGeneration"]["default"] = UNSEEN
+    return schema
 
 
 def of_model(model: type[BaseModel]) -> dict[str, Any]:

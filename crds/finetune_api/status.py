@@ -121,7 +121,7 @@ class FineTuneJobStatus(KubeModel):
     """What the operator knows of the job."""
 
     observed_generation: int | None = None
-    """The metadata.generation this status was made for."""
+    """The metadata.generation this status was made for; -1: not seen yet."""
     state: str = ""
     """Pending, Invalid, Waiting, Starting, Running, Restarting, Suspending, Suspended, Succeeded, Failed:
     for people; programs read the conditions."""

@@ -37,6 +37,7 @@ from finetune_operator.status import (
     output_status,
     percent,
     progress_status,
+    seen,
 )
 
 SUSPECT_PERIOD = timedelta(minutes=15)
@@ -713,10 +714,11 @@ def _written(facts: Facts, status: FineTuneJobStatus, state: State, *findings: F
         common.append(Finding(Condition.SUSPENDED, False, Reason.NOT_SUSPENDED))
         common.append(Finding(Condition.READY, False, Reason.NOT_FINISHED, f"State: {state}."))
         common.append(_stalled_condition(facts, state, common[0]))
+    conditions = merge_conditions(status.conditions, [*common, *findings], facts.generation, facts.now)
     return status.model_copy(
         update={
             "observed_generation": facts.generation,
             "state": str(state),
-            "conditions": merge_conditions(status.conditions, [*common, *findings], facts.generation, facts.now),
+            "conditions": seen(conditions, facts.generation),
         }
     )

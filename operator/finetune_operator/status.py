@@ -53,6 +53,12 @@ def merge_conditions(
     return sorted(merged.values(), key=lambda c: order.index(c.type) if c.type in order else len(order))
 
 
+def seen(conditions: Iterable[ConditionStatus], generation: int | None) -> list[ConditionStatus]:
+    """The conditions of a pass that went through. It stands for all of them, those it had nothing to say of too: for
+    ``kubectl wait`` a condition of an older generation does not hold."""
+    return [c.model_copy(update={"observed_generation": generation}) for c in conditions]
+
+
 def condition(status: FineTuneJobStatus, kind: Condition) -> ConditionStatus | None:
     """One condition of a status."""
     return next((c for c in status.conditions if c.type == kind), None)

@@ -1,4 +1,4 @@
-"""Argo CD's health check and actions in a real Lua, and the Kustomize base."""
+"""What Argo CD, Flux and kstatus make of a job, by their own libraries; Argo CD's actions; the Kustomize base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from lupa import lua51  # the version of Argo CD's interpreter
 
 from finetune_api.causes import Cause
 from finetune_api.run import Termination
+from finetune_operator.cluster import ClusterError
 from tests.chart.charts import ROOT, kinds, only, template
+from tests.chart.judges import judge
 from tests.cluster import binaries
 from tests.operator.simulation import GOOD_SPEC, Simulation
 
@@ -24,9 +26,10 @@ HEALTH_TESTS = yaml.safe_load((CUSTOMIZATION / "health_test.yaml").read_text())[
 
 
 def lua(script: str, obj: Any) -> Any:
-    """What the script answers for an object, in Argo CD's way: no library but the harmless ones, a global `obj`."""
+    """What the script answers for an object, in Argo CD's way: no library but the few it opens, a global `obj`."""
     runtime = lua51.LuaRuntime(unpack_returned_tuples=True)
-    for name in ("io", "os", "package", "require", "dofile", "loadfile", "debug"):
+    runtime.execute('debug.setmetatable("", nil)')  # the methods of strings
+    for name in ("io", "os", "package", "require", "dofile", "loadfile", "debug", "string", "math", "coroutine"):
         runtime.globals()[name] = None
     runtime.globals()["obj"] = _to_lua(runtime, obj)
     return _to_python(runtime.execute(script))
@@ -100,6 +103,71 @@ def test_health_of_what_the_operator_itself_writes_is(
     health = lua((CUSTOMIZATION / "health.lua").read_text(), sim.jobs["chat"])
     assert health["status"] == status
     assert health["message"].startswith(message)
+
+
+def _running(sim: Simulation) -> None:
+    sim.run("chat", until="Running")
+
+
+def _refused(sim: Simulation) -> None:
+    sim.fail_calls.add("apply")
+    with pytest.raises(ClusterError):
+        sim.reconcile("chat")
+
+
+def _changed_after_its_end(sim: Simulation) -> None:
+    sim.run("chat")
+    sim.edit("chat", training={"learning_rate": 1.0}, ttlSecondsAfterFinished=3600)
+    sim.reconcile("chat")
+
+
+def _changed_and_not_seen(sim: Simulation) -> None:
+    sim.run("chat")
+    sim.edit("chat", ttlSecondsAfterFinished=3600)
+
+
+def _changed_while_it_runs(sim: Simulation) -> None:
+    _running(sim)
+    sim.edit("chat", training={"learning_rate": 1.0})
+    sim.reconcile("chat")
+
+
+EVERYWHERE: list[tuple[Callable[[Simulation], object], str, str, str]] = [
+    # the story, and what Flux with our expressions, kstatus without them, and Argo CD make of it
+    (lambda sim: None, "InProgress", "InProgress", "Progressing"),
+    (_refused, "InProgress", "InProgress", "Progressing"),
+    (lambda sim: sim.reconcile("chat"), "InProgress", "InProgress", "Progressing"),
+    (_running, "InProgress", "InProgress", "Progressing"),
+    (lambda sim: sim.run("chat"), "Current", "Current", "Healthy"),
+    (_failed, "Failed", "Failed", "Degraded"),
+    (_invalid, "Failed", "Failed", "Degraded"),
+    (_input_failed, "Failed", "Failed", "Degraded"),
+    (_suspended, "InProgress", "InProgress", "Suspended"),
+    (_changed_after_its_end, "Current", "Current", "Healthy"),
+    (_changed_and_not_seen, "InProgress", "InProgress", "Healthy"),
+    # What stands in Git is not what runs, and the run may still end well.
+    (_changed_while_it_runs, "Failed", "InProgress", "Degraded"),
+]
+
+
+@pytest.mark.cluster  # needs Go
+def test_flux_kstatus_and_argo_cd_judge_what_the_operator_writes() -> None:
+    told = []
+    for story, *_ in EVERYWHERE:
+        sim = Simulation()
+        sim.submit("chat")
+        story(sim)
+        told.append(sim.jobs["chat"])
+    found = [(v.flux, v.kstatus, v.argo["status"] if isinstance(v.argo, dict) else v.argo) for v in judge(told)]
+    assert found == [tuple(expected) for _, *expected in EVERYWHERE]
+
+
+@pytest.mark.cluster  # needs Go
+def test_argo_cds_own_interpreter_answers_as_the_one_of_these_tests() -> None:
+    found = judge(sample(case["inputPath"]) for case in HEALTH_TESTS)
+    for case, verdict in zip(HEALTH_TESTS, found, strict=True):
+        expected = {key: value for key, value in case["healthStatus"].items() if value}
+        assert verdict.argo == expected, case["inputPath"]
 
 
 def test_all_four_states_of_health_are_tested_and_every_sample_is_used() -> None:

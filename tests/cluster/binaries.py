@@ -73,8 +73,6 @@ def require(names: Iterable[str] = SIMULATED) -> Path:
     missing = [name for name in names if not (target / name).exists()]
     if not missing:
         return target
-    if not shutil.which("go"):
-        raise UnavailableError("Go is not installed, and Kubernetes is built from Go modules: install Go 1.26 or newer")
     with locked(target):
         missing = [name for name in missing if not (target / name).exists()]
         target.mkdir(exist_ok=True)
@@ -82,26 +80,29 @@ def require(names: Iterable[str] = SIMULATED) -> Path:
             say(f"building {', '.join(missing)} into {target}")
             say("  once per machine: about 10 minutes on 2 cores, or 1 where Go has its parts compiled already")
         for name in missing:
-            _build(name, target / name)
+            build(PACKAGES[name], target / name)
     return target
 
 
-def _build(name: str, path: Path) -> None:
+def build(package: str, path: Path, module: Path = MODULES) -> None:
+    """Builds a program of a Go module, to lie at `path`."""
+    if not shutil.which("go"):
+        raise UnavailableError("Go is not installed, and Kubernetes is built from Go modules: install Go 1.26 or newer")
     started = time.monotonic()
-    unfinished = path.with_name(f".{name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     flags = f"-s -w -X k8s.io/component-base/version.gitVersion=v{KUBERNETES}"
     command = ["go", "build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", flags]
     done = subprocess.run(
-        [*command, "-o", str(unfinished), PACKAGES[name]],
-        cwd=MODULES,
+        [*command, "-o", str(unfinished), package],
+        cwd=module,
         env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off"},
         text=True,
         capture_output=True,
     )
     if done.returncode:
-        raise UnavailableError(f"go build {PACKAGES[name]} failed:\n{done.stderr[-3000:]}")
+        raise UnavailableError(f"go build {package} failed:\n{done.stderr[-3000:]}")
     unfinished.rename(path)  # whoever looks sees the whole binary or none
-    say(f"  {name} {time.monotonic() - started:.0f} s")
+    say(f"  {path.name} {time.monotonic() - started:.0f} s")
 
 
 def require_debian(programs: Iterable[str] = DEBIAN) -> None:

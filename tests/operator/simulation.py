@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api.run import CheckpointInfo, OutputInfo, Progress, Termination
+from finetune_api.schema import UNSEEN
 from finetune_operator import manifests
 from finetune_operator.cluster import ClusterError, Object, is_same
 from finetune_operator.observe import format_time
@@ -77,6 +78,7 @@ class Simulation:
             "kind": manifests.KIND,
             "metadata": {"namespace": "team", "name": name, "uid": f"uid-{name}", "generation": 1, **metadata},
             "spec": copy.deepcopy(dict(spec or GOOD_SPEC)),
+            "status": {"observedGeneration": UNSEEN},
         }
 
     def edit(self, name: str, **spec: Any) -> None:
@@ -318,7 +320,7 @@ class Simulation:
         self._call("patch")
         if not is_same(self.jobs.get(job["metadata"]["name"]), job):
             return False
-        self.jobs[job["metadata"]["name"]]["status"] = copy.deepcopy(dict(status))
+        self.jobs[job["metadata"]["name"]]["status"] = {"observedGeneration": UNSEEN, **copy.deepcopy(dict(status))}
         return True
 
     def event(self, job: Object, kind: str, reason: str, message: str) -> None:

@@ -18,6 +18,7 @@ from tests.operator.jobs_on_a_cluster import (
     BATCH_JOBS,
     CHILDREN,
     JOBS,
+    change,
     condition,
     end,
     fine_tune_job,
@@ -89,6 +90,11 @@ def test_a_job_runs_on_two_nodes_and_succeeds(cluster: Cluster, namespace: str, 
     assert ("Normal", "AttemptStarted", "Attempt 1: Job tune-a1 made.") in events
     assert ("Normal", "CheckpointSaved", "Checkpoint of step 3 is complete.") in events
     assert {kind for kind, _, _ in events} == {"Normal"}
+
+    # kubectl believes no condition that is older than the last edit, and of a finished run most never change again.
+    change(cluster, namespace, "tune", ttlSecondsAfterFinished=3600)
+    for kind in ("Complete", "Ready", "Failed=false"):
+        cluster.kubectl("wait", "ftj", "tune", "-n", namespace, f"--for=condition={kind}", "--timeout=30s")
 
 
 # --- failures of the run ---

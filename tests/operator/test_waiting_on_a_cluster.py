@@ -9,6 +9,7 @@ import pytest
 
 from finetune_api.causes import Cause
 from finetune_api.run import CheckpointInfo, Termination
+from tests.chart.judges import judge
 from tests.cluster.access import Object
 from tests.cluster.cluster import Cluster
 from tests.operator.jobs_on_a_cluster import (
@@ -244,6 +245,10 @@ def test_a_right_that_is_lost_is_told_and_found_again(
     assert told_why["status"] == "False"
     assert f"Could not apply Job {namespace}/tune-a1: 403 " in told_why["message"]
     assert 'cannot create resource "jobs"' in told_why["message"]
+    there = cluster.get(JOBS, "tune", namespace=namespace)
+    create = ("create", "--dry-run=server", "-o", "json", "-n", namespace, "-f", "-")
+    unseen = json.loads(cluster.kubectl(*create, input=json.dumps(fine_tune_job("unseen"))))
+    assert [v.kstatus for v in judge([there, unseen])] == ["InProgress", "InProgress"]
     now = operator.metric("finetune_operator_reconcile_errors_total")
     assert now is not None
     assert now > errors

@@ -1,4 +1,5 @@
 -- What Argo CD shows for a FineTuneJob. Reads the conditions; status.state and progress only make the message.
+-- Argo CD opens no string library for it.
 local hs = {status = "Progressing", message = "Waiting for the finetune-operator."}
 local status = obj.status
 if status == nil or status.conditions == nil then
@@ -53,7 +54,7 @@ end
 hs.message = status.state or "Pending"
 local progress = status.progress
 if progress ~= nil and progress.maxSteps ~= nil and progress.maxSteps > 0 then
-  hs.message = string.format("%s: step %d of %d", hs.message, progress.step or 0, progress.maxSteps)
+  hs.message = hs.message .. ": step " .. (progress.step or 0) .. " of " .. progress.maxSteps
   if progress.loss ~= nil and progress.loss ~= "" then
     hs.message = hs.message .. ", loss " .. progress.loss
   end
