@@ -46,6 +46,24 @@ def test_a_finished_job_is_left_alone(sim: Simulation) -> None:
     assert sim.status("tune") == before
 
 
+def test_an_edit_of_a_finished_job_leaves_no_condition_behind(sim: Simulation) -> None:
+    sim.run("tune")
+    sim.edit("tune", ttlSecondsAfterFinished=3600)
+    sim.reconcile("tune")
+    assert {c["observedGeneration"] for c in sim.status("tune")["conditions"]} == {2}
+
+
+def test_a_pass_that_failed_makes_no_condition_newer_but_its_own(sim: Simulation) -> None:
+    sim.run("tune")
+    sim.edit("tune", ttlSecondsAfterFinished=3600)
+    sim.fail_calls.add("list")
+    with pytest.raises(ClusterError):
+        sim.reconcile("tune")
+    seen = {c["type"]: c["observedGeneration"] for c in sim.status("tune")["conditions"]}
+    assert seen.pop("Reconciled") == 2
+    assert set(seen.values()) == {1} == {sim.status("tune")["observedGeneration"]}
+
+
 def test_a_crashed_worker_restarts_the_gang_from_the_checkpoint(sim: Simulation) -> None:
     while sim.step.get("tune-a1", 0) < 5:
         sim.reconcile("tune")
