@@ -334,7 +334,7 @@ def test_a_pass_over_a_job_that_is_made_anew_meanwhile_writes_nothing_on_the_new
     told = list(sim.events)
     sim.__class__ = MadeAnew
     assert reconcile(sim, sim.settings, "team", "tune", lambda: sim.now).job is None
-    assert sim.status("tune") == {}
+    assert sim.status("tune") == {"observedGeneration": -1}
     assert sim.events == told
 
 

@@ -119,8 +119,9 @@ def test_every_pattern_has_words() -> None:
     assert patterns == set(schema.PATTERNS)
 
 
-def test_the_status_has_no_defaults() -> None:
-    assert not [path for path, node in nodes(ROOT["properties"]["status"]) if "default" in node]
+def test_of_the_status_only_the_generation_is_there_from_the_beginning() -> None:
+    found = {path: node["default"] for path, node in nodes(ROOT["properties"]["status"]) if "default" in node}
+    assert found == {"": {"observedGeneration": -1}, ".observedGeneration": -1}
 
 
 def test_conditions_are_a_map_by_type() -> None:
