@@ -50,6 +50,19 @@ def prepared(model, tmp_path, rows, **data):
     return prepare(config, fetch(config, tmp_path / "cache"), load_tokenizer(model, config))
 
 
+def test_tokens_are_found_again_only_of_the_files_that_were_read(model, tmp_path, cache):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for number in range(3):
+        write(parts / f"part-{number}.jsonl", [row("red", f"blue {number}")] * 10)
+    config = make_config(tmp_path, model={"uri": f"file://{model}"}, data={"train": [{"uri": parts.as_uri()}]})
+    fetched = fetch(config, tmp_path / "cache")
+    tokenizer = load_tokenizer(model, config)
+    first = Fetched(fetched.model, [parts / "part-0.jsonl"], [], digests=fetched.digests)
+    assert prepare(config, first, tokenizer).report["parts"]["rows"] == 10
+    assert prepare(config, fetched, tokenizer).report["parts"]["rows"] == 30
+
+
 def test_long_rows_are_cut_and_rows_without_an_answer_left_are_dropped_and_both_are_counted(model, tmp_path, cache):
     # the template writes: <user> … <end> <assistant> … <end>
     rows = [row("red", "blue"), row("red " * 9, "cat " * 9), row("red " * 12, "cat"), row("red " * 13, "cat")]

@@ -19,15 +19,17 @@ pytest.importorskip("obstore", reason="needs the trainer extra")
 
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_CACHE, ENV_CONFIG, ENV_TERMINATION_LOG, EXIT_FAILED, EXIT_USER, Termination
+from finetune_api.spec import DataSource
 from finetune_trainer import fetch as fetching
+from finetune_trainer.data.files import read_rows
 from finetune_trainer.fetch import fetch
 from finetune_trainer.fetching.wanted import local_files, split_pattern
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store, file_digest, local_path
-from tests.trainer.test_storage import no_credentials, s3, s3_server
+from tests.trainer.test_storage import flat_s3, flat_s3_server, no_credentials, raw_s3, s3, s3_server
 from tests.trainer.tiny import ROOT, make_config
 
-__all__ = ["no_credentials", "s3", "s3_server"]  # fixtures
+__all__ = ["flat_s3", "flat_s3_server", "no_credentials", "raw_s3", "s3", "s3_server"]  # fixtures
 
 PLAIN = {
     "config.json": b"{}",
@@ -217,7 +219,7 @@ def test_a_refresh_of_what_has_not_changed_downloads_nothing(tmp_path, bucket):
     first = fetch(config, tmp_path / "cache", refresh=True)
     bucket.requests.clear()
     assert fetch(config, tmp_path / "cache", refresh=True) == first
-    assert bucket.requests == ["list ", "list rows.jsonl"]
+    assert bucket.requests == ["list ", "list "]
 
 
 def test_a_refresh_takes_what_has_changed_and_leaves_the_old_to_those_who_use_it(tmp_path, bucket):
@@ -347,6 +349,76 @@ def test_a_real_s3_server(tmp_path, s3):
 # --- the hub ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["file", "s3", "flat_s3"])
+def place(request, tmp_path):
+    """Somewhere to put files: (URI of a folder, what puts files below it)."""
+    if request.param == "file":
+        return (tmp_path / "place").as_uri(), lambda files: put(tmp_path / "place", files)
+    request.getfixturevalue(request.param)
+    name = hashlib.sha256(request.node.name.encode()).hexdigest()[:8]
+    store = Store(f"s3://team/{name}")
+    return store.uri(), lambda files: [store.put(path, content) for path, content in files.items()]
+
+
+PARTS = {f"part-{number}.jsonl": ROWS * 10 for number in range(3)}
+"""What Spark writes of rows.jsonl: a folder of that name."""
+
+
+def read(tmp_path, uri, cache="cache"):
+    """The rows of a source that are read, and the digest of what was fetched."""
+    model = put(tmp_path / "model", PLAIN)
+    fetched = fetch(config_for(tmp_path, model.as_uri(), uri), tmp_path / cache, refresh=True)
+    return sum(1 for _ in read_rows(fetched.train[0])), fetched.digests[uri]
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows"])
+def test_a_folder_is_read_whole_whatever_its_name(tmp_path, place, name, slash):
+    uri, put_there = place
+    put_there({f"{name}/{part}": content for part, content in (PARTS | {"_SUCCESS": b""}).items()})
+    rows, digest = read(tmp_path, f"{uri}/{name}{slash}")
+    assert rows == 30
+    digests = {read(tmp_path, f"{uri}/{name}{other}")[1] for other in ("", "/")} | {digest}
+    assert len(digests) == 1
+
+
+def test_of_a_file_and_a_folder_of_one_name_a_slash_means_the_folder(tmp_path, flat_s3, caplog):
+    store = Store("s3://team/both")
+    for path, content in {"rows.jsonl": ROWS, **{f"rows.jsonl/{part}": c for part, c in PARTS.items()}}.items():
+        store.put(path, content)
+    assert read(tmp_path, "s3://team/both/rows.jsonl/")[0] == 30
+    assert read(tmp_path, "s3://team/both/rows.jsonl")[0] == 1
+    assert "s3://team/both/rows.jsonl is a file and a folder" in caplog.text
+
+
+def test_a_marker_of_a_folder_is_neither_a_file_nor_a_change(tmp_path, raw_s3):
+    for key in ("marked/", "marked/rows.jsonl/", "marked/sub.jsonl/"):
+        raw_s3.put_object(Bucket="team", Key=key, Body=b"")
+    for part, content in PARTS.items():
+        raw_s3.put_object(Bucket="team", Key=f"marked/rows.jsonl/{part}", Body=content)
+    for uri in ("s3://team/marked", "s3://team/marked/", "s3://team/marked/rows.jsonl", "s3://team/marked/rows.jsonl/"):
+        assert read(tmp_path, uri)[0] == 30, uri
+
+
+def test_a_cache_of_before_is_not_taken_for_a_folder_named_like_a_file(tmp_path, bucket):
+    bucket.put("b/rows.jsonl", PARTS)
+    config = config_for(tmp_path, train="s3://b/rows.jsonl/")
+    fetch(config, tmp_path / "cache")
+    [record] = [r for r in (tmp_path / "cache").glob("*/record.json") if "part-0" in r.read_text()]
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "only"}))
+    bucket.requests.clear()
+    assert local_files(fetch(config, tmp_path / "cache").train[0]) != []
+    assert bucket.requests == ["list "], "nothing is downloaded again"
+    bucket.down = True
+    assert len(local_files(fetch(config, tmp_path / "cache").train[0])) == 3
+
+
+def test_a_reward_function_is_a_file(tmp_path, bucket):
+    bucket.put("b/rewards.py", {"a.py": b"x"})
+    with pytest.raises(RunError, match=r"s3://b/rewards\.py is a folder with a\.py\. Name one file in it"):
+        fetching._source(DataSource(uri="s3://b/rewards.py"), None, Cause.DATA_NOT_FOUND, tmp_path, False, {})
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the Hugging Face hub as its client asks for."""
 
@@ -466,6 +538,18 @@ def test_one_file_of_a_hub_data_set(tmp_path, hub):
     [path] = fetch(config, tmp_path / "cache").train
     assert path.read_bytes() == ROWS
     assert str(path).startswith(str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize("uri", ["hf://datasets/org/rows.jsonl", "hf://datasets/org/name/rows.jsonl"])
+def test_a_folder_of_the_hub_is_read_whole_whatever_its_name(tmp_path, hub, uri):
+    endpoint, kind = hub
+    inside = uri.removeprefix("hf://datasets/org/").partition("/")[2]
+    files = {f"{inside}/{part}" if inside else part: content for part, content in PARTS.items()}
+    kind.files = {"org/name": PLAIN, "/".join(uri.removeprefix("hf://").split("/")[:3]): files}
+    config = config_for(tmp_path, "hf://org/name", uri)
+    code, said, _ = init_container(tmp_path, config, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "home"))
+    assert code == 0, said
+    assert sum(1 for _ in read_rows(fetch(config, tmp_path / "cache").train[0])) == 30
 
 
 def test_the_init_container_is_light_and_quick(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -24,35 +25,44 @@ from tests.conftest import available
 AWS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory):
-    """The S3 server of the cluster tests. (environment, folder)"""
-    available(lambda: binaries.require(["versitygw"]))
-    binary = binaries.folder() / "versitygw"
-    folder = tmp_path_factory.mktemp("s3")
-    (folder / "team").mkdir()
-    port = free_port()
-    process = subprocess.Popen(
-        [binary, "--port", f"127.0.0.1:{port}", "--quiet", "posix", str(folder)],
-        env=os.environ | {"ROOT_ACCESS_KEY": "key", "ROOT_SECRET_KEY": "secret"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+@contextmanager
+def serving(command, port, **environment):
+    """A server's process that listens at this port of the loopback interface."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=os.environ | environment, **quiet)
     for _ in range(100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
         time.sleep(0.1)
-    yield (
-        {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-        },
-        folder,
-    )
+    yield {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
     process.send_signal(signal.SIGTERM)
     process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """The S3 server of the cluster tests, whose objects are files. (environment, folder)"""
+    available(lambda: binaries.require(["versitygw"]))
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "team").mkdir()
+    port = free_port()
+    command = [binaries.folder() / "versitygw", "--port", f"127.0.0.1:{port}", "--quiet", "posix", str(folder)]
+    with serving(command, port, ROOT_ACCESS_KEY="key", ROOT_SECRET_KEY="secret") as environment:
+        yield environment, folder
+
+
+@pytest.fixture(scope="session")
+def flat_s3_server():
+    """One that knows keys only, as AWS does: the environment to reach it. Its buckets come into being by themselves."""
+    available(binaries.flat_s3)
+    port = free_port()
+    with serving([binaries.flat_s3(), f"127.0.0.1:{port}"], port) as environment:
+        yield environment
 
 
 @pytest.fixture
@@ -70,12 +80,32 @@ def s3(s3_server, no_credentials, monkeypatch):
     return folder
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture
+def flat_s3(flat_s3_server, no_credentials, monkeypatch):
+    """The other server, in the environment."""
+    for name, value in flat_s3_server.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(params=["s3", "flat_s3"])
+def raw_s3(request):
+    """Each of two servers of unlike behaviour, by a client that knows keys only; they have a bucket team."""
+    request.getfixturevalue(request.param)
+    return keys_client()
+
+
+def keys_client():
+    import boto3
+
+    return boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
+
+
+@pytest.fixture(params=["file", "s3", "flat_s3"])
 def store(request, tmp_path):
     """An empty folder of each kind."""
     if request.param == "file":
         return Store(f"file://{tmp_path}/a%20folder/deep")
-    request.getfixturevalue("s3")
+    request.getfixturevalue(request.param)
     return Store(f"s3://team/{request.node.name.split('[')[0]}/deep/")
 
 
@@ -241,6 +271,47 @@ def test_no_credentials_at_all_are_access_denied(no_credentials, monkeypatch):
             Store("s3://team/x", patience=0.5).get("a")
         assert error.value.cause is Cause.ACCESS_DENIED
         server.shutdown()
+
+
+# --- folders that are only names --------------------------------------------------------------------------------
+
+
+def test_markers_of_folders_are_no_files(raw_s3):
+    for key in ("markers/", "markers/sub/", "markers/rows.jsonl/", "markers/alone/", "markers/empty.txt"):
+        raw_s3.put_object(Bucket="team", Key=key, Body=b"")
+    raw_s3.put_object(Bucket="team", Key="markers/rows.jsonl/part-0.jsonl", Body=b"x")
+    store = Store("s3://team/markers")
+    assert [entry.path for entry in store.list()] == ["empty.txt", "rows.jsonl/part-0.jsonl"]
+    assert [entry.path for entry in store.list("rows.jsonl")] == ["rows.jsonl/part-0.jsonl"]
+    assert store.list("alone") == []
+    assert store.find("empty.txt").size == 0
+    assert store.find("alone") is None
+    store.delete("")
+    assert store.list() == []
+
+
+def test_a_name_with_an_empty_part_is_named_with_what_to_do(flat_s3):
+    client = keys_client()
+    client.put_object(Bucket="team", Key="odd/a//b.jsonl", Body=b"x")
+    client.put_object(Bucket="team", Key="odd/fine/c.jsonl", Body=b"x")
+    with pytest.raises(RunError, match=r'cannot list s3://team/odd .*"odd/a//b\.jsonl".*Rename or delete') as error:
+        Store("s3://team/odd").list()
+    assert error.value.cause is Cause.INVALID_CONFIGURATION, "no restart would change it"
+    assert "DNS" not in error.value.message
+    assert [entry.path for entry in Store("s3://team/odd/fine").list()] == ["c.jsonl"]
+
+
+def test_a_uri_with_an_empty_part_tells_the_place_that_is_used(store):
+    odd = Store(store.uri().replace("/deep", "//deep/"))
+    odd.put("a", b"1")
+    assert odd.uri("a") == store.uri("a")
+    assert [entry.path for entry in store.list()] == ["a"]
+
+
+def test_a_link_into_nowhere_is_passed_over(tmp_path):
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert [entry.path for entry in Store(f"file://{tmp_path}").list()] == ["a"]
 
 
 def test_a_missing_bucket_is_named(s3):

@@ -44,14 +44,14 @@ from finetune_trainer.fetching.wanted import (
     data_kind,
     local_files,
     model_files,
-    no_folder,
     reward_files,
     row_files,
+    some,
     split_pattern,
     tokenizer_files,
 )
 from finetune_trainer.outcome import RunError
-from finetune_trainer.storage import Store, file_digest, local_path
+from finetune_trainer.storage import Entry, Store, file_digest, local_path
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _rewards(
         source = AdapterSource(uri=model.uri, revision=model.revision)
         folder = _source(source, reward_files(source), Cause.MODEL_NOT_FOUND, cache, refresh, digests)
     functions = [
-        _source(DataSource(uri=f.uri), no_folder, Cause.DATA_NOT_FOUND, cache, refresh, digests) if f.uri else None
+        _source(DataSource(uri=f.uri), None, Cause.DATA_NOT_FOUND, cache, refresh, digests) if f.uri else None
         for f in options.reward_funcs
     ]
     return folder, functions
@@ -209,14 +209,17 @@ def _config() -> TrainerConfig:
 
 def _source(
     source: ModelSource | AdapterSource | DataSource,
-    select: Select,
+    select: Select | None,
     missing: Cause,
     cache: Path,
     refresh: bool,
     digests: dict[str, str],
     *part: str,
 ) -> Path:
-    """The folder or file of one source on this node; its digest is added to ``digests``."""
+    """The folder or file of one source on this node; its digest is added to ``digests``.
+
+    ``select`` picks the files of a folder; None where only a single file is accepted.
+    """
     uri = source.uri
     if uri.startswith("file://"):
         return _in_place(uri, missing, digests, cache, sample=not isinstance(source, DataSource))
@@ -224,8 +227,9 @@ def _source(
     # Other choices among the files of one source are another entry of the cache.
     choice = json.dumps([name, getattr(source, "gguf_file", ""), getattr(source, "trust_remote_code", False), *part])
     home = cache / hashlib.sha256(choice.encode()).hexdigest()[:32]
+    rows = isinstance(source, DataSource)
     record = read_record(home)
-    if record is None or refresh or not unchanged(record, thorough=False):
+    if record is None or refresh or not _understood(record, rows) or not unchanged(record, thorough=False):
         try:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -234,14 +238,14 @@ def _source(
             record = _renew(uri, source.revision, select, missing, cache, home)
     digests[name] = record.digest
     folder = Path(record.folder)
-    if not isinstance(source, DataSource):
+    if not rows:
         return folder
-    if _single_file(uri):
-        return folder / next(iter(record.files))
-    return folder / (parse_hub(uri)[2] if uri.startswith("hf://") else split_pattern(uri)[1])
+    if uri.startswith("hf://"):  # lies there as in its repository
+        return folder / parse_hub(uri)[2]
+    return folder / (record.only or split_pattern(uri)[1])
 
 
-def _renew(uri: str, revision: str, select: Select, missing: Cause, cache: Path, home: Path) -> Record:
+def _renew(uri: str, revision: str, select: Select | None, missing: Cause, cache: Path, home: Path) -> Record:
     """Make the cache agree with the source. Called under the source's lock."""
     cached = read_record(home)
     if cached is not None and not unchanged(cached, thorough=True):
@@ -255,7 +259,8 @@ def _renew(uri: str, revision: str, select: Select, missing: Cause, cache: Path,
         else:
             record = _fetch_store(uri, select, missing, home, cached)
     except RunError as error:
-        if error.cause is Cause.STORAGE_UNAVAILABLE and cached is not None:
+        known = cached is not None and _understood(cached, missing is Cause.DATA_NOT_FOUND)
+        if error.cause is Cause.STORAGE_UNAVAILABLE and cached is not None and known:
             log.warning("%s; going on with the cached %s", error.message, cached.digest)
             return cached
         raise
@@ -263,6 +268,11 @@ def _renew(uri: str, revision: str, select: Select, missing: Cause, cache: Path,
         raise cache_broken(cache, error) from error
     write_record(home, record)
     return record
+
+
+def _understood(record: Record, rows: bool) -> bool:
+    """Earlier versions did not tell a folder that is named like a file from that file."""
+    return record.only is not None or not rows or record.uri.startswith("hf://")
 
 
 def source_key(source: ModelSource | AdapterSource | DataSource) -> str:
@@ -340,32 +350,68 @@ def _content_digest(file: Path, cache: Path, sample: bool) -> tuple[str, bool]:
     return hashlib.sha256(b"%d" % stat.st_size + head + middle + tail).hexdigest(), False
 
 
-def _single_file(uri: str) -> bool:
-    return bool(data_kind(uri) or uri.endswith(".py")) and not split_pattern(uri)[1]
-
-
 # --- object storage ---------------------------------------------------------------------------------------------
 
 
-def _fetch_store(uri: str, select: Select, missing: Cause, home: Path, cached: Record | None) -> Record:
-    """Download a folder, or one file, of an object store into ``home/<version>``."""
-    folder_uri, _, only = uri.rpartition("/") if _single_file(uri) else (uri, "", "")
-    if missing is Cause.DATA_NOT_FOUND:  # the name of a model's folder is never a pattern
-        folder_uri, _ = split_pattern(folder_uri)
-    store = Store(folder_uri)
+def _listed(uri: str) -> tuple[Store, dict[str, Entry], str]:
+    """What a URI of rows names: its folder, what lies in it, and the name of the one file, "" where it is a folder.
+
+    The listing decides, never the ending of a name: Spark and ``datasets`` write folders that are named like files.
+    Where both are there, a slash at the end means the folder.
+    """
+    root, pattern = split_pattern(uri)
+    folder = Store(root)
+    entries = {entry.path: entry for entry in folder.list()}
+    parent, _, name = root.rpartition("/")
+    if pattern or root.endswith("/") or parent.endswith("/"):  # or a whole bucket
+        return folder, entries, ""
+    beside = Store(parent)
     try:
-        entries = {entry.path: entry for entry in store.list(only)}
-    except FileNotFoundError:  # no such bucket
-        entries = {}
+        file = beside.find(name)
+    except RunError:  # who may read the folder may be forbidden to look beside it
+        if not entries:
+            raise
+        file = None
+    if file is None or (entries and not file.size):  # a marker, as some tools make them
+        return folder, entries, ""
+    if entries:
+        log.warning("%s is a file and a folder: the file is read; a slash at its end would mean the folder", uri)
+    return beside, {name: file}, name
+
+
+def _chosen(
+    uri: str, select: Select | None, missing: Cause, store: Store, entries: dict[str, Entry], only: str
+) -> list[str]:
+    """The names of the files to fetch. RunError where there are none."""
     if not entries:
         raise RunError(missing, f"{uri} does not exist, or the folder is empty. Correct the URI.")
-    names = {path: entry.size for path, entry in entries.items()}
-    wanted = [only] if only else select(names, store.get)
+    if select is None:
+        if not only:
+            raise RunError(missing, f"{uri} is a folder with {some(entries)}. Name one file in it.")
+        return [only]
+    if not only:
+        return select({path: entry.size for path, entry in entries.items()}, store.get)
+    if not data_kind(only):
+        raise RunError(missing, f"{uri} is no data file; accepted: names that end in {', '.join(DATA_KINDS)}.")
+    return [only]
+
+
+def _fetch_store(uri: str, select: Select | None, missing: Cause, home: Path, cached: Record | None) -> Record:
+    """Download a folder, or one file, of an object store into ``home/<version>``."""
+    try:
+        if missing is Cause.DATA_NOT_FOUND:
+            store, entries, only = _listed(uri)
+        else:  # a model or an adapter: a folder, whose name is never a pattern
+            store, only = Store(uri), ""
+            entries = {entry.path: entry for entry in store.list()}
+    except FileNotFoundError:  # no such bucket
+        store, entries, only = Store(uri), {}, ""
+    wanted = _chosen(uri, select, missing, store, entries, only)
     listing = json.dumps([[name, entries[name].size, entries[name].version] for name in wanted])
     target = home / hashlib.sha256(listing.encode()).hexdigest()[:16]
     if cached is not None and cached.folder == str(target):
-        return cached
-    total = sum(names[name] for name in wanted)
+        return replace(cached, only=only)
+    total = sum(entries[name].size for name in wanted)
     log.info("fetching %d files, %.1f MB, from %s", len(wanted), total / 1e6, uri)
     partial = home / f".partial-{uuid.uuid4().hex[:8]}"
     try:
@@ -380,7 +426,7 @@ def _fetch_store(uri: str, select: Select, missing: Cause, home: Path, cached: R
         try:
             partial.rename(target)
         except OSError:  # it is there: from a fetcher that died before its record, or one that had no lock
-            if not unchanged(Record(uri, str(target), "", files), thorough=True):
+            if not unchanged(Record(uri, str(target), "", files, only), thorough=True):
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
         for name, entry in files.items():
@@ -392,7 +438,7 @@ def _fetch_store(uri: str, select: Select, missing: Cause, home: Path, cached: R
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     lines = "\n".join(f"{files[name][2]} {name}" for name in sorted(files))
-    return Record(uri, str(target), "sha256:" + hashlib.sha256(lines.encode()).hexdigest(), files)
+    return Record(uri, str(target), "sha256:" + hashlib.sha256(lines.encode()).hexdigest(), files, only)
 
 
 if __name__ == "__main__":

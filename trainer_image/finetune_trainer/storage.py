@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +23,7 @@ import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
+    InvalidPathError,
     PermissionDeniedError,
     PreconditionError,
     UnauthenticatedError,
@@ -115,8 +116,10 @@ class Store:
         A request that fails is repeated with growing pauses for at most ``patience`` seconds.
         """
         self._patience = patience
-        self._uri = uri.rstrip("/") if not uri.endswith("://") else uri
         self._scheme = scheme_of(uri)
+        # The client takes a//b for a/b, so that is what is told, too.
+        rest = re.sub("/{2,}", "/", uri.split("://", 1)[1]).rstrip("/")
+        self._uri = f"{self._scheme}://{rest}"
         self._root: Path | None = None
         with self._errors("open", ""):
             self._store = self._open()
@@ -214,15 +217,37 @@ class Store:
                 os.fsync(file.fileno())
 
     def list(self, prefix: str = "") -> "list[Entry]":
-        """Every object below the folder ``prefix`` (or the one object of that name), sorted by path."""
+        """Every object below the folder ``prefix`` (or the one object of that name), sorted by path.
+
+        Markers of folders are none: the objects of no size, named ``sub/``, that consoles and Hadoop make.
+        """
         with self._errors("list", prefix):
             found = list(self._walk(prefix))
+            if self._root is None:
+                folders = {str(folder) for entry in found for folder in PurePosixPath(entry.path).parents}
+                # The client tells sub/ as sub; asked for sub, the storage knows of none.
+                found = [e for e in found if e.size or (e.path not in folders and self._head(e.path) is not None)]
         return sorted(found, key=lambda entry: entry.path)
 
+    def find(self, path: str) -> Entry | None:
+        """The object of that very name; None where there is none, or a folder."""
+        with self._errors("look for", path):
+            if self._root is None:
+                return self._head(path)
+            file = self._root / path
+            return _file_entry(file, path) if file.is_file() else None
+
+    def _head(self, path: str) -> Entry | None:
+        try:
+            return _entry(obstore.head(self._store, path), path)
+        except FileNotFoundError:
+            return None
+
     def _walk(self, prefix: str) -> "Iterator[Entry]":
+        """As :meth:`list`, with markers, in no order."""
         if self._root is not None:
             base = self._root / prefix if prefix else self._root
-            if base.is_file():
+            if prefix and base.is_file():
                 yield _file_entry(base, prefix)
                 return
             for folder, _, names in os.walk(base):
@@ -230,29 +255,30 @@ class Store:
                     file = Path(folder, name)
                     # obstore's own unfinished files end in #N
                     if not (name.rpartition("#")[1] and name.rpartition("#")[2].isdigit()):
-                        yield _file_entry(file, str(file.relative_to(self._root)))
+                        # it may have gone meanwhile, or be a link into nowhere
+                        with suppress(FileNotFoundError):
+                            yield _file_entry(file, str(file.relative_to(self._root)))
             return
-        seen = False
+        below = False
         for chunk in obstore.list(self._store, prefix=prefix.strip("/") or None):
             for meta in chunk:
-                path = meta["path"]
-                seen = True
-                if not path.endswith("/"):
-                    yield Entry(path, meta["size"], meta["e_tag"] or str(meta["last_modified"]))
-        if prefix and not seen:
-            try:
-                meta = obstore.head(self._store, prefix)
-            except FileNotFoundError:
-                return
-            yield Entry(prefix, meta["size"], meta["e_tag"] or str(meta["last_modified"]))
+                if meta["path"]:  # none: the marker of this folder itself
+                    below |= meta["path"] != prefix
+                    yield _entry(meta, meta["path"])
+        if prefix and not below and (one := self._head(prefix)) is not None:
+            yield one
 
     def delete(self, prefix: str) -> None:
-        """Delete everything below the folder ``prefix``, or the one object of that name. Missing is fine."""
+        """Delete everything below the folder ``prefix``, or the one object of that name. Missing is fine.
+
+        Markers of folders stay where somebody made them: the client has no name for them, and :meth:`list` passes
+        them over.
+        """
         with self._errors("delete", prefix, writing=True):
             if self._root is not None:
                 _delete_files(self._root / prefix)
                 return
-            keys = [entry.path for entry in self._walk(prefix)]
+            keys = sorted({entry.path for entry in self._walk(prefix)})
             for start in range(0, len(keys), 1000):
                 # a key may be gone: somebody else deletes too
                 with suppress(FileNotFoundError):
@@ -280,6 +306,8 @@ class Store:
             raise
         except (BaseError, OSError, ValueError) as error:
             reason = _reason(error)
+            if isinstance(error, InvalidPathError):
+                raise RunError(Cause.INVALID_CONFIGURATION, self._odd_name(verb, where, reason)) from error
             if self._scheme != "file" and any(host in str(error) for host in _CREDENTIAL_HOSTS):
                 raise RunError(Cause.ACCESS_DENIED, self._denied(verb, where, "no credentials were found")) from error
             if isinstance(error, _DENIED) or any(code in str(error) for code in _DENIED_CODES):
@@ -307,6 +335,13 @@ class Store:
             "put them into a Secret and name it in spec.credentials.secretName."
         )
 
+    def _odd_name(self, verb: str, where: str, why: str) -> str:
+        return (
+            f"cannot {verb} {where}{self._through()}: an object there has a name that the client cannot read: {why}. "
+            "Accepted: names in which no part between slashes is empty (a//b), '.' or '..'. Rename or delete the "
+            "object, or name a folder without it."
+        )
+
     def _through(self) -> str:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return f" (endpoint {endpoint})" if self._scheme == "s3" and endpoint else ""
@@ -327,6 +362,10 @@ _DENIED_CODES = (
 _NO_BUCKET_CODES = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 # Asked for credentials where the environment holds none.
 _CREDENTIAL_HOSTS = ("169.254.169.254", "metadata.google.internal", "metadata/identity")
+
+
+def _entry(meta: Any, path: str) -> Entry:
+    return Entry(path, meta["size"], meta["e_tag"] or str(meta["last_modified"]))
 
 
 def _file_entry(file: Path, path: str) -> Entry:

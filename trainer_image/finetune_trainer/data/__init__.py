@@ -107,6 +107,7 @@ def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokeni
 
         rows, counts = cached_rows(
             source,
+            path,
             fetched.digests.get(source_key(source), ""),
             name,
             tokenizer,

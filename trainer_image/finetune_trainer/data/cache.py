@@ -24,17 +24,19 @@ from finetune_api.run import ENV_CACHE, ENV_WORK
 from finetune_api.spec import DataSource
 from finetune_trainer.data.stream import Rows
 from finetune_trainer.fetching.kept import lock
+from finetune_trainer.fetching.wanted import local_files
 from finetune_trainer.storage import sync_folder
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # raise it when formats.py or render.py make other tokens of the same row
+_VERSION = 3  # raise it when formats.py or render.py make other tokens of the same row
 
 Counts = dict[str, Any]
 
 
 def cached_rows(
     source: DataSource,
+    path: Path,
     digest: str,
     name: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -44,10 +46,11 @@ def cached_rows(
 ) -> tuple[Rows, Counts]:
     """What ``make`` gives, from disk where it is there already.
 
-    ``encoding`` says what is learned of a record. ``digest`` is that of the source's content; without one, without a
-    cache folder or with a tokenizer that cannot be told by its content, ``make`` is called.
+    ``encoding`` says what is learned of a record. ``path`` is where the rows are read from, and ``digest`` that of the
+    source's content; without one, without a cache folder or with a tokenizer that cannot be told by its content,
+    ``make`` is called.
     """
-    key = _key(source, digest, tokenizer, max_length, encoding)
+    key = _key(source, path, digest, tokenizer, max_length, encoding)
     root = os.environ.get(ENV_CACHE) or os.environ.get(ENV_WORK)
     if not key or not root:
         return make()
@@ -120,7 +123,12 @@ def _usable(folder: str | None) -> bool:
 
 
 def _key(
-    source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int, encoding: tuple[Any, ...]
+    source: DataSource,
+    path: Path,
+    digest: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    encoding: tuple[Any, ...],
 ) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not digest or digest.startswith("sampled:") or backend is None:
@@ -131,7 +139,7 @@ def _key(
         digest,
         [source.format, source.columns, source.sample_by],
         # a commit is the digest of a whole repository, of which uri and split choose a part
-        [source.uri, source.split] if source.uri.startswith("hf://") else [],
+        [source.uri, source.split] if source.uri.startswith("hf://") else _read(path),
         hashlib.sha256(backend.to_str().encode()).hexdigest(),
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
@@ -139,6 +147,11 @@ def _key(
         encoding,
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> list[tuple[str, int]]:
+    """Name and size of every file that is read."""
+    return [(file.name, file.stat().st_size) for file in local_files(path)]
 
 
 def _load(entry: Path, name: str) -> tuple[Rows, Counts] | None:

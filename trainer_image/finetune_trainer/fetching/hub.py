@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 _HUB_TRIES = 4
 
 
-def fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: Path, cached: Record | None) -> Record:
+def fetch_hub(
+    uri: str, revision: str, select: Select | None, missing: Cause, cache: Path, cached: Record | None
+) -> Record:
     """Download from the hub into its own cache (``HF_HOME``, else ``<cache>/hf``), which pods may share."""
     if not (os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE")):
         os.environ["HF_HOME"] = str(cache / "hf")
@@ -56,8 +58,13 @@ def fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: Pa
             )
         )
 
-    if inside:
-        wanted = [inside] if inside in names else _inside(names, inside)
+    only = inside if inside in names else ""
+    if only:
+        wanted = [only]
+    elif select is None:
+        raise RunError(missing, f"{uri} (revision {revision}) names no file; there are {some(names)}")
+    elif inside:
+        wanted = _inside(names, inside)
         if not wanted:
             raise RunError(missing, f"{uri} (revision {revision}): no file {inside!r} there, but {some(names)}")
     else:
@@ -69,7 +76,7 @@ def fetch_hub(uri: str, revision: str, select: Select, missing: Cause, cache: Pa
     for _ in PurePosixPath(wanted[0]).parts:
         root = root.parent
     files = {name: [path.stat().st_size, 0, _blob_digest(path)] for name, path in paths.items()}
-    return Record(uri, str(root), f"git:{commit}", files)
+    return Record(uri, str(root), f"git:{commit}", files, only)
 
 
 def _inside(names: Names, inside: str) -> list[str]:

@@ -30,6 +30,8 @@ class Record:
     folder: str
     digest: str
     files: dict[str, list[Any]]
+    only: str | None = None
+    """The one file that the URI names; "" where it names a folder. None: written before that was told apart."""
 
 
 def read_record(home: Path) -> Record | None:

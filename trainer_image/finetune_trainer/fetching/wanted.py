@@ -130,11 +130,6 @@ def reward_files(source: AdapterSource) -> Select:
     return select
 
 
-def no_folder(names: Names, read: Callable[[str], bytes]) -> list[str]:
-    """Of what is a single file, nothing is chosen."""
-    raise AssertionError("a reward function is a single file")
-
-
 def row_files(source: DataSource) -> Select:
     """The files that hold rows. RunError where there are none."""
 
