@@ -5,9 +5,11 @@ over HTTP (``GET /progress``) and leaves a :class:`Termination` in the container
 Only names of this module are known to both sides.
 """
 
+import json
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
@@ -252,33 +254,69 @@ class OutputInfo(_Told):
     size: int = 0
 
 
-TERMINATION_LIMIT = 4096  # bytes the kubelet keeps of a container's termination message
+TERMINATION_LIMIT = 4096
+"""Bytes a kubelet keeps of a container's termination message, and less in a pod of more than three containers: those
+of a pod share 12,288."""
 
 
 class Termination(_Told):
-    """The last word of a worker process."""
+    """The last word of a worker process. What decides stands first: a kubelet cuts the end off."""
 
     cause: Cause
-    message: str = Field("", max_length=2000)
-    """For the user: what happened, the value, what is accepted, the remedy."""
     exit_code: int = 0
     """Of the process that ended first; negative: the number of the signal that killed it."""
     rank: int = 0
     step: int = 0
     max_steps: int = 0
-    loss: float | None = None
-    evaluation: dict[str, float] = {}
     outputs: list[OutputInfo] = []
     last_checkpoint: CheckpointInfo | None = None
+    loss: float | None = None
+    message: str = Field("", max_length=2000)
+    """For the user: what happened, the value, what is accepted, the remedy."""
     kept: list[int] = []
     """Steps of the complete checkpoints that are on storage now, the last one too."""
+    evaluation: dict[str, float] = {}
+    cut: bool = Field(default=False, exclude=True)
+    """Its end was cut off: what is missing here may have been told."""
 
     def to_message(self) -> str:
-        """JSON that fits into a termination message; the message is cut first, then the evaluation."""
-        for cut in (2000, 800, 200):
-            text = self.model_copy(update={"message": self.message[:cut]}).model_dump_json(exclude_defaults=True)
-            if len(text.encode()) <= TERMINATION_LIMIT:
-                return text
-        return self.model_copy(update={"message": self.message[:200], "evaluation": {}}).model_dump_json(
-            exclude_defaults=True
-        )[:TERMINATION_LIMIT]
+        """JSON that fits into a termination message: the evaluation gives way first, then the message."""
+        word = self
+        for evaluation in (self.evaluation, {}):
+            word = self.model_copy(update={"evaluation": evaluation})
+            spare = TERMINATION_LIMIT - len(word.model_dump_json(exclude_defaults=True).encode())
+            if spare >= 0:
+                return word.model_dump_json(exclude_defaults=True)
+        while spare < 0 and word.message:
+            word = word.model_copy(update={"message": word.message.encode()[:spare].decode(errors="ignore")})
+            spare = TERMINATION_LIMIT - len(word.model_dump_json(exclude_defaults=True).encode())
+        return word.model_dump_json(exclude_defaults=True)
+
+    @classmethod
+    def from_message(cls, text: str) -> "Termination | None":
+        """What a termination message says, also one whose end is cut off. None where it does not even tell the cause.
+
+        Of a word that was cut, whole members are taken, and of the message what is left of it.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError:
+            if not text.startswith("{"):  # something else, the end of a log
+                return None
+        for end in (found.start() for found in reversed(list(re.finditer(",", text)))):
+            try:
+                told = json.loads(text[:end] + "}")
+            except ValueError:  # within a string, a list or an object
+                continue
+            told |= _cut_message(text[end + 1 :])
+            try:
+                return cls.model_validate({**told, "cut": True})
+            except ValidationError:
+                return None
+        return None
+
+
+def _cut_message(member: str) -> dict[str, str]:
+    """The beginning of a message, where that is the member that was cut."""
+    found = re.match(r'\s*"message"\s*:\s*("(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*)', member)
+    return {"message": json.loads(found[1] + '"')} if found else {}

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 from finetune_api.causes import RETRY, Cause, Retry
 from finetune_api.conditions import Reason
-from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER
+from finetune_api.run import EXIT_USER, FETCH_CONTAINER, TRAINER_CONTAINER
 from finetune_operator.observe import Exit, GangJob, Pod
 
 SIGKILL, SIGTERM, SIGSEGV, SIGABRT, SIGBUS = 9, 15, 11, 6, 7
@@ -154,7 +154,8 @@ def explain_exit(ended: Exit) -> tuple[Cause, str]:
             "resources.limits.memory in spec.workers.template, or lower data.max_length or the batch size."
         )
     if ended.termination:
-        return ended.termination.cause, ended.termination.message
+        lost = f"Its message was cut off by the kubelet; the log of container {ended.container} has it."
+        return ended.termination.cause, ended.termination.message or (lost if ended.termination.cut else "")
     signal = ended.code - 128 if ended.code > 128 else 0
     # Who is killed has said nothing about it: the log's last lines are about something else.
     if signal not in (SIGKILL, SIGTERM) and (known := _known_text(ended.text)):
@@ -166,6 +167,11 @@ def explain_exit(ended: Exit) -> tuple[Cause, str]:
     if signal:
         name = _SIGNALS.get(signal, f"signal {signal}")
         return Cause.KILLED, f"Container {ended.container} was killed by {name} (exit code {ended.code})."
+    if ended.code == EXIT_USER:
+        return Cause.INVALID_CONFIGURATION, (
+            f"Container {ended.container} ended with exit code {ended.code}: a mistake that a restart would repeat. "
+            "What it said of it is lost here; the container's log has it."
+        )
     tail = f" It said: {ended.text.strip()[-600:]}" if ended.text.strip() else ""
     return Cause.TRAINER_ERROR, f"Container {ended.container} ended with exit code {ended.code}.{tail}"
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pydantic import ValidationError
-
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, Termination, TrainerConfig
 from finetune_operator.manifests import INDEX_LABEL, KIND, LABEL_ATTEMPT, QUEUE_LABELS, config_name
 
@@ -245,15 +243,12 @@ def _exits(containers: Iterable[Mapping[str, Any]]) -> Iterable[Exit]:
         if not ended or container["name"] not in (TRAINER_CONTAINER, FETCH_CONTAINER):
             continue
         message = ended.get("message") or ""
-        try:
-            termination, text = Termination.model_validate_json(message), ""
-        except ValidationError:
-            termination, text = None, message
+        termination = Termination.from_message(message)
         yield Exit(
             container=container["name"],
             code=ended.get("exitCode", 0),
             reason=ended.get("reason", ""),
             finished=parse_time(ended.get("finishedAt")),
             termination=termination,
-            text=text,
+            text="" if termination else message,
         )

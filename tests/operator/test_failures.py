@@ -5,9 +5,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from finetune_api.causes import Cause, Retry
-from finetune_api.run import Progress, Termination
+from finetune_api.causes import RETRY, Cause, Retry
+from finetune_api.run import TERMINATION_LIMIT, CheckpointInfo, OutputInfo, Progress, Termination
 from finetune_operator.failures import judge
 from finetune_operator.observe import observe
 
@@ -224,3 +226,65 @@ def test_what_failed_by_itself_was_not_preempted_by_the_queue() -> None:
 
 def test_nothing_is_wrong_with_a_running_gang() -> None:
     assert judged(pod(), pod(1)) is None
+
+
+FULL_WORD = Termination(
+    cause=Cause.INVALID_DATA,
+    exit_code=64,
+    rank=3,
+    step=1500,
+    max_steps=2000,
+    outputs=[OutputInfo(uri="s3://team/out", kind="adapter", digest="sha256:1", size=2048)],
+    last_checkpoint=CheckpointInfo(step=1500, uri="s3://team/c/step-1500", digest="sha256:2", size=1024),
+    loss=0.25,
+    message='rows.jsonl:7: "instruction", with a \\ and ünï\u2028code, is missing; accepted: {"a": [1, 2]}',
+    kept=[1000, 1500],
+    evaluation={"loss": 1.5, "loss/rows": 12.25},
+)
+
+
+@given(cause=st.sampled_from(list(Cause)), message=st.text(max_size=60))
+@example(cause=Cause.INVALID_DATA, message=FULL_WORD.message)
+def test_a_word_cut_anywhere_tells_nothing_that_was_not_said(cause, message):
+    said = FULL_WORD.model_copy(update={"cause": cause, "message": message})
+    text = said.to_message()
+    cause_ends = text.index(",") + 1
+    for length in range(len(text)):
+        read = Termination.from_message(text[:length])
+        if length < cause_ends:
+            assert read is None
+            continue
+        assert read is not None
+        assert (read.cause, read.cut) == (cause, True)
+        assert message.startswith(read.message)
+        for name in Termination.model_fields.keys() - {"message", "cut"}:
+            assert getattr(read, name) in (getattr(said, name), Termination.model_fields[name].default), name
+    assert Termination.from_message(text) == said
+
+
+FAULTS = [cause for cause in Cause if RETRY[cause] is not Retry.FREE and cause is not Cause.SUCCEEDED]
+
+
+@pytest.mark.parametrize("cause", FAULTS)
+def test_a_word_cut_anywhere_is_judged_as_the_whole_one(cause):
+    code = 64 if RETRY[cause] is Retry.NEVER else 1
+    text = FULL_WORD.model_copy(update={"cause": cause, "exit_code": code}).to_message()
+    for length in range(len(text) + 1):
+        assert judged(pod(**ended(code, message=text[:length]))).retry is RETRY[cause], text[:length]
+
+
+def test_a_word_of_many_sources_and_wide_letters_fits():
+    long = {"message": "字" * 2000, "evaluation": {f"loss/{number}": 1.0 for number in range(500)}}
+    text = FULL_WORD.model_copy(update=long).to_message()
+    assert len(text.encode()) <= TERMINATION_LIMIT
+    read = Termination.from_message(text)
+    assert read is not None
+    assert (read.outputs, read.kept, read.evaluation) == (FULL_WORD.outputs, FULL_WORD.kept, {})
+    assert len(read.message) > 900
+    assert text.index('"message"') < 1200, "what decides is left by a kubelet with ten containers"
+
+
+def test_a_word_of_an_older_trainer_that_was_cut_keeps_its_cause():
+    text = '{"cause":"InvalidData","message":"rows.jsonl:7: the field \\"instruct'
+    assert judged(pod(**ended(64, message=text))).cause is Cause.INVALID_DATA
+    assert judged(pod(**ended(64, message=text))).message == 'rows.jsonl:7: the field "instruct'
