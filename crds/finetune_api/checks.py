@@ -12,7 +12,7 @@ from typing import Any
 from finetune_api import run
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.schema import text
-from finetune_api.spec import FineTuneJobSpec, Training, Workers
+from finetune_api.spec import DataSource, FineTuneJobSpec, Training, Workers
 from finetune_api.stages import ROLLOUTS, STAGES, SequenceClassification, TokenClassification
 
 Finding = tuple[str, Any, str, str]
@@ -84,6 +84,22 @@ def scheduler(training: Training) -> Iterator[Finding]:
                 given,
                 "exactly one of min_lr and min_lr_rate with lr_scheduler_type: cosine_with_min_lr",
                 "remove one of them" if both else "add e.g. min_lr_rate: 0.1",
+            )
+
+
+# ---- spec.data ----
+
+
+def columns(source: DataSource) -> Iterator[Finding]:
+    """YAML makes truth of a column's name before anybody can see what was written."""
+    for name in ("true", "false"):
+        if name in source.columns:
+            words = "y, yes, on" if name == "true" else "n, no, off"
+            yield (
+                f"columns[{name}]",
+                source.columns[name],
+                f"the name of a column; YAML reads {words} as {name}",
+                "put the column's name into quotes",
             )
 
 
@@ -541,7 +557,9 @@ def _our_container(at: str, container: Mapping[str, Any], gpus: int) -> Iterator
     if "env" in container:
         yield from _named(f"{at}.env", container["env"])
     for index, variable in enumerate(_objects(container.get("env"))):
-        name = str(variable.get("name", ""))
+        name, value = str(variable.get("name", "")), variable.get("value", "")
+        if value is not None and not isinstance(value, str):
+            yield f"{at}.env[{index}].value", value, "a text", "put it into quotes"
         if name.startswith("FINETUNE_") or name in _OWNED_ENVIRONMENT:
             yield (
                 f"{at}.env[{index}].name",
@@ -607,6 +625,8 @@ _USED = {
 
 CHECKS: tuple[tuple[str, Callable[[Any], Iterator[Finding]]], ...] = (
     ("spec.training", scheduler),
+    ("spec.data.train[]", columns),
+    ("spec.data.eval[]", columns),
     ("spec.method", target_modules),
     ("spec.method", patterns),
     ("spec", unused),

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetune_api import schema
@@ -82,12 +81,6 @@ def _place(mistake: Mistake) -> int:
     return next((i for i, name in enumerate(sections) if re.match(rf"{name}\b", mistake.field)), -1)
 
 
-def load(source: str) -> list[Any]:
-    """The documents of a YAML text, empty ones left out, as kubectl reads it: 1e-3 is a number (PyYAML alone makes
-    it a text). YAMLError also where a key stands twice in one map."""
-    return [document for document in yaml.load_all(source, Loader=_Loader) if document is not None]
-
-
 def changed(old: FineTuneJobSpec, new: FineTuneJobSpec) -> list[Mistake]:
     """What of a started job was changed although it is immutable."""
     before, after = (spec.model_dump(mode="json", by_alias=True) for spec in (old, new))
@@ -101,32 +94,6 @@ def changed(old: FineTuneJobSpec, new: FineTuneJobSpec) -> list[Mistake]:
         for path in IMMUTABLE
         for field, ours, theirs in _differences(path, _at(before, path), _at(after, path))
     ]
-
-
-# ---- YAML ----
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's numbers as Go's parser reads them, and no key twice: PyYAML would silently take the last one."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        """Looked at before merge keys (<<) are resolved: what those bring may be there already."""
-        node: Any = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    problem = f"the key {key.value} stands twice in one map"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                seen.add((key.tag, key.value))
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
-    list("-+0123456789."),
-)
 
 
 # ---- around the spec ----

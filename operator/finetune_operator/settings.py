@@ -6,9 +6,9 @@ Read once at start by the edges; ``Profile`` is also read by ``plan.py``. Nothin
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
+from finetune_api import kubeyaml
 from finetune_api.base import Duration, KubeModel
 
 
@@ -85,6 +85,9 @@ class Settings(KubeModel):
 
 def load(path: Path | None) -> Settings:
     """Settings from a YAML file; the defaults where no path is given. Raises pydantic's ValidationError."""
-    if path is None:
-        return Settings()
-    return Settings.model_validate(yaml.safe_load(path.read_text()) or {})
+    return Settings.model_validate(read(path) or {}) if path else Settings()
+
+
+def read(path: Path) -> Any:
+    """What stands in a YAML file, as Helm and kubectl read it; None where nothing does."""
+    return next(iter(kubeyaml.load(path.read_text(encoding="utf-8"))), None)

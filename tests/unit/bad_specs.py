@@ -498,6 +498,27 @@ BAD: tuple[Bad, ...] = (
     Bad(
         "no target module", {"spec.method.target_modules": []}, "spec.method.target_modules", "at least one", CONDITION
     ),
+    Bad(
+        "a variable that is a number",
+        {"spec.workers.template": {"spec": {"containers": [{"name": "trainer", "env": [{"name": "A", "value": 1}]}]}}},
+        "spec.workers.template.spec.containers[0].env[0].value",
+        "put it into quotes",
+        CONDITION,
+    ),
+    Bad(
+        "a column's name that YAML made true of",
+        {"spec.data.train[0].columns": {"x": "prompt", "true": "completion"}},
+        "spec.data.train[0].columns[true]",
+        "the name of a column; YAML reads y, yes, on as true",
+        CONDITION,
+    ),
+    Bad(
+        "a column's name that YAML made false of",
+        {"spec.data.eval": [{"uri": "s3://team/held-out.jsonl", "columns": {"false": "completion"}}]},
+        "spec.data.eval[0].columns[false]",
+        "put the column's name into quotes",
+        CONDITION,
+    ),
     Bad("an empty target", {"spec.method.target_modules": ""}, "spec.method.target_modules", "at least one", CONDITION),
     Bad(
         "a number as target",

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from finetune_api.base import seconds
+from finetune_api.kubeyaml import Dumper
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cli import files
 from finetune_operator.cli.fresh import Choice
@@ -93,7 +94,7 @@ class Bench:
 
     def write(self, *jobs: dict[str, Any]) -> Path:
         """The file with these jobs."""
-        self.file.write_text(yaml.safe_dump_all(jobs))
+        self.file.write_text(yaml.dump_all(jobs, Dumper=Dumper))
         return self.file
 
     def cluster(self, gpus: tuple[str, ...] = ()) -> LocalCluster:

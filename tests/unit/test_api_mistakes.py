@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from finetune_api import base
 from finetune_api.checks import CHECKS, SCHEDULER_KWARGS
 from finetune_api.compatibility import Row
 from finetune_api.methods import Full, Lora, Qlora
-from finetune_api.mistakes import Mistake, changed, load, read
+from finetune_api.mistakes import Mistake, changed, read
 from finetune_api.rules import NAME_LENGTH, RULES, compatibility_rules
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator import manifests
@@ -268,23 +267,6 @@ def test_a_method_without_a_type_is_lora() -> None:
     found = read(bad_specs.changed(GOOD, {"spec.method": {"r": 8}}))
     assert isinstance(found, FineTuneJobSpec)
     assert found.method == Lora(type="lora", r=8)
-
-
-def test_numbers_are_read_as_kubectl_reads_them() -> None:
-    assert load("a: 1e-3\nb: 1E5\nc: .5e1\nd: 1.5\ne: '1e-3'\nf: 12e\ng: 3\n---\n") == [
-        {"a": 1e-3, "b": 1e5, "c": 5.0, "d": 1.5, "e": "1e-3", "f": "12e", "g": 3}
-    ]
-
-
-@pytest.mark.parametrize("source", ["a: 1\na: 2\n", "a: {b: 1, c: 2, b: 3}", "- {x: 1, 'x': 2}"])
-def test_a_key_that_stands_twice_is_refused(source: str) -> None:
-    with pytest.raises(yaml.YAMLError, match="stands twice in one map"):
-        load(source)
-
-
-def test_merge_keys_may_be_laid_over() -> None:
-    source = "base: &b {x: 1, y: 2}\nmore: {in: &c {<<: *b, x: 3}}\nlast: {<<: *c, y: 4}"
-    assert load(source)[0]["last"] == {"x": 3, "y": 4}
 
 
 # ---- tables and limits ----

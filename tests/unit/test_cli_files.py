@@ -7,6 +7,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from finetune_api import kubeyaml
 from finetune_operator import __version__
 from finetune_operator.cli import files
 from finetune_operator.cli.main import main
@@ -153,6 +154,34 @@ def test_a_misspelt_job_is_not_passed_over(bench: Bench, change: dict[str, Any],
     assert result.exit_code == 2
     assert said in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_file_is_read_as_kubectl_reads_it(bench: Bench) -> None:
+    text = yaml.safe_dump(job(bench.home)).replace("name: tiny", "name: tiny\n  labels: {day: 2026-01-01}\n  annotations: {at: 12:30}")
+    bench.file.write_text(text + "  training: {max_steps: 0o17, learning_rate: 2e-4, num_train_epochs: 08}\n")
+    assert finetune("validate", bench.file).exit_code == 0
+    documents, _ = files.load([str(bench.file)])
+    metadata = documents[0].job["metadata"]
+    assert (metadata["labels"], metadata["annotations"]) == ({"day": "2026-01-01"}, {"at": "12:30"})
+    assert (documents[0].spec.training.max_steps, documents[0].spec.training.num_train_epochs) == (15, 8.0)
+    bench.file.write_text(
+        text + "  data: {train: [{uri: file://./train.jsonl, columns: {x: prompt, y: completion}}]}\n"
+    )
+    refused = finetune("validate", bench.file)
+    assert refused.exit_code == 2 and "the key data stands twice in one map" in refused.stderr
+    changed = "data.train[0].columns={x: prompt, y: completion}"
+    assert (
+        "spec.data.train[0].columns[true]: "
+        in finetune("validate", bench.write(job(bench.home)), "--set", changed).stderr
+    )
+
+
+def test_what_is_planned_reads_the_same_again(bench: Bench) -> None:
+    env = [{"name": "SWITCH", "value": "y"}, {"name": "MODE", "value": "0o17"}]
+    template = {"spec": {"containers": [{"name": "trainer", "env": env}]}}
+    bench.write(job(bench.home, workers={"replicas": 1, "gpusPerWorker": 0, "template": template}))
+    made = kubeyaml.load(finetune("plan", bench.file).stdout)
+    assert all(variable in made[-1]["spec"]["template"]["spec"]["containers"][0]["env"] for variable in env)
 
 
 def test_a_key_that_stands_twice_is_told_with_its_place(bench: Bench) -> None:

@@ -15,15 +15,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from finetune_api import kubeyaml
 from finetune_api.checks import close
 from finetune_api.mistakes import Mistake, read
-from finetune_api.mistakes import load as load_yaml
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator import __version__
 from finetune_operator.cluster import Object
 from finetune_operator.manifests import API_VERSION, GROUP, KIND
 from finetune_operator.plan import merge
 from finetune_operator.settings import Profile, Settings
+from finetune_operator.settings import read as read_settings
 
 
 class RefusedError(Exception):
@@ -95,8 +96,8 @@ def load(paths: Sequence[str], changes: Sequence[str] = (), *, cpu: bool = False
 
 def _objects(path: str) -> list[Object]:
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text()
-        objects = load_yaml(text)
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        objects = kubeyaml.load(text)
     except OSError as error:
         raise RefusedError([f"{path}: cannot be read: {error.strerror or error}."]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -195,7 +196,7 @@ def _change(job: Object, change: str, name: str) -> None:
 
 def _value(text: str) -> Any:
     """A YAML value; an empty one is null."""
-    return next(iter(load_yaml(text)), None)
+    return next(iter(kubeyaml.load(text)), None)
 
 
 def settings(path: Path | None, documents: Sequence[Document] = ()) -> tuple[Settings, list[str]]:
@@ -205,9 +206,8 @@ def settings(path: Path | None, documents: Sequence[Document] = ()) -> tuple[Set
     Profiles are the platform's. One that is not known here is replaced by the default, and that is said.
     """
     try:
-        read_in = yaml.safe_load(path.read_text()) if path else None
-        found = Settings.model_validate(_settings_of(path, read_in) if path else {})
-    except (OSError, yaml.YAMLError) as error:
+        found = Settings.model_validate(_settings_of(path, read_settings(path)) if path else {})
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise RefusedError([f"{path}: cannot be read: {error}."]) from error
     except ValidationError as error:
         raise RefusedError(

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_api.conditions import Condition, State
+from finetune_api.kubeyaml import Dumper
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, ChatConfig, Combination, EvaluateConfig
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator import manifests
@@ -260,7 +261,7 @@ def plan(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool, profile_fi
         made += [manifests.config_map(found), manifests.service(found)]
         made += [manifests.network_policy(found)] if found.profile.network_policy else []
         made.append(manifests.job(found, 1))
-    click.echo(yaml.dump_all(made, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120), nl=False)
+    click.echo(yaml.dump_all(made, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120), nl=False)
 
 
 @main.command()
@@ -320,20 +321,6 @@ def merge_(
     config = merging.configuration(base, revision, adapters, output, **options)
     needs_trainer()
     sys.exit(merging.run(config))
-
-
-class _Dumper(yaml.SafeDumper):
-    """Text of several lines as a block, and no anchors."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        """Never: manifests share pieces, and people copy parts of them."""
-        return True
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
-)
 
 
 def _of_a_model(command: F) -> F:
@@ -532,7 +519,7 @@ def _age(moment: str | None) -> str:
 def status(name: str, namespace: str, state_dir: Path) -> None:
     """Print the whole status of a run of this machine, as YAML."""
     job = _found(state_dir, namespace, name).job or {}
-    click.echo(yaml.dump(job.get("status") or {}, Dumper=_Dumper, sort_keys=False, allow_unicode=True), nl=False)
+    click.echo(yaml.dump(job.get("status") or {}, Dumper=Dumper, sort_keys=False, allow_unicode=True), nl=False)
 
 
 @main.command()

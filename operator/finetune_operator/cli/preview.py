@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from finetune_api.kubeyaml import Dumper
 from finetune_api.run import ENV_CACHE, ENV_CONFIG
 from finetune_operator.cli.files import Document, RefusedError
 from finetune_operator.cluster.local import default_cache
@@ -39,7 +40,7 @@ def job_for(path: str, model: str, stage: str) -> str:
             "workers": {"gpusPerWorker": 0},
         },
     }
-    return yaml.safe_dump(job)
+    return yaml.dump(job, Dumper=Dumper)
 
 
 def preview(document: Document, documents: Sequence[Document], rows: int, color: bool) -> int:
