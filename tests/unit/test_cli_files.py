@@ -157,12 +157,13 @@ def test_a_misspelt_job_is_not_passed_over(bench: Bench, change: dict[str, Any],
 
 
 def test_a_file_is_read_as_kubectl_reads_it(bench: Bench) -> None:
-    text = yaml.safe_dump(job(bench.home)).replace("name: tiny", "name: tiny\n  labels: {day: 2026-01-01}\n  annotations: {at: 12:30}")
+    metadata = "name: tiny\n  labels: {day: 2026-01-01}\n  annotations: {at: 12:30}"
+    text = yaml.safe_dump(job(bench.home)).replace("name: tiny", metadata)
     bench.file.write_text(text + "  training: {max_steps: 0o17, learning_rate: 2e-4, num_train_epochs: 08}\n")
     assert finetune("validate", bench.file).exit_code == 0
     documents, _ = files.load([str(bench.file)])
-    metadata = documents[0].job["metadata"]
-    assert (metadata["labels"], metadata["annotations"]) == ({"day": "2026-01-01"}, {"at": "12:30"})
+    read = documents[0].job["metadata"]
+    assert (read["labels"], read["annotations"]) == ({"day": "2026-01-01"}, {"at": "12:30"})
     assert (documents[0].spec.training.max_steps, documents[0].spec.training.num_train_epochs) == (15, 8.0)
     bench.file.write_text(
         text + "  data: {train: [{uri: file://./train.jsonl, columns: {x: prompt, y: completion}}]}\n"
