@@ -79,6 +79,7 @@ class State(StrEnum):
     PENDING = "Pending"
     INVALID = "Invalid"
     WAITING = "Waiting"
+    QUEUED = "Queued"
     STARTING = "Starting"
     RUNNING = "Running"
     RESTARTING = "Restarting"

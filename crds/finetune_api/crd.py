@@ -36,7 +36,8 @@ COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Stage", "string", ".spec.stage", 1),
     ("Method", "string", ".spec.method.type", 1),
     ("Model", "string", ".spec.model.uri", 1),
-    ("Message", "string", ".status.progress.message", 1),
+    ("GPUs", "integer", ".status.gpus.held", 1),
+    ("Message", "string", ".status.message", 1),
 )
 SELECTABLE = (".spec.stage", ".spec.profile", ".status.state")
 

@@ -56,6 +56,15 @@ class ProgressStatus(KubeModel):
     """What the trainer says it is doing."""
 
 
+class GPUStatus(KubeModel):
+    """GPUs of the workers."""
+
+    wanted: int = 0
+    """Those that all workers of a job that is to run ask for."""
+    held: int = 0
+    """Those of pods that have a node, and have not ended."""
+
+
 class CheckpointStatus(KubeModel):
     """One complete checkpoint."""
 
@@ -123,8 +132,10 @@ class FineTuneJobStatus(KubeModel):
     observed_generation: int | None = None
     """The metadata.generation this status was made for; -1: not seen yet."""
     state: str = ""
-    """Pending, Invalid, Waiting, Starting, Running, Restarting, Suspending, Suspended, Succeeded, Failed:
+    """Pending, Invalid, Waiting, Queued, Starting, Running, Restarting, Suspending, Suspended, Succeeded, Failed:
     for people; programs read the conditions."""
+    message: str = ""
+    """What it does or waits for, or how it ended, in a line; the conditions say more."""
     conditions: list[ConditionStatus] = Field(
         default=[], json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     )
@@ -137,6 +148,8 @@ class FineTuneJobStatus(KubeModel):
     """SHA-256 of the resolved configuration the run was started with (ConfigMap NAME-config)."""
     progress: ProgressStatus | None = None
     """Where the run stands."""
+    gpus: GPUStatus | None = None
+    """Its GPUs."""
     checkpoints: list[CheckpointStatus] = []
     """Complete checkpoints, oldest first."""
     last_checkpoint_time: str | None = Field(None, json_schema_extra={"format": "date-time"})

@@ -29,10 +29,13 @@ from finetune_operator.plan import Plan, changed_fields
 from finetune_operator.status import (
     ATTEMPTS_KEPT,
     Finding,
+    at_rest,
     attempt_ended,
     checkpoint_status,
     duration,
+    gpu_status,
     is_true,
+    line,
     merge_conditions,
     output_status,
     percent,
@@ -495,6 +498,8 @@ def _running(
     state = State.RUNNING if progressing.holds else State.STARTING
     if status.restarts and state is State.STARTING:
         state = State.RESTARTING
+    if job is not None and job.suspended:
+        state = State.QUEUED
     poll = facts.poll if pods_ready.holds else PENDING_POLL
     if job is not None and not (job.suspended or job.refusal) and facts.plan and len(pods) < facts.plan.workers:
         poll = REFUSAL_POLL
@@ -715,10 +720,18 @@ def _written(facts: Facts, status: FineTuneJobStatus, state: State, *findings: F
         common.append(Finding(Condition.READY, False, Reason.NOT_FINISHED, f"State: {state}."))
         common.append(_stalled_condition(facts, state, common[0]))
     conditions = merge_conditions(status.conditions, [*common, *findings], facts.generation, facts.now)
+    planned = (facts.plan.workers, facts.plan.gpus_per_worker) if facts.plan else (0, 0)
+    progress = status.progress
+    at_work = state in (State.RUNNING, State.SUCCEEDED) or (facts.progress is not None and state is not State.FAILED)
+    if progress is not None and not at_work:
+        progress = at_rest(progress)
     return status.model_copy(
         update={
             "observed_generation": facts.generation,
             "state": str(state),
+            "message": line(state, conditions),
+            "progress": progress,
+            "gpus": gpu_status(facts.observed, state, planned),
             "conditions": seen(conditions, facts.generation),
         }
     )

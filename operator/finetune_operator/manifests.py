@@ -18,6 +18,8 @@ PLURAL = "finetunejobs"
 
 LABEL_JOB = f"{GROUP}/job"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
+ANNOTATION_GPUS = f"{GROUP}/gpus"
+"""Of a worker pod: its GPUs, whatever resource or claim they are asked for by."""
 MANAGED_BY = {"app.kubernetes.io/managed-by": "finetune-operator"}
 QUEUE_LABELS = ("kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class")
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
@@ -137,7 +139,10 @@ def job(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...] = ()) -> Manif
 def pod_template(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...]) -> Manifest:
     """The worker pod: the operator's fields, the profile's over them, the user's over those."""
     base: Manifest = {
-        "metadata": {"labels": {**labels(plan), "app.kubernetes.io/component": "worker", LABEL_ATTEMPT: str(attempt)}},
+        "metadata": {
+            "labels": {**labels(plan), "app.kubernetes.io/component": "worker", LABEL_ATTEMPT: str(attempt)},
+            "annotations": {ANNOTATION_GPUS: str(plan.gpus_per_worker)},
+        },
         "spec": {
             "restartPolicy": "Never",
             "subdomain": service_name(plan.owner.name),

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from finetune_api.conditions import State
+from finetune_api.conditions import Condition, State
 from finetune_operator import __version__
 from finetune_operator.settings import Settings
 
@@ -91,12 +91,13 @@ _GAUGES = {
     "checkpoint_timestamp_seconds": "When the newest checkpoint was completed.",
     "last_step_timestamp_seconds": "When the last step ended.",
     "start_timestamp_seconds": "When the first attempt was made.",
+    "running_timestamp_seconds": "Since when all workers of the current attempt run; none while they do not.",
+    "completion_timestamp_seconds": "When the job succeeded or failed for good.",
     "eta_seconds": "Time to the end, at the speed of the last steps.",
-    "gpus": "GPUs the job holds now.",
-    "cost_per_hour": "What these GPUs cost per hour, at the profile's price.",
+    "gpus": "GPUs the job holds now: of pods that have a node and have not ended.",
+    "gpus_wanted": "GPUs that all workers of a job that is to run ask for, held or not.",
+    "cost_per_hour": "What the GPUs it holds cost per hour, at the profile's price.",
 }
-
-_HOLDING = {State.STARTING, State.RUNNING, State.RESTARTING, State.SUSPENDING}
 
 
 def _by_state(jobs: Iterable[Object]) -> Metric:
@@ -112,10 +113,9 @@ def _by_state(jobs: Iterable[Object]) -> Metric:
 def figures(job: Object, settings: Settings) -> dict[str, float | None]:
     """Values of the per-job gauges, None where there is nothing to tell."""
     spec, status = job.get("spec") or {}, job.get("status") or {}
-    progress, workers = status.get("progress") or {}, spec.get("workers") or {}
+    progress, gpus = status.get("progress") or {}, status.get("gpus") or {}
     step, most = progress.get("step"), progress.get("maxSteps")
-    holding = status.get("state") in _HOLDING
-    gpus = float(workers.get("replicas", 1) * workers.get("gpusPerWorker", 1)) if holding else 0.0
+    held = float(gpus.get("held", 0))
     profile = settings.profiles.get(spec.get("profile", "default"))
     price = profile.price_per_gpu_hour if profile else None
     return {
@@ -128,10 +128,19 @@ def figures(job: Object, settings: Settings) -> dict[str, float | None]:
         "checkpoint_timestamp_seconds": _timestamp(status.get("lastCheckpointTime")),
         "last_step_timestamp_seconds": _timestamp(progress.get("lastStepTime")),
         "start_timestamp_seconds": _timestamp(status.get("startTime")),
-        "eta_seconds": _seconds(progress.get("eta")) if holding else None,
-        "gpus": gpus,
-        "cost_per_hour": gpus * price if price is not None else None,
+        "running_timestamp_seconds": _timestamp(_running_since(status)),
+        "completion_timestamp_seconds": _timestamp(status.get("completionTime")),
+        "eta_seconds": _seconds(progress.get("eta")),
+        "gpus": held,
+        "gpus_wanted": float(gpus.get("wanted", 0)),
+        "cost_per_hour": held * price if price is not None else None,
     }
+
+
+def _running_since(status: Object) -> str | None:
+    """What is measured from when an attempt ran begins anew with each: after a suspension or a queue, too."""
+    ready: Object = next((c for c in status.get("conditions") or [] if c["type"] == Condition.PODS_READY), {})
+    return ready.get("lastTransitionTime") if ready.get("status") == "True" else None
 
 
 def _timestamp(text: str | None) -> float | None:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, Termination, TrainerConfig
-from finetune_operator.manifests import INDEX_LABEL, KIND, LABEL_ATTEMPT, QUEUE_LABELS, config_name
+from finetune_operator.manifests import ANNOTATION_GPUS, INDEX_LABEL, KIND, LABEL_ATTEMPT, QUEUE_LABELS, config_name
 
 Object = Mapping[str, Any]
 
@@ -69,7 +69,14 @@ class Pod:
     disruption: str
     """Reason of the DisruptionTarget condition: PreemptionByScheduler, EvictionByEvictionAPI …"""
     exits: tuple[Exit, ...]
+    gpus: int | None
+    """Those it asks for; None where an operator made it that did not say."""
     raw: dict[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def holds_its_place(self) -> bool:
+        """What it asks for is taken on its node, also while it is being deleted."""
+        return bool(self.node) and self.phase not in ("Succeeded", "Failed")
 
     @property
     def running(self) -> bool:
@@ -109,6 +116,8 @@ class GangJob:
     deleting: bool
     workers: int
     """How many pods it asks for."""
+    gpus_per_worker: int | None
+    """As of its pods."""
     active: int
     refusal: str = ""
     """Why its controller cannot make a pod it lacks: a quota, Pod Security, a webhook."""
@@ -165,6 +174,12 @@ def _attempt(child: Object) -> int:
     return int((child["metadata"].get("labels") or {}).get(LABEL_ATTEMPT, "0"))
 
 
+def _gpus(pod: Object) -> int | None:
+    """Of a pod, or of the template of some."""
+    said = ((pod.get("metadata") or {}).get("annotations") or {}).get(ANNOTATION_GPUS, "")
+    return int(said) if said.isdecimal() else None
+
+
 def _true_condition(child: Object, kind: str) -> Mapping[str, Any]:
     conditions = child.get("status", {}).get("conditions") or []
     return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), {})
@@ -192,6 +207,7 @@ def _job(child: Object, events: list[dict[str, Any]]) -> GangJob:
         failure_message=failed.get("message", ""),
         deleting="deletionTimestamp" in child["metadata"],
         workers=child.get("spec", {}).get("parallelism", 1),
+        gpus_per_worker=_gpus(child.get("spec", {}).get("template") or {}),
         active=child.get("status", {}).get("active") or 0,
         refusal=_refusal(child, events),
     )
@@ -233,6 +249,7 @@ def _pod(child: dict[str, Any]) -> Pod:
         placement_time=parse_time(scheduled.get("lastTransitionTime")),
         disruption=_true_condition(child, "DisruptionTarget").get("reason", ""),
         exits=tuple(_exits(containers)),
+        gpus=_gpus(child),
         raw=child,
     )
 

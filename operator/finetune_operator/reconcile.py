@@ -24,7 +24,7 @@ from finetune_operator.decide import Decision, Facts, Inputs, decide
 from finetune_operator.observe import Observed, observe
 from finetune_operator.plan import ADAPTER, DATA, Owner, Plan, make_plan, not_a_base, waited_for, with_adapter
 from finetune_operator.settings import Profile, Settings
-from finetune_operator.status import Finding, events, is_true, merge_conditions
+from finetune_operator.status import Finding, events, is_true, merge_conditions, one_line
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +269,8 @@ def _report(cluster: Cluster, raw: Object, status: FineTuneJobStatus, error: Clu
     if conditions == status.conditions:
         return
     try:
-        cluster.patch_status(raw, _dump(status.model_copy(update={"conditions": conditions})))
+        cluster.patch_status(
+            raw, _dump(status.model_copy(update={"conditions": conditions, "message": one_line(error.message)}))
+        )
     except ClusterError:
         log.warning("the status of %s could not be written: %s", raw["metadata"]["name"], error.message)

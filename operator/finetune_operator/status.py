@@ -14,10 +14,11 @@ from finetune_api.status import (
     CheckpointStatus,
     ConditionStatus,
     FineTuneJobStatus,
+    GPUStatus,
     OutputStatus,
     ProgressStatus,
 )
-from finetune_operator.observe import format_time, parse_time
+from finetune_operator.observe import Observed, format_time, parse_time
 
 ATTEMPTS_KEPT = 20
 
@@ -127,6 +128,58 @@ def _whole_seconds(text: str) -> str | None:
     return format_time(moment) if moment else None
 
 
+def at_rest(progress: ProgressStatus) -> ProgressStatus:
+    """Of a run that nobody works on now: what it has come to, and nothing that was true of the moment only."""
+    moment = dict.fromkeys(("phase", "message", "eta", "tokens_per_second", "mfu"), "")
+    return progress.model_copy(update=moment)
+
+
+_WANTS_GPUS = (State.PENDING, State.QUEUED, State.STARTING, State.RUNNING, State.RESTARTING)
+
+
+def gpu_status(observed: Observed, state: State, planned: tuple[int, int]) -> GPUStatus:
+    """GPUs wanted and held. ``planned`` are the workers and the GPUs of each by the spec as it is now, which counts for
+    what is not made yet only."""
+    workers, each = planned
+    job = max((j for j in observed.jobs if not j.deleting), key=lambda j: j.attempt, default=None)
+    if job is not None:
+        workers, each = job.workers, each if job.gpus_per_worker is None else job.gpus_per_worker
+    held = sum(each if p.gpus is None else p.gpus for p in observed.pods if p.holds_its_place)
+    return GPUStatus(wanted=workers * each if state in _WANTS_GPUS else 0, held=held)
+
+
+LINE = 300
+"""Characters of ``status.message``."""
+
+
+def line(state: State, conditions: Iterable[ConditionStatus]) -> str:
+    """``status.message``: what matters most of the conditions, in one line, never empty."""
+    found = {c.type: c for c in conditions}
+
+    def words(kind: Condition, *when: str) -> str:
+        there = found.get(kind)
+        return there.message if there is not None and there.status in when else ""
+
+    told = (
+        words(Condition.COMPLETE, "True")
+        or words(Condition.FAILED, "True")
+        or words(Condition.ACCEPTED, "False")
+        or words(Condition.SUSPENDED, "True")
+        or words(Condition.INPUTS_READY, "False")
+        or words(Condition.PODS_READY, "False")
+        or words(Condition.PROGRESSING, "True", "False", "Unknown")
+        or words(Condition.PODS_READY, "True")
+        or f"{state}."
+    )
+    return one_line(told)
+
+
+def one_line(text: str) -> str:
+    """The first line of a text, cut where it is long."""
+    first, *more = text.splitlines()
+    return f"{first[:LINE]} …" if more or len(first) > LINE else first
+
+
 def checkpoint_status(info: CheckpointInfo) -> CheckpointStatus:
     """One checkpoint as status."""
     return CheckpointStatus(
@@ -148,6 +201,15 @@ class Event:
     message: str
 
 
+_HELD_UP = (
+    Reason.UNSCHEDULABLE,
+    Reason.IMAGE_NOT_PULLED,
+    Reason.CONTAINER_CONFIG_INVALID,
+    Reason.QUOTA_EXCEEDED,
+)
+"""Reasons of PodsReady that a person should hear of."""
+
+
 def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     """What is worth telling of the change from one status to the next."""
     told = []
@@ -160,6 +222,7 @@ def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
             told.append(_attempt_ended(attempt))
     if new.state != old.state:
         told += _state_events(old, new)
+    told += _pods_events(old, new)
     newest = max((c.step for c in new.checkpoints), default=0)
     if newest > max((c.step for c in old.checkpoints), default=0):
         told.append(Event("Normal", "CheckpointSaved", f"Checkpoint of step {newest} is complete."))
@@ -172,10 +235,18 @@ def _attempt_ended(attempt: AttemptStatus) -> Event:
     return Event(kind, attempt.cause, f"Attempt {attempt.number} ended{code}: {attempt.message or attempt.cause}")
 
 
+def _pods_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    before, found = condition(old, Condition.PODS_READY), condition(new, Condition.PODS_READY)
+    if found is None or found.reason not in _HELD_UP or (before is not None and before.reason == found.reason):
+        return []
+    return [Event("Warning", found.reason, found.message)]
+
+
 def _state_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     texts = {
         State.INVALID: (Condition.ACCEPTED, "Warning"),
         State.WAITING: (Condition.INPUTS_READY, "Normal"),
+        State.QUEUED: (Condition.PODS_READY, "Normal"),
         State.SUSPENDED: (Condition.SUSPENDED, "Normal"),
         State.SUCCEEDED: (Condition.COMPLETE, "Normal"),
         State.FAILED: (Condition.FAILED, "Warning"),

@@ -60,6 +60,8 @@ class Simulation:
     checkpoints: dict[str, int] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     """Pods whose trainer hangs."""
+    queued: bool = False
+    """A queue (as Kueue is one) holds new Jobs back."""
     output_kind: str = "model"
     calls_until_killed: int | None = None
     fail_calls: set[str] = field(default_factory=set)
@@ -294,6 +296,8 @@ class Simulation:
         if key not in self.children_of:
             made = copy.deepcopy(manifest)
             made["metadata"]["creationTimestamp"] = format_time(self.now)
+            if self.queued and manifest["kind"] == "Job":
+                made["spec"]["suspend"] = True
             self.children_of[key] = {**made, "status": {}}
         self._call("apply-answer")  # killed after it was done, before the answer
 
@@ -344,6 +348,8 @@ class Simulation:
             step=step,
             max_steps=self.steps if step else 0,
             loss=1.0 / (step + 1),
+            tokens_per_second=1000.0 if step else None,
+            eta_seconds=float(self.steps - step) if step else None,
             last_step_time=getattr(self, "_last_step_time", "") if step else "",
             checkpoints=[CheckpointInfo(step=saved, uri=f"s3://c/step-{saved}")] if saved else [],
             trainable_parameters=7,
