@@ -1,7 +1,7 @@
 """The two Grafana dashboards, written as what they show; ``generate.py`` makes the JSON files of them.
 
 A panel is one call: its title, its queries, its unit. The layout is a list of rows, each as wide as Grafana's 24
-columns. Queries use ``$datasource``, ``$namespace`` and (in the dashboard of one job) ``$finetunejob``.
+columns. Queries use ``$datasource``, ``$cluster``, ``$namespace`` and (in the dashboard of one job) ``$finetunejob``.
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ STATE_COLOURS = {
     "Pending": GREY,
     "Invalid": ORANGE,
     "Waiting": GREY,
+    "Queued": GREY,
     "Starting": BLUE,
     "Running": GREEN,
     "Restarting": YELLOW,
@@ -214,8 +215,12 @@ def _laid_out(panels: list[Json]) -> list[Json]:
 
 # --- the fleet -------------------------------------------------------------------------------------------------
 
-NS = 'namespace=~"$namespace"'
-KEY = "namespace, finetunejob"
+CLUSTER = variable("cluster", "Cluster", "label_values(finetune_operator_info, cluster)", **ALL)
+"""Where one Prometheus knows several clusters, by the label ``cluster``. Without it, All is the only choice and finds
+what has no such label."""
+IN = '{cluster=~"$cluster"}'
+NS = 'cluster=~"$cluster", namespace=~"$namespace"'
+KEY = "cluster, namespace, finetunejob"
 
 
 def per_job(metric: str) -> str:
@@ -236,7 +241,7 @@ STATE_MAPPING = [
 JOB_LINK = {
     "title": "Open ${__data.fields.finetunejob}",
     "url": (
-        "/d/finetune-job?var-datasource=${datasource}&var-namespace=${__data.fields.namespace}"
+        "/d/finetune-job?var-datasource=${datasource}&${cluster:queryparam}&var-namespace=${__data.fields.namespace}"
         "&var-finetunejob=${__data.fields.finetunejob}&${__url_time_range}"
     ),
 }
@@ -273,7 +278,8 @@ _COLUMNS: list[tuple[str, str, Json]] = [
         per_job("finetune_job_restarts"),
         {"custom__cellOptions": {"type": "color-text"}, "thresholds": steps((None, GREEN), (1, YELLOW), (3, RED))},
     ),
-    ("GPUs", per_job("finetune_job_gpus"), {}),
+    ("GPUs held", per_job("finetune_job_gpus"), {}),
+    ("GPUs wanted", per_job("finetune_job_gpus_wanted"), {}),
     ("Cost/h", per_job("finetune_job_cost_per_hour"), {"unit": "currencyUSD", "decimals": 2}),
 ]
 
@@ -289,6 +295,7 @@ def jobs_table() -> Json:
     ]
     letters = [chr(ord("C") + number) for number in range(len(_COLUMNS))]
     order = [
+        "cluster",
         "namespace",
         "finetunejob",
         "state",
@@ -339,31 +346,40 @@ FAILURES = (
 def fleet() -> Json:
     """What runs, what it costs, what fails."""
     jobs = f"finetune_jobs{{{NS}}}"
-    passes = "sum by (le) (rate(finetune_operator_reconcile_seconds_bucket[$__rate_interval]))"
+    passes = f"sum by (le) (rate(finetune_operator_reconcile_seconds_bucket{IN}[$__rate_interval]))"
     cost = f"max by ({KEY}) (finetune_job_cost_per_hour{{{NS}}})"
     return dashboard(
         "finetune-fleet",
         "Fine-tuning / Fleet",
         "All FineTuneJobs: what runs, how fast, what it costs, what fails; and the operator itself.",
-        [variable("namespace", "Namespace", "label_values(finetune_jobs, namespace)", **ALL)],
         [
-            stat("Running", f'sum(max by (namespace, state) ({jobs[:-1]}, state="Running"}})) or vector(0)'),
+            CLUSTER,
+            variable("namespace", "Namespace", 'label_values(finetune_jobs{cluster=~"$cluster"}, namespace)', **ALL),
+        ],
+        [
+            stat("Running", f'sum(max by (cluster, namespace, state) ({jobs[:-1]}, state="Running"}})) or vector(0)'),
             stat(
                 "Waiting for pods or inputs",
-                f'sum(max by (namespace, state) ({jobs[:-1]}, state=~"Pending|Waiting|Starting"}})) or vector(0)',
+                f"sum(max by (cluster, namespace, state) ({jobs[:-1]}, "
+                'state=~"Pending|Waiting|Queued|Starting"})) or vector(0)',
                 thresholds=steps((None, BLUE)),
             ),
             stat(
                 "Restarting",
-                f'sum(max by (namespace, state) ({jobs[:-1]}, state="Restarting"}})) or vector(0)',
+                f'sum(max by (cluster, namespace, state) ({jobs[:-1]}, state="Restarting"}})) or vector(0)',
                 thresholds=steps((None, GREEN), (1, YELLOW)),
             ),
             stat(
                 "Failed or invalid",
-                f'sum(max by (namespace, state) ({jobs[:-1]}, state=~"Failed|Invalid"}})) or vector(0)',
+                f'sum(max by (cluster, namespace, state) ({jobs[:-1]}, state=~"Failed|Invalid"}})) or vector(0)',
                 thresholds=steps((None, GREEN), (1, RED)),
             ),
-            stat("GPUs in use", f"sum({per_job('finetune_job_gpus')}) or vector(0)", graph=True),
+            stat(
+                "GPUs held",
+                f"sum({per_job('finetune_job_gpus')}) or vector(0)",
+                graph=True,
+                about="Of pods that have a node.",
+            ),
             stat(
                 "Useful tokens/s",
                 f"sum(finetune_train_tokens_per_second{{{NS}}}) or vector(0)",
@@ -376,7 +392,7 @@ def fleet() -> Json:
                 graph=True,
                 unit="currencyUSD",
                 decimals=2,
-                about="GPUs held, times profiles.*.pricePerGpuHour; jobs of profiles without a price count nothing.",
+                about="GPUs held times profiles.*.pricePerGpuHour; jobs of profiles without a price count nothing.",
             ),
             stat(
                 "Mean MFU",
@@ -391,15 +407,27 @@ def fleet() -> Json:
             row("Over time"),
             graph(
                 "Jobs by state",
-                [query(f"sum by (state) (max by (namespace, state) ({jobs}))", "{{state}}")],
+                [query(f"sum by (state) (max by (cluster, namespace, state) ({jobs}))", "{{state}}")],
                 stacked=True,
                 overrides=[override(s, color={"mode": "fixed", "fixedColor": c}) for s, c in STATE_COLOURS.items()],
             ),
             graph(
-                "GPUs by namespace",
-                [query(f"sum by (namespace) ({per_job('finetune_job_gpus')})", "{{namespace}}")],
+                "GPUs held by namespace",
+                [
+                    query(f"sum by (namespace) ({per_job('finetune_job_gpus')})", "{{namespace}}"),
+                    query(f"sum({per_job('finetune_job_gpus_wanted')})", "wanted by all"),
+                ],
                 stacked=True,
                 min=0,
+                about="The line is what all jobs that are to run ask for: what lies below it waits for GPUs.",
+                overrides=[
+                    override(
+                        "wanted by all",
+                        custom__stacking={"mode": "none"},
+                        custom__fillOpacity=0,
+                        color={"mode": "fixed", "fixedColor": GREY},
+                    )
+                ],
             ),
             graph(
                 "Cost per hour by namespace",
@@ -492,19 +520,19 @@ def fleet() -> Json:
             row("Operator"),
             stat(
                 "Active replicas",
-                "sum(finetune_operator_leader)",
+                f"sum by (cluster) (finetune_operator_leader{IN})",
                 noValue="none",
                 thresholds=steps((None, RED), (1, GREEN), (2, RED)),
             ),
             stat(
                 "Replicas",
-                "count(finetune_operator_info)",
+                f"count by (cluster) (finetune_operator_info{IN})",
                 noValue="none",
                 thresholds=steps((None, RED), (1, YELLOW), (2, GREEN)),
             ),
             stat(
                 "Version",
-                "max by (version) (finetune_operator_info)",
+                f"max by (version) (finetune_operator_info{IN})",
                 legend="{{version}}",
                 text_mode="name",
                 noValue="none",
@@ -514,7 +542,7 @@ def fleet() -> Json:
                 "Passes per second",
                 [
                     query(
-                        "sum by (result) (rate(finetune_operator_reconcile_seconds_count[$__rate_interval]))",
+                        f"sum by (result) (rate(finetune_operator_reconcile_seconds_count{IN}[$__rate_interval]))",
                         "{{result}}",
                     )
                 ],
@@ -544,8 +572,8 @@ def fleet() -> Json:
             graph(
                 "Queue and errors",
                 [
-                    query("max(finetune_operator_queue_depth)", "waiting jobs"),
-                    query("sum(increase(finetune_operator_reconcile_errors_total[$__rate_interval]))", "errors"),
+                    query(f"max(finetune_operator_queue_depth{IN})", "waiting jobs"),
+                    query(f"sum(increase(finetune_operator_reconcile_errors_total{IN}[$__rate_interval]))", "errors"),
                 ],
                 width=8,
                 height=7,
@@ -557,7 +585,7 @@ def fleet() -> Json:
 
 # --- one job ---------------------------------------------------------------------------------------------------
 
-ONE = 'namespace=~"$namespace", finetunejob=~"$finetunejob"'
+ONE = f'{NS}, finetunejob=~"$finetunejob"'
 
 
 def of_job(metric: str) -> str:
@@ -574,8 +602,9 @@ def job() -> Json:
         "Fine-tuning / Job",
         "One FineTuneJob: does it learn, how fast, how much would a failure cost, what happened to it.",
         [
-            variable("namespace", "Namespace", "label_values(finetune_job_info, namespace)"),
-            variable("finetunejob", "Job", 'label_values(finetune_job_info{namespace=~"$namespace"}, finetunejob)'),
+            CLUSTER,
+            variable("namespace", "Namespace", 'label_values(finetune_job_info{cluster=~"$cluster"}, namespace)'),
+            variable("finetunejob", "Job", f"label_values(finetune_job_info{{{NS}}}, finetunejob)"),
         ],
         [
             stat(
@@ -637,7 +666,7 @@ def job() -> Json:
                 noValue="–",
                 thresholds=steps((None, GREEN), (1, YELLOW), (3, RED)),
             ),
-            stat("GPUs", operator("finetune_job_gpus"), width=2, noValue="–", thresholds=steps((None, BLUE))),
+            stat("GPUs held", operator("finetune_job_gpus"), width=2, noValue="–", thresholds=steps((None, BLUE))),
             stat(
                 "Cost/h",
                 operator("finetune_job_cost_per_hour"),
@@ -926,7 +955,7 @@ def job() -> Json:
             {
                 "type": "link",
                 "title": "Fleet",
-                "url": "/d/finetune-fleet?${datasource:queryparam}&${__url_time_range}",
+                "url": "/d/finetune-fleet?${datasource:queryparam}&${cluster:queryparam}&${__url_time_range}",
                 "icon": "arrow-left",
                 "asDropdown": False,
                 "targetBlank": False,

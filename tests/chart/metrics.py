@@ -24,7 +24,10 @@ OPERATOR: dict[str, tuple[str, ...]] = {
     "finetune_job_checkpoint_timestamp_seconds": JOB,
     "finetune_job_last_step_timestamp_seconds": JOB,
     "finetune_job_start_timestamp_seconds": JOB,
+    "finetune_job_running_timestamp_seconds": JOB,
+    "finetune_job_completion_timestamp_seconds": JOB,
     "finetune_job_gpus": JOB,
+    "finetune_job_gpus_wanted": JOB,
     "finetune_job_cost_per_hour": JOB,
     "finetune_job_attempt_failures_total": (*JOB, "cause"),
     "finetune_operator_reconcile_seconds_bucket": ("result", "le"),
@@ -74,11 +77,12 @@ STEP = 15
 
 def fleet(since: int, now: int) -> Iterator[tuple[int, Sample]]:
     """Two hours of a small fleet as (time, sample): one job that runs and was restarted once, one that failed, one
-    that waits, told by two operator replicas of which one leads."""
+    that waits, told by two operator replicas of which one leads. The same of another cluster, ``east``."""
     for moment in range(since, now + 1, STEP):
         age = moment - since
-        for sample in (*_operator(since, age), *_trainer(since, age)):
-            yield moment, sample
+        for name, labels, value in (*_operator(since, age), *_trainer(since, age)):
+            yield moment, (name, labels, value)
+            yield moment, (name, {**labels, "cluster": "east"}, value)
 
 
 def _operator(since: int, age: int) -> Iterator[Sample]:
@@ -108,8 +112,13 @@ def _operator(since: int, age: int) -> Iterator[Sample]:
         yield "finetune_job_info", {**job, **about}, 1
         yield "finetune_job_state", {**job, "state": state}, 1
         yield "finetune_job_max_restarts", job, 10
-        yield "finetune_job_gpus", job, 16.0 * (state in ("Running", "Restarting"))
-        yield "finetune_job_cost_per_hour", job, 40.0 * (state in ("Running", "Restarting"))
+        yield "finetune_job_gpus", job, 16.0 * (state == "Running")
+        yield "finetune_job_gpus_wanted", job, 16.0 * (state in ("Running", "Restarting"))
+        yield "finetune_job_cost_per_hour", job, 40.0 * (state == "Running")
+        if state == "Running":
+            yield "finetune_job_running_timestamp_seconds", job, since + (3720 if name == "chat" and age > 3720 else 0)
+        if state == "Failed":
+            yield "finetune_job_completion_timestamp_seconds", job, since + 1800
         yield "finetune_job_restarts", job, float(name == "chat" and age >= 3600)
         if name == "later":
             continue

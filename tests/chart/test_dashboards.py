@@ -80,8 +80,12 @@ def test_every_metric_of_the_trainer_is_seen_somewhere() -> None:
     shown = {word for _, _, target in QUERIES for word in NAME.findall(target["expr"])}
     ruled = {word for path in (CHART / "rules").glob("*.yaml") for word in NAME.findall(path.read_text())}
     alone = {name for name in metrics.KNOWN if name not in shown | ruled and not name.endswith(("_sum", "_count"))}
-    # The operator's own timestamp of the newest checkpoint outlives the pod; the restart budget stands in the status.
-    assert alone == {"finetune_train_checkpoint_last_timestamp_seconds", "finetune_job_max_restarts"}
+    # The operator's own timestamp of the newest checkpoint outlives the pod; the others stand in the status.
+    assert alone == {
+        "finetune_train_checkpoint_last_timestamp_seconds",
+        "finetune_job_max_restarts",
+        "finetune_job_start_timestamp_seconds",
+    }
 
 
 # --- with a real Prometheus ---
@@ -89,6 +93,7 @@ def test_every_metric_of_the_trainer_is_seen_somewhere() -> None:
 NOW = int(time.time()) // 60 * 60 - 600
 SINCE = NOW - 7200
 VARIABLES = {
+    "$cluster": ".*",  # All
     "$__rate_interval": "1m",
     "$__range": "3h",
     "$namespace": "team-a",
@@ -96,9 +101,9 @@ VARIABLES = {
 }
 
 
-def filled_in(expr: str) -> str:
+def filled_in(expr: str, **chosen: str) -> str:
     """The query as Grafana would send it."""
-    for name, value in VARIABLES.items():
+    for name, value in {**VARIABLES, **{f"${name}": value for name, value in chosen.items()}}.items():
         expr = expr.replace(name, value)
     assert "$" not in expr, expr
     return expr
@@ -136,21 +141,32 @@ def test_variables_and_annotations_find_something(prometheus: Server) -> None:
 @pytest.mark.cluster
 def test_the_table_of_jobs_has_a_line_for_every_job(prometheus: Server) -> None:
     table = next(panel for panel in panels(DASHBOARDS["fleet"]) if panel["title"] == "Jobs")
-    lines: dict[tuple[str, str], set[str]] = {}
+    lines: dict[tuple[str, str, str], set[str]] = {}
     for target in table["targets"]:
         for series in prometheus.query(filled_in(target["expr"]), NOW):
-            key = (series["metric"]["namespace"], series["metric"]["finetunejob"])
+            key = tuple(series["metric"].get(label, "") for label in ("cluster", "namespace", "finetunejob"))
             assert target["refId"] not in lines.setdefault(key, set()), "two values for one cell"
             lines[key].add(target["refId"])
-    assert sorted(lines) == [("team-a", "broken"), ("team-a", "chat"), ("team-a", "later")]
-    assert lines["team-a", "chat"] == {target["refId"] for target in table["targets"]}
+    jobs = [("team-a", name) for name in ("broken", "chat", "later")]
+    assert sorted(lines) == [(cluster, *job) for cluster in ("", "east") for job in jobs]
+    for cluster in ("", "east"):
+        assert lines[cluster, "team-a", "chat"] == {target["refId"] for target in table["targets"]}
 
 
 @pytest.mark.cluster
 def test_failures_are_counted_from_the_first(prometheus: Server) -> None:
     panel = next(panel for panel in panels(DASHBOARDS["fleet"]) if panel["title"] == "Failed attempts by cause")
-    found = prometheus.query(filled_in(panel["targets"][0]["expr"]), NOW)
+    found = prometheus.query(filled_in(panel["targets"][0]["expr"], cluster="east"), NOW)
     assert {s["metric"]["cause"]: s["value"][1] for s in found} == {"NodeLost": "1", "OutOfGPUMemory": "1"}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("cluster", "gpus"), [(".*", "32"), ("east", "16")])
+def test_all_clusters_are_shown_or_one_of_them(prometheus: Server, cluster: str, gpus: str) -> None:
+    """Also what has no such label, as where each cluster has a Prometheus of its own."""
+    panel = next(panel for panel in panels(DASHBOARDS["fleet"]) if panel["title"] == "GPUs held")
+    (found,) = prometheus.query(filled_in(panel["targets"][0]["expr"], cluster=cluster), NOW)
+    assert found["value"][1] == gpus
 
 
 @pytest.mark.cluster
