@@ -35,7 +35,7 @@ from finetune_operator.cli.files import Document, RefusedError
 from finetune_operator.cli.fresh import Choice
 from finetune_operator.cli.preview import job_for
 from finetune_operator.cli.preview import preview as show
-from finetune_operator.cli.run import Runner, needs_trainer, prepare, status_of
+from finetune_operator.cli.run import Runner, needs, needs_trainer, prepare, status_of
 from finetune_operator.cluster import Object
 from finetune_operator.cluster.local import Key, LocalCluster
 from finetune_operator.cluster.store import Folder, folders, tail
@@ -609,6 +609,7 @@ def _key(folder: Folder) -> Key:
 )
 def operator(config: Path | None) -> None:
     """Run the operator against the cluster of this pod or of KUBECONFIG."""
+    needs("operator", "kopf", "kubernetes", "prometheus_client")
     from finetune_operator import handlers
     from finetune_operator.settings import load
 

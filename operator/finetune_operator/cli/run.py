@@ -46,12 +46,17 @@ def status_of(job: Object | None) -> FineTuneJobStatus:
 
 def needs_trainer() -> None:
     """Refuse to start where the trainer is not installed: every pod would fail for it."""
-    missing = [name for name in ("finetune_trainer", "torch") if importlib.util.find_spec(name) is None]
+    needs("trainer", "finetune_trainer", "torch", "transformers", "peft", "datasets", "deepspeed")
+
+
+def needs(extra: str, *modules: str) -> None:
+    """Refuse what an extra of the package is needed for, where it is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise RefusedError(
             [
-                f"The trainer is not installed ({', '.join(missing)} missing). In a checkout: "
-                "pip install -e '.[operator,trainer]' -c constraints.txt"
+                f"This needs the extra {extra} of finetune-operator ({', '.join(missing)} missing). In a checkout: "
+                f"pip install -e '.[{extra}]' -c constraints.txt"
             ]
         )
 
