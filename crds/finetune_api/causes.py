@@ -32,6 +32,7 @@ class Cause(StrEnum):
     NO_ACCELERATOR = "NoAccelerator"
     # the run's
     OUT_OF_MEMORY = "OutOfMemory"
+    OUT_OF_DISK = "OutOfDisk"
     TRAINER_ERROR = "TrainerError"
     KILLED = "Killed"
     STALLED = "Stalled"
@@ -40,10 +41,13 @@ class Cause(StrEnum):
     ENDPOINT_UNAVAILABLE = "EndpointUnavailable"
     COMMUNICATION_ERROR = "CommunicationError"
     GPU_ERROR = "GPUError"
+    START_ERROR = "StartError"
+    CONTAINER_ERROR = "ContainerError"
     UNKNOWN = "Unknown"
     # the infrastructure's
     EVICTED = "Evicted"
     PREEMPTED = "Preempted"
+    POD_REJECTED = "PodRejected"
     NODE_LOST = "NodeLost"
     TERMINATED = "Terminated"
     JOB_DELETED = "JobDeleted"
@@ -65,6 +69,7 @@ RETRY: dict[Cause, Retry] = {
     Cause.NON_FINITE_LOSS: Retry.NEVER,
     Cause.NO_ACCELERATOR: Retry.NEVER,
     Cause.OUT_OF_MEMORY: Retry.COUNTED,
+    Cause.OUT_OF_DISK: Retry.COUNTED,
     Cause.TRAINER_ERROR: Retry.COUNTED,
     Cause.KILLED: Retry.COUNTED,
     Cause.STALLED: Retry.COUNTED,
@@ -73,9 +78,12 @@ RETRY: dict[Cause, Retry] = {
     Cause.ENDPOINT_UNAVAILABLE: Retry.COUNTED,
     Cause.COMMUNICATION_ERROR: Retry.COUNTED,
     Cause.GPU_ERROR: Retry.COUNTED,
+    Cause.START_ERROR: Retry.COUNTED,
+    Cause.CONTAINER_ERROR: Retry.COUNTED,
     Cause.UNKNOWN: Retry.COUNTED,
     Cause.EVICTED: Retry.FREE,
     Cause.PREEMPTED: Retry.FREE,
+    Cause.POD_REJECTED: Retry.FREE,
     Cause.NODE_LOST: Retry.FREE,
     Cause.TERMINATED: Retry.FREE,
     Cause.JOB_DELETED: Retry.FREE,

@@ -25,7 +25,7 @@ class Condition(StrEnum):
     READY = "Ready"
     """For kstatus (Flux, Argo CD, ``helm --wait``): the output is there."""
     STALLED = "Stalled"
-    """For kstatus: nothing will happen until a person acts."""
+    """For kstatus: it does not get on by itself; a person has to act."""
 
 
 class Reason(StrEnum):
@@ -47,6 +47,8 @@ class Reason(StrEnum):
     UNSCHEDULABLE = "Unschedulable"
     IMAGE_NOT_PULLED = "ImageNotPulled"
     CONTAINER_CONFIG_INVALID = "ContainerConfigInvalid"
+    VOLUME_NOT_MOUNTED = "VolumeNotMounted"
+    POD_NOT_STARTED = "PodNotStarted"
     QUOTA_EXCEEDED = "QuotaExceeded"
     QUEUED = "Queued"
     NO_PODS = "NoPods"
@@ -71,6 +73,8 @@ class Reason(StrEnum):
     RESTARTS_EXHAUSTED = "RestartsExhausted"
     NOT_RETRYABLE = "NotRetryable"
     NOT_FAILED = "NotFailed"
+    # Stalled
+    NO_PROGRESS = "NoProgress"
 
 
 class State(StrEnum):

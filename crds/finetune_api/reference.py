@@ -75,6 +75,7 @@ CAUSES = {
     "NonFiniteLoss": "The loss became NaN or infinite.",
     "NoAccelerator": "A worker found no GPU although gpusPerWorker asks for some.",
     "OutOfMemory": "A container used more memory than its limit.",
+    "OutOfDisk": "The pod used more disk than its own limit (an emptyDir, ephemeral storage), or a disk is full.",
     "TrainerError": "The trainer raised an error it has no name for; the log's last lines are in status.",
     "Killed": "A signal ended the process, and nobody said why.",
     "Stalled": "No step was finished for recovery.hangTimeout.",
@@ -82,10 +83,19 @@ CAUSES = {
     "StorageUnavailable": "Storage or hub did not answer.",
     "EndpointUnavailable": "The model behind an endpoint did not answer, or not often enough.",
     "CommunicationError": "Workers lost each other (NCCL or Gloo).",
-    "GPUError": "A GPU failed (CUDA or Xid error); its node is left out of the next attempt.",
+    "GPUError": (
+        "A GPU failed (CUDA or Xid error), or the node could not give a container its GPUs; the node is left out of "
+        "the next attempt."
+    ),
+    "StartError": (
+        "A node could not start a container; it is left out of the next attempt. It is final where another node "
+        "cannot start it either."
+    ),
+    "ContainerError": "A container of your own (an init container or a sidecar) failed the pod.",
     "Unknown": "None of the others could be found.",
-    "Evicted": "A pod was evicted: a drain, or a node short of memory or disk.",
+    "Evicted": "A pod was evicted: a drain, or a node short of memory or disk, which is left out of the next attempt.",
     "Preempted": "A pod made room for one of higher priority, or a queue took its room back.",
+    "PodRejected": "A node's kubelet refused the pod (OutOfcpu, TopologyAffinityError …); the node is left out.",
     "NodeLost": "A node is gone or not ready; it is left out of the next attempt.",
     "NoOtherNode": "The pods fit on no node but those left out, which are allowed again.",
     "PartlyPlaced": "Only some of the pods had a node for recovery.pendingTimeout; the nodes were given back.",

@@ -10,7 +10,7 @@ status has recorded why.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import takewhile
 from typing import Any
@@ -19,12 +19,12 @@ from finetune_api.base import seconds
 from finetune_api.causes import Cause, Retry
 from finetune_api.conditions import Condition, Reason, State
 from finetune_api.mistakes import Mistake
-from finetune_api.run import Progress, Termination
+from finetune_api.run import TRAINER_CONTAINER, Progress, Termination
 from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.failures import ECHO_PATIENCE, WAITING_FOR_EVER, Failure, judge, taken_back
 from finetune_operator.manifests import job_name
-from finetune_operator.observe import GangJob, Observed, Pod, format_time, parse_time
+from finetune_operator.observe import GangJob, News, Observed, Pod, format_time, parse_time
 from finetune_operator.plan import Plan, changed_fields
 from finetune_operator.status import (
     ATTEMPTS_KEPT,
@@ -54,6 +54,10 @@ GIVE_WAY_FIRST = 20.0
 after which the scheduler tries the pods of others again. Doubled each time, up to the same most."""
 PENDING_POLL = 15.0
 """Seconds between looks at what should wake us by itself, in case an event was lost."""
+SIDECAR_PATIENCE = timedelta(seconds=30)
+"""So long the sidecars of a finished run have to end by themselves; then its Job is taken away, which ends them."""
+STALLED_AFTER = 6
+"""Attempts in a row without a finished step after which a person is called: five minutes of waiting in between."""
 REFUSAL_POLL = 2.0
 """Seconds between looks at a Job without its pods: that they cannot be made wakes nobody."""
 
@@ -91,6 +95,8 @@ class Facts:
     dead_nodes: frozenset[str]
     logs: Mapping[str, list[str]]
     """Last log lines by pod, of pods that failed."""
+    news: Mapping[str, News]
+    """The last thing told of a pod in its events, by pod, of some that have not started for a while."""
     poll: float
     """Seconds between two looks at a running job."""
 
@@ -206,22 +212,17 @@ def _with_progress(status: FineTuneJobStatus, facts: Facts) -> FineTuneJobStatus
 
 
 def _succeeded(job: GangJob | None, pods: tuple[Pod, ...]) -> bool:
-    if job is not None and job.succeeded:
-        return True
-    # The Job's own controller may be a moment behind its pods.
-    return (
-        bool(pods)
-        and job is not None
-        and len(pods) >= 1
-        and all(p.phase == "Succeeded" for p in pods)
-        and (job.active == 0 and not job.failed)
-    )
+    """Every trainer has ended with 0, whatever stands beside it does; or the Job's controller says so, which keeps it
+    in mind when pods are gone."""
+    if job is None:
+        return False
+    return job.succeeded or len({pod.index for pod in pods if pod.trained}) >= job.workers
 
 
 def _stalled(facts: Facts, status: FineTuneJobStatus, pods: tuple[Pod, ...]) -> Failure | None:
     """Running, but going nowhere."""
     plan, progress = facts.plan, status.progress
-    if plan is None or not pods or not all(p.running for p in pods):
+    if plan is None or not any(p.running for p in pods) or not all(p.running or p.trained for p in pods):
         return None
     rank0 = pods[0]
     since = max(p.running_since for p in pods if p.running_since)
@@ -330,6 +331,10 @@ def suspects(attempts: list[AttemptStatus], now: datetime) -> tuple[str, ...]:
 
 def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, failure: Failure) -> Decision:
     counted = failure.retry is Retry.COUNTED
+    log = facts.logs.get(failure.pod, [])
+    if failure.cause is Cause.CONTAINER_ERROR and log:  # its log is where a container of the user's own speaks
+        failure = replace(failure, message=f"{failure.message} Its log ends with: {log[-1]}")
+    other = _other_that_could_not_start(status.attempts, failure)
     ended = attempt_ended(
         current,
         facts.now,
@@ -340,7 +345,7 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
         pod=failure.pod,
         node=failure.node,
         node_suspect=failure.node_suspect,
-        log=facts.logs.get(failure.pod, []),
+        log=log,
     )
     # In failed pods may lie a word about the last step that polling missed.
     last = _last_word(facts.observed.pods_of(current.number))
@@ -348,6 +353,9 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
     if last is not None and last.last_checkpoint is not None:
         update |= _with_checkpoint(status, last)
     status = status.model_copy(update=update)
+    if other is not None:
+        message = f"{failure.cause}: {failure.message} Node {other.node} could not start it either."
+        return _fail(facts, status, Reason.NOT_RETRYABLE, message)
     limit = facts.plan.max_restarts if facts.plan else 0
     if failure.retry is Retry.NEVER or (counted and status.counted_restarts >= limit):
         exhausted = failure.retry is not Retry.NEVER
@@ -364,6 +372,26 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
             }
         )
     return _between_attempts(facts, status)
+
+
+def _other_that_could_not_start(attempts: list[AttemptStatus], failure: Failure) -> AttemptStatus | None:
+    """The attempt before, on another node, that failed in this way, too: then it is not the node."""
+    if failure.cause is not Cause.START_ERROR:
+        return None
+    others = (a for a in fruitless(attempts) if a.cause == Cause.START_ERROR and a.node and a.node != failure.node)
+    return next(others, None)
+
+
+def fruitless(attempts: list[AttemptStatus]) -> list[AttemptStatus]:
+    """The attempts that ended without a finished step since the last one that finished some, newest first. A
+    suspension and a search for room say nothing."""
+    found = []
+    for attempt in reversed(attempts):
+        if attempt.last_step > (attempt.resumed_from_step or 0):
+            break
+        if attempt.cause not in ("", Cause.SUSPENDED, Cause.NO_OTHER_NODE, Cause.PARTLY_PLACED):
+            found.append(attempt)
+    return found
 
 
 def _with_parting_word(facts: Facts, status: FineTuneJobStatus) -> FineTuneJobStatus:
@@ -394,17 +422,12 @@ def _with_checkpoint(status: FineTuneJobStatus, last: Termination) -> dict[str, 
 
 
 def _last_word(pods: tuple[Pod, ...]) -> Termination | None:
-    words = [e.termination for pod in pods for e in pod.exits if e.termination]
+    words = [e.termination for pod in pods for e in pod.exits_of(TRAINER_CONTAINER) if e.termination]
     return next((w for w in words if w.rank == 0 and w.last_checkpoint), words[0] if words else None)
 
 
 def _fail(facts: Facts, status: FineTuneJobStatus, reason: Reason, message: str) -> Decision:
     # The Job stays for its logs, unless some of its pods still run: those are stopped with it.
-    running = tuple(
-        Delete("Job", job.name)
-        for job in facts.observed.jobs
-        if any(p.phase in ("Pending", "Running") for p in facts.observed.pods_of(job.attempt))
-    )
     return Decision(
         _written(
             facts,
@@ -417,8 +440,17 @@ def _fail(facts: Facts, status: FineTuneJobStatus, reason: Reason, message: str)
             Finding(Condition.READY, False, reason, message),
             Finding(Condition.STALLED, True, reason, message),
         ),
-        delete=running,
+        delete=_jobs_with_pods(facts),
         requeue=_ttl(facts, facts.now),
+    )
+
+
+def _jobs_with_pods(facts: Facts) -> tuple[Delete, ...]:
+    """The Jobs some of whose pods have not ended, and hold their GPUs."""
+    return tuple(
+        Delete("Job", job.name)
+        for job in facts.observed.jobs
+        if not job.deleting and not all(p.over for p in facts.observed.pods_of(job.attempt))
     )
 
 
@@ -463,7 +495,7 @@ def _succeed(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, po
             Finding(Condition.READY, True, Reason.FINISHED, message),
             Finding(Condition.STALLED, False, Reason.FINISHED),
         ),
-        requeue=_ttl(facts, facts.now),
+        requeue=_sooner(SIDECAR_PATIENCE.total_seconds() if _jobs_with_pods(facts) else None, _ttl(facts, facts.now)),
     )
 
 
@@ -472,14 +504,16 @@ def _finished(facts: Facts, status: FineTuneJobStatus) -> Decision:
     left = _ttl(facts, ended)
     if left is not None and left <= 0:
         return Decision(status, delete_job=True)
-    running: tuple[Delete, ...] = ()
-    if is_true(status, Condition.FAILED):
-        running = tuple(
-            Delete("Job", job.name)
-            for job in facts.observed.jobs
-            if not job.deleting and any(p.running for p in facts.observed.pods_of(job.attempt))
-        )
+    running = _jobs_with_pods(facts)
+    patience = 0.0 if is_true(status, Condition.FAILED) else SIDECAR_PATIENCE.total_seconds()
+    patience -= (facts.now - ended).total_seconds()
+    if running and patience > 0:
+        return Decision(_written(facts, status, State(status.state)), requeue=_sooner(patience, left))
     return Decision(_written(facts, status, State(status.state)), delete=running, requeue=left)
+
+
+def _sooner(*waits: float | None) -> float | None:
+    return min((wait for wait in waits if wait is not None), default=None)
 
 
 def _ttl(facts: Facts, ended: datetime) -> float | None:
@@ -514,7 +548,8 @@ def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Fin
     wanted = facts.plan.workers if facts.plan else len(pods)
     ready = sum(1 for p in pods if p.running or p.trained)
     if pods and ready >= wanted:
-        return Finding(Condition.PODS_READY, True, Reason.PODS_RUNNING, f"All {wanted} workers run.")
+        message = " ".join((f"All {wanted} workers run.", *map(_sidecars_down, pods))).rstrip()
+        return Finding(Condition.PODS_READY, True, Reason.PODS_RUNNING, message)
     count = f"{ready} of {wanted} workers run."
     if job is not None and job.suspended:
         return Finding(Condition.PODS_READY, False, Reason.QUEUED, f"{count} The queue holds Job {job.name} back.")
@@ -526,13 +561,28 @@ def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Fin
             message = f"{count} No node for {pod.name}: {pod.unschedulable}"
             return Finding(Condition.PODS_READY, False, Reason.UNSCHEDULABLE, message)
     for pod in pods:
-        if pod.waiting in WAITING_FOR_EVER:
+        if pod.waiting in WAITING_FOR_EVER and not pod.running_since:
             reason, what = WAITING_FOR_EVER[pod.waiting]
-            message = f"{count} {pod.name}: {what} {pod.waiting_message}".strip()
+            message = f"{count} {pod.name}, container {pod.waiting_container}: {what} {pod.waiting_message}".strip()
             return Finding(Condition.PODS_READY, False, reason, message)
+    for name, news in facts.news.items():
+        if news.trouble:
+            reason = _REASONS.get(news.reason, Reason.POD_NOT_STARTED)
+            return Finding(Condition.PODS_READY, False, reason, f"{count} {name}: {news.reason}: {news.message}")
     if not pods:
         return Finding(Condition.PODS_READY, False, Reason.NO_PODS, "The pods are not made yet.")
-    return Finding(Condition.PODS_READY, False, Reason.PODS_PENDING, count)
+    doing = [f"{pod.name} is in its init container {pod.preparing}." for pod in pods if pod.preparing]
+    doing += [f"{name}: {news.message}" for name, news in facts.news.items()]
+    return Finding(Condition.PODS_READY, False, Reason.PODS_PENDING, " ".join([count, *doing[:1]]))
+
+
+_REASONS = dict.fromkeys(("FailedMount", "FailedAttachVolume", "FailedMapVolume"), Reason.VOLUME_NOT_MOUNTED)
+"""Reasons of a pod's events → reason of PodsReady; any other: POD_NOT_STARTED."""
+
+
+def _sidecars_down(pod: Pod) -> str:
+    failed = [e for e in pod.sidecars if e.code != 0]
+    return " ".join(f"The sidecar {e.container} of {pod.name} ended with exit code {e.code}." for e in failed)
 
 
 def _progressing(facts: Facts, status: FineTuneJobStatus, ready: bool) -> Finding:
@@ -612,18 +662,12 @@ def _leftovers(facts: Facts) -> tuple[Delete, ...]:
 
 def _backoff(attempts: list[AttemptStatus], now: datetime) -> float:
     """Seconds to wait: none after an attempt that finished a step, else 10, 20, 40 … 300 from its end."""
-    fruitless = 0
-    for attempt in reversed(attempts):
-        if attempt.cause in (Cause.SUSPENDED, Cause.NO_OTHER_NODE, Cause.PARTLY_PLACED):
-            continue
-        if attempt.last_step > (attempt.resumed_from_step or 0):
-            break
-        fruitless += 1
+    idle = len(fruitless(attempts))
     ended = parse_time(attempts[-1].end_time) if attempts else None
     # The first failure without a step may be bad luck: at once again.
-    if fruitless < 2 or ended is None or attempts[-1].cause == Cause.SUSPENDED:
+    if idle < 2 or ended is None or attempts[-1].cause == Cause.SUSPENDED:
         return 0.0
-    wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** (fruitless - 2))
+    wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** (idle - 2))
     return max(0.0, wait - (now - ended).total_seconds())
 
 
@@ -696,12 +740,19 @@ def _accepted(facts: Facts) -> Finding:
     return Finding(Condition.ACCEPTED, True, Reason.VALID)
 
 
-def _stalled_condition(facts: Facts, state: State, accepted: Finding) -> Finding:
+def _stalled_condition(facts: Facts, status: FineTuneJobStatus, state: State, accepted: Finding) -> Finding:
     """Whether a job that has not ended waits for a person."""
     if state is State.INVALID:
         return Finding(Condition.STALLED, True, accepted.reason, accepted.message)
     if state is State.WAITING and facts.inputs.failed:
         return Finding(Condition.STALLED, True, Reason.INPUT_JOB_FAILED, facts.inputs.waiting)
+    idle = fruitless(status.attempts)
+    if len(idle) >= STALLED_AFTER and state not in (State.SUSPENDING, State.SUSPENDED):
+        message = (
+            f"The last {len(idle)} attempts ended before they had finished a step; it is tried again all the same. "
+            f"The newest: {idle[0].cause}: {idle[0].message}"
+        )
+        return Finding(Condition.STALLED, True, Reason.NO_PROGRESS, message)
     return Finding(Condition.STALLED, False, Reason.NOT_FAILED)
 
 
@@ -718,7 +769,7 @@ def _written(facts: Facts, status: FineTuneJobStatus, state: State, *findings: F
     if not finished:
         common.append(Finding(Condition.SUSPENDED, False, Reason.NOT_SUSPENDED))
         common.append(Finding(Condition.READY, False, Reason.NOT_FINISHED, f"State: {state}."))
-        common.append(_stalled_condition(facts, state, common[0]))
+        common.append(_stalled_condition(facts, status, state, common[0]))
     conditions = merge_conditions(status.conditions, [*common, *findings], facts.generation, facts.now)
     planned = (facts.plan.workers, facts.plan.gpus_per_worker) if facts.plan else (0, 0)
     progress = status.progress

@@ -11,19 +11,21 @@ from datetime import UTC, datetime, timedelta
 
 from finetune_api.causes import RETRY, Cause, Retry
 from finetune_api.conditions import Reason
-from finetune_api.run import EXIT_USER, FETCH_CONTAINER, TRAINER_CONTAINER
+from finetune_api.run import EXIT_STOPPED, EXIT_USER, FETCH_CONTAINER, TRAINER_CONTAINER
 from finetune_operator.observe import Exit, GangJob, Pod
 
 SIGKILL, SIGTERM, SIGSEGV, SIGABRT, SIGBUS = 9, 15, 11, 6, 7
 _SIGNALS = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGSEGV: "SIGSEGV", SIGABRT: "SIGABRT", SIGBUS: "SIGBUS"}
 
-# Causes that blame the machine: its next attempt goes elsewhere.
-_NODE_TO_BLAME = {Cause.NODE_LOST, Cause.GPU_ERROR, Cause.EVICTED}
+# Causes that blame the machine, whoever tells of them: the next attempt goes elsewhere.
+_NODE_TO_BLAME = {Cause.NODE_LOST, Cause.GPU_ERROR, Cause.START_ERROR, Cause.POD_REJECTED}
 # What the rest of a gang dies of: if another pod has a better story (a lower number), that one is the cause.
 _SECONDARY = {Cause.KILLED: 1, Cause.UNKNOWN: 1, Cause.COMMUNICATION_ERROR: 2, Cause.TERMINATED: 2}
 ECHO_PATIENCE = timedelta(seconds=5)
 """So long a worker that lost its peers waits for their own story, which another kubelet tells a moment later. It
 decides what is done: an eviction costs no restart, a full GPU is no reason to try again."""
+START_PATIENCE = timedelta(minutes=2)
+"""So long a node may try to make a container, again and again, before it counts as one that cannot."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Failure:
     exit_code: int | None = None
     pod: str = ""
     node: str = ""
-    container: str = TRAINER_CONTAINER
+    blames_node: bool = False
+    """What the cause alone does not say: its node ended the pod."""
 
     @property
     def retry(self) -> Retry:
@@ -45,7 +48,7 @@ class Failure:
     @property
     def node_suspect(self) -> bool:
         """The next attempt keeps off this node."""
-        return bool(self.node) and self.cause in _NODE_TO_BLAME
+        return bool(self.node) and (self.blames_node or self.cause in _NODE_TO_BLAME)
 
 
 def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str], now: datetime) -> Failure | None:
@@ -53,13 +56,18 @@ def judge(job: GangJob | None, pods: tuple[Pod, ...], dead_nodes: frozenset[str]
 
     ``dead_nodes`` are nodes of these pods that are gone or not ready.
     """
-    stories = [(_when(pod, failure), failure) for pod in pods if (failure := _judge_pod(pod, dead_nodes))]
+    stories = [(_when(pod, failure), failure) for pod in pods if (failure := _judge_pod(pod, dead_nodes, now))]
     if stories:
         when, failure = min(stories, key=_how_far_from_the_cause)
         if job is not None and job.suspended and failure.cause in _SECONDARY:
             return replace(taken_back(job), exit_code=failure.exit_code, pod=failure.pod, node=failure.node)
-        echo = failure.cause is Cause.COMMUNICATION_ERROR and any(pod.running for pod in pods)
-        return None if echo and now - when < ECHO_PATIENCE else failure
+        running = any(pod.running for pod in pods)
+        if running and failure.cause is Cause.COMMUNICATION_ERROR and now - when < ECHO_PATIENCE:
+            return None
+        # Stopped because of a sidecar elsewhere, when all was done there: they may still end well.
+        if running and failure.cause in (Cause.CONTAINER_ERROR, Cause.TERMINATED) and _a_sidecar_failed(pods):
+            return None
+        return failure
     if job is None:
         return Failure(Cause.JOB_DELETED, "The batch Job of this attempt was deleted by someone else.")
     if job.failed and not pods and job.failure_reason == "BackoffLimitExceeded":
@@ -90,56 +98,189 @@ def _how_far_from_the_cause(story: tuple[datetime, Failure]) -> tuple[int, datet
 def _when(pod: Pod, failure: Failure) -> datetime:
     if failure.cause is Cause.TERMINATED and pod.told_to_go:
         return pod.told_to_go
-    ends = [e.finished for e in pod.exits if e.code != 0 and e.finished]
+    ends = [e.finished for e in (pod.sidecars if pod.trained else pod.exits) if e.code != 0 and e.finished]
     return min(ends) if ends else datetime.max.replace(tzinfo=UTC)
 
 
-def _judge_pod(pod: Pod, dead_nodes: frozenset[str]) -> Failure | None:
+def _judge_pod(pod: Pod, dead_nodes: frozenset[str], now: datetime) -> Failure | None:
+    if pod.trained:
+        return _failed_all_the_same(pod) if pod.phase == "Failed" else None
     if pod.node and pod.node in dead_nodes and not _spoke(pod):
-        return Failure(Cause.NODE_LOST, f"Node {pod.node} is not ready or gone.", pod=pod.name, node=pod.node)
-    if disruption := _disrupted(pod):
-        cause, message = disruption
-        return Failure(cause, message, exit_code=_code(pod), pod=pod.name, node=pod.node)
+        return _of(pod, Cause.NODE_LOST, f"Node {pod.node} is not ready or gone.")
+    if taken := _taken(pod):
+        return taken
     for ended in pod.exits:
         if ended.code != 0:
             cause, message = explain_exit(ended)
             # A worker that stopped on SIGTERM while its pod is being deleted was told to go.
             code = ended.termination.exit_code if ended.termination and ended.termination.exit_code else ended.code
-            return Failure(cause, message, code, pod.name, pod.node, ended.container)
+            return _of(pod, cause, message + _sidecars_before(pod, ended), code)
     if pod.deleting:
-        return Failure(Cause.TERMINATED, f"Pod {pod.name} was deleted.", pod=pod.name, node=pod.node)
+        return _of(pod, Cause.TERMINATED, f"Pod {pod.name} was deleted.")
     if pod.phase == "Failed":
         detail = f"{pod.reason} {pod.message}".strip() or "no reason given"
-        return Failure(Cause.UNKNOWN, f"Pod {pod.name} failed: {detail}.", pod=pod.name, node=pod.node)
-    return None
+        return _of(pod, Cause.UNKNOWN, f"Pod {pod.name} failed: {detail}.")
+    return _cannot_start(pod, now)
+
+
+def _of(pod: Pod, cause: Cause, message: str, code: int | None = None, *, blames_node: bool = False) -> Failure:
+    return Failure(cause, message.strip(), code, pod.name, pod.node, blames_node)
 
 
 def _spoke(pod: Pod) -> bool:
     return any(e.termination for e in pod.exits)
 
 
-def _code(pod: Pod) -> int | None:
-    return next((e.code for e in pod.exits if e.code != 0), None)
+def _a_sidecar_failed(pods: tuple[Pod, ...]) -> bool:
+    return any(pod.trained and pod.phase == "Failed" for pod in pods)
 
 
-_DISRUPTIONS: Mapping[str, tuple[Cause, str]] = {
-    "PreemptionByScheduler": (Cause.PREEMPTED, "preempted for a pod of higher priority"),
-    "EvictionByEvictionAPI": (Cause.EVICTED, "evicted (a drain, or an autoscaler that removes its node)"),
-    "TerminationByKubelet": (Cause.EVICTED, "ended by its node (shutdown, or a lack of memory or disk there)"),
-    "DeletionByTaintManager": (Cause.NODE_LOST, "removed because its node is tainted as not ready or unreachable"),
-    "DeletionByPodGC": (Cause.NODE_LOST, "removed because its node is gone"),
+def _failed_all_the_same(pod: Pod) -> Failure | None:
+    """The trainer of this pod has done its work, and still the pod failed, and by that the Job: Kubernetes stops the
+    workers that have not ended yet."""
+    if taken := _taken(pod):
+        return taken
+    if pod.deleting:
+        return _of(pod, Cause.TERMINATED, f"Pod {pod.name} was deleted.")
+    ended = next((e for e in pod.sidecars if e.code != 0), None)
+    if ended is None:
+        return None
+    message = (
+        f"The sidecar {ended.container} of pod {pod.name} {_how(ended)} when the trainer beside it had finished. By "
+        "that Kubernetes fails the whole Job, and other workers had not finished yet. Have the sidecar end with 0, or "
+        "make it an init container with restartPolicy: Always in spec.workers.template."
+    )
+    return _of(pod, Cause.CONTAINER_ERROR, message, ended.code)
+
+
+def _sidecars_before(pod: Pod, ended: Exit) -> str:
+    """What may explain the failure of a container: a sidecar that failed before it, such as a mesh's proxy."""
+    if ended.finished is None:
+        return ""
+    failed = [e for e in pod.sidecars if e.code != 0 and e.finished and e.finished <= ended.finished]
+    return "".join(f" Before that, its sidecar {e.container} {_how(e)}." for e in failed)
+
+
+def _how(ended: Exit) -> str:
+    reason = f", {ended.reason}" if ended.reason not in ("", "Error", "Completed") else ""
+    return f"ended with exit code {ended.code}{reason}"
+
+
+# --- what the infrastructure did to a pod ---------------------------------------------------------------------
+
+_DISRUPTIONS: Mapping[str, tuple[Cause, str, bool]] = {
+    "PreemptionByScheduler": (Cause.PREEMPTED, "preempted for a pod of higher priority", False),
+    # Its node is well: a drain or an autoscaler cordons it.
+    "EvictionByEvictionAPI": (Cause.EVICTED, "evicted (a drain, or an autoscaler that removes its node)", False),
+    "TerminationByKubelet": (Cause.EVICTED, "ended by its node (shutdown, or a lack of memory or disk there)", True),
+    "DeletionByTaintManager": (Cause.NODE_LOST, "removed because its node is not ready or unreachable", True),
+    "DeletionByPodGC": (Cause.NODE_LOST, "removed because its node is gone", True),
 }
+"""Reason of the condition DisruptionTarget → cause, words, whether the node is to blame."""
+
+_ENDED_BY_NODE = ("Evicted", "NodeShutdown", "Shutdown", "Terminated")
 
 
-def _disrupted(pod: Pod) -> tuple[Cause, str] | None:
+def _taken(pod: Pod) -> Failure | None:
+    code = next((e.code for e in pod.exits if e.code != 0), None)
+    if pod.reason == "Evicted" and (over := _over_its_own_limit(pod)):
+        return _of(pod, Cause.OUT_OF_DISK, over, code)
+    if pod.reason == "Preempting":
+        message = f"Pod {pod.name} made room on node {pod.node} for a critical pod. {pod.message}"
+        return _of(pod, Cause.PREEMPTED, message, code, blames_node=True)
     if pod.disruption:
-        cause, what = _DISRUPTIONS.get(pod.disruption, (Cause.EVICTED, f"disrupted ({pod.disruption})"))
-        return cause, f"Pod {pod.name} was {what}."
-    if pod.reason in ("Evicted", "NodeShutdown", "Shutdown", "Terminated", "NodeAffinity"):
-        return Cause.EVICTED, f"Pod {pod.name} was ended by its node {pod.node}: {pod.reason}. {pod.message}".strip()
-    if pod.reason in ("NodeLost", "UnexpectedAdmissionError"):
-        return Cause.NODE_LOST, f"Pod {pod.name}: {pod.reason} on node {pod.node}. {pod.message}".strip()
+        other = (Cause.EVICTED, f"disrupted ({pod.disruption})", False)
+        cause, what, blames = _DISRUPTIONS.get(pod.disruption, other)
+        return _of(pod, cause, f"Pod {pod.name} was {what}. {pod.message}", code, blames_node=blames)
+    if pod.reason in _ENDED_BY_NODE:
+        message = f"Pod {pod.name} was ended by its node {pod.node}: {pod.reason}. {pod.message}"
+        return _of(pod, Cause.EVICTED, message, code, blames_node=True)
+    if pod.reason == "NodeLost":
+        return _of(pod, Cause.NODE_LOST, f"Pod {pod.name}: its node {pod.node} is lost. {pod.message}", code)
+    # The kubelet's own check of a pod has a reason for each resource and plugin: what never started, it refused.
+    if pod.phase == "Failed" and pod.reason and pod.node and not pod.started:
+        message = f"Node {pod.node} refused pod {pod.name}: {pod.reason}. {pod.message}"
+        return _of(pod, Cause.POD_REJECTED, message)
     return None
+
+
+# What the kubelet says of a pod over a limit of its own; of one that only was on a node in need it says more or else.
+_VOLUME = re.compile(r'Usage of EmptyDir volume "(?P<volume>[^"]+)" exceeds the limit "(?P<limit>[^"]+)"')
+_STORAGE = re.compile(
+    r"Pod ephemeral local storage usage exceeds the total limit of containers (?P<pod>[^\s]+?)\.?(\s|$)|"
+    r'Container (?P<container>\S+) exceeded its local ephemeral storage limit "(?P<limit>[^"]+)"'
+)
+_SIZES = {
+    "cache": "Raise cache.sizeLimit of the job's profile, or give the profile a claim (cache.claimName).",
+    "shm": "Raise shmSize of the job's profile.",
+}
+"""What sets the size of the operator's own volumes."""
+
+
+def _over_its_own_limit(pod: Pod) -> str:
+    """What the pod used too much of, and the remedy; empty where it was not its own limit."""
+    if found := _VOLUME.search(pod.message):
+        name, limit = found["volume"], found["limit"]
+        remedy = _SIZES.get(name, f"Raise emptyDir.sizeLimit of the volume {name} in spec.workers.template.")
+        return f"Pod {pod.name} wrote more than {limit} into its volume {name}, which is the volume's limit. {remedy}"
+    if found := _STORAGE.search(pod.message):
+        who = f"Container {found['container']} of pod {pod.name}" if found["container"] else f"Pod {pod.name}"
+        return (
+            f"{who} used more local disk than its limit of {found['limit'] or found['pod']}; logs count, and for a pod "
+            "its emptyDir volumes. Raise resources.limits.ephemeral-storage in spec.workers.template."
+        )
+    return ""
+
+
+# --- containers that could not be started ---------------------------------------------------------------------
+
+_NOT_STARTED = ("ContainerCannotRun", "StartError", "CreateContainerError", "RunContainerError")
+_GPU_RUNTIME = re.compile(
+    r"nvidia-container|libnvidia|nvidia-ctk|nvidia-cdi|nvidia\.com/|/dev/nvidia|nvml|libcuda|CDI device|"
+    r"driver/library version mismatch|/dev/kfd|amd\.com/gpu|habana",
+    re.IGNORECASE,
+)
+
+
+def explain_start(container: str, command: str, text: str) -> tuple[Cause, str]:
+    """Cause and message of a container that its node could not start. ``command`` is the program it was to run, empty
+    where the image names it; ``text`` the container runtime's words."""
+    if command and _lacks(command, text):
+        ours = container in (TRAINER_CONTAINER, FETCH_CONTAINER)
+        check = "the profile's image" if ours else f"image and command of {container} in spec.workers.template"
+        what = "the image has no trainer in it" if ours else "its image does not hold its command"
+        return Cause.INVALID_CONFIGURATION, (
+            f"Container {container} cannot start: {what}. Check {check}. It said: {text[:400]}"
+        )
+    if "OOM-killed" in text:
+        return Cause.OUT_OF_MEMORY, (
+            f"Container {container} was killed while it started: its memory limit is too low. Raise "
+            f"resources.limits.memory in spec.workers.template. It said: {text[:400]}"
+        )
+    if _GPU_RUNTIME.search(text):
+        return Cause.GPU_ERROR, f"The node could not give container {container} its GPUs. It said: {text[:600]}"
+    return Cause.START_ERROR, f"The node could not start container {container}. It said: {text[:600]}"
+
+
+def _lacks(command: str, text: str) -> bool:
+    """The program itself is missing, as runc, crun and runsc say it: not one that the runtime wanted to run on its
+    own, nor a device or a file to mount."""
+    name = re.escape(command)
+    return bool(
+        re.search(rf'exec: "{name}": (executable file not found|stat [^:]*: no such file or directory)', text)
+        or re.search(rf'executable file `{name}` not found|error finding executable "{name}" in PATH', text)
+    )
+
+
+def _cannot_start(pod: Pod, now: datetime) -> Failure | None:
+    """A container that its node tries in vain to make, again and again: it would wait for ever."""
+    since = pod.waiting_since
+    if pod.waiting not in _NOT_STARTED or pod.running_since or since is None or now - since < START_PATIENCE:
+        return None
+    return _of(pod, *explain_start(pod.waiting_container, pod.waiting_command, pod.waiting_message or pod.waiting))
+
+
+# --- how containers ended -------------------------------------------------------------------------------------
 
 
 def explain_exit(ended: Exit) -> tuple[Cause, str]:
@@ -151,28 +292,31 @@ def explain_exit(ended: Exit) -> tuple[Cause, str]:
     if ended.reason == "OOMKilled":
         return Cause.OUT_OF_MEMORY, (
             f"Container {ended.container} was killed: it used more memory than its limit. Raise "
-            "resources.limits.memory in spec.workers.template, or lower data.max_length or the batch size."
+            "resources.limits.memory in spec.workers.template"
+            + (", or lower data.max_length or the batch size." if ended.ours else ".")
         )
     if ended.termination:
         lost = f"Its message was cut off by the kubelet; the log of container {ended.container} has it."
         return ended.termination.cause, ended.termination.message or (lost if ended.termination.cut else "")
+    if ended.reason in _NOT_STARTED:
+        return explain_start(ended.container, ended.command, ended.text or ended.reason)
     signal = ended.code - 128 if ended.code > 128 else 0
     # Who is killed has said nothing about it: the log's last lines are about something else.
-    if signal not in (SIGKILL, SIGTERM) and (known := _known_text(ended.text)):
+    if ended.ours and signal not in (SIGKILL, SIGTERM) and (known := _known_text(ended.text)):
         return known
-    if ended.reason in ("ContainerCannotRun", "StartError", "CreateContainerError"):
-        return Cause.INVALID_CONFIGURATION, f"Container {ended.container} cannot start: {ended.text or ended.reason}"
-    if signal == SIGTERM or ended.code == 75:
+    if signal == SIGTERM or (ended.ours and ended.code == EXIT_STOPPED):
         return Cause.TERMINATED, f"Container {ended.container} was told to stop (exit code {ended.code})."
     if signal:
         name = _SIGNALS.get(signal, f"signal {signal}")
         return Cause.KILLED, f"Container {ended.container} was killed by {name} (exit code {ended.code})."
-    if ended.code == EXIT_USER:
+    if ended.ours and ended.code == EXIT_USER:
         return Cause.INVALID_CONFIGURATION, (
             f"Container {ended.container} ended with exit code {ended.code}: a mistake that a restart would repeat. "
             "What it said of it is lost here; the container's log has it."
         )
     tail = f" It said: {ended.text.strip()[-600:]}" if ended.text.strip() else ""
+    if not ended.ours:
+        return Cause.CONTAINER_ERROR, f"Your init container {ended.container} {_how(ended)}.{tail}"
     return Cause.TRAINER_ERROR, f"Container {ended.container} ended with exit code {ended.code}.{tail}"
 
 
@@ -202,9 +346,10 @@ _TEXTS: tuple[tuple[str, Cause, str], ...] = (
         "The image does not hold what the trainer needs. Check the profile's image.",
     ),
     (
-        r"executable file not found|no such file or directory: unknown",
-        Cause.INVALID_CONFIGURATION,
-        "The image has no trainer in it. Check the profile's image.",
+        r"(?i)no space left on device|disk quota exceeded",
+        Cause.OUT_OF_DISK,
+        "A disk is full. Give the job's profile a larger cache (cache.sizeLimit, cache.claimName), or a node or claim "
+        "with more room.",
     ),
 )
 
@@ -229,6 +374,7 @@ WAITING_FOR_EVER: Mapping[str, tuple[Reason, str]] = {
     ),
     "CreateContainerError": (Reason.CONTAINER_CONFIG_INVALID, "The container cannot be made."),
     "RunContainerError": (Reason.CONTAINER_CONFIG_INVALID, "The container cannot be started."),
+    "CrashLoopBackOff": (Reason.POD_NOT_STARTED, "The container fails again and again."),
 }
 """Why a container may wait without end, by the kubelet's word for it; reason of PodsReady, and words."""
 

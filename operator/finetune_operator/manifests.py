@@ -173,22 +173,52 @@ def pod_template(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...]) -> M
         },
     }
     template: Manifest = merge(merge(base, plan.profile.template), plan.template)
-    return {**template, "spec": _kept_off(template["spec"], excluded_nodes)} if excluded_nodes else template
+    spec = _with_room_to_fetch(template["spec"])
+    return {**template, "spec": _kept_off(spec, excluded_nodes) if excluded_nodes else spec}
+
+
+_ROOM = ("cpu", "memory", "ephemeral-storage")
+
+
+def _with_room_to_fetch(spec: Manifest) -> Manifest:
+    """The pod's spec with the fetch container given what the trainer has of each resource for which it names nothing
+    itself. It costs nothing, as the two never run at once; without it a quota on limits refuses the pod, and the pod
+    is not of the class Guaranteed, however its trainer is set."""
+    trainer = next(c for c in spec["containers"] if c["name"] == run.TRAINER_CONTAINER)
+    init = [
+        {**c, "resources": _with_room(c.get("resources") or {}, trainer.get("resources") or {})}
+        if c["name"] == run.FETCH_CONTAINER
+        else c
+        for c in spec["initContainers"]
+    ]
+    return {**spec, "initContainers": init}
+
+
+def _with_room(own: Manifest, trainer: Manifest) -> Manifest:
+    named = {name for kind in ("requests", "limits") for name in own.get(kind) or {}}
+    given = {
+        kind: {name: value for name, value in (trainer.get(kind) or {}).items() if name in _ROOM and name not in named}
+        for kind in ("requests", "limits")
+    }
+    return {**own, **{kind: {**(own.get(kind) or {}), **more} for kind, more in given.items() if more}}
 
 
 def _kept_off(spec: Manifest, nodes: tuple[str, ...]) -> Manifest:
     """The pod's spec with these nodes excluded, whatever else its node affinity asks for: its terms are alternatives,
-    so each of them gets the exclusion."""
+    so each of them gets the exclusion. By the node's name: the label kubernetes.io/hostname may say something else."""
     required = "requiredDuringSchedulingIgnoredDuringExecution"
     affinity = spec.get("affinity") or {}
     node_affinity = affinity.get("nodeAffinity") or {}
-    selector = node_affinity.get(required) or {"nodeSelectorTerms": [{"matchExpressions": []}]}
-    unlike = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(nodes)}
+    # A field takes one value only.
+    others = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    selector = node_affinity.get(required) or {}
     terms = [
         # An empty term selects no node, and is to stay so.
-        {**term, "matchExpressions": [*(term.get("matchExpressions") or []), unlike]} if term else term
+        {**term, "matchFields": [*(term.get("matchFields") or []), *others]} if any(term.values()) else term
         for term in selector.get("nodeSelectorTerms") or []
     ]
+    if not selector:
+        terms = [{"matchFields": others}]
     node_affinity = {**node_affinity, required: {**selector, "nodeSelectorTerms": terms}}
     return {**spec, "affinity": {**affinity, "nodeAffinity": node_affinity}}
 

@@ -39,6 +39,13 @@ class Exit:
     """The trainer's own last word, where it left one."""
     text: str = ""
     """The raw termination message, where it was something else (the end of the log)."""
+    command: str = ""
+    """The program it was to run; empty where the image names it."""
+
+    @property
+    def ours(self) -> bool:
+        """It is the trainer's or the fetch container, whose last word is understood."""
+        return self.container in (TRAINER_CONTAINER, FETCH_CONTAINER)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,11 @@ class Pod:
     waiting: str
     """Why a container waits, e.g. ImagePullBackOff."""
     waiting_message: str
+    waiting_container: str
+    waiting_command: str
+    """The program it is to run; empty where the image names it."""
+    waiting_since: datetime | None
+    """It has not waited for longer: since then the pod has its node, and the containers before it have ended."""
     unschedulable: str
     """The scheduler's message, where it finds no node."""
     placement_time: datetime | None
@@ -69,6 +81,14 @@ class Pod:
     disruption: str
     """Reason of the DisruptionTarget condition: PreemptionByScheduler, EvictionByEvictionAPI …"""
     exits: tuple[Exit, ...]
+    """Of the containers a run consists of: the init containers and the trainer."""
+    sidecars: tuple[Exit, ...]
+    """Of those that stand beside it: a mesh's proxy, a log shipper. Only those that do not run now."""
+    created: datetime | None
+    started: bool
+    """One of its containers has been started."""
+    preparing: str
+    """The init container that runs now; empty where none does."""
     gpus: int | None
     """Those it asks for; None where an operator made it that did not say."""
     raw: dict[str, Any] = field(repr=False, compare=False)
@@ -85,13 +105,23 @@ class Pod:
 
     @property
     def trained(self) -> bool:
-        """The training container ended well; its pod's phase follows."""
+        """The training container ended well, whatever its sidecars do; the pod's phase follows them."""
         return self.phase == "Succeeded" or any(e.code == 0 for e in self.exits_of(TRAINER_CONTAINER))
 
     @property
     def failed(self) -> bool:
         """It ended, and not well."""
         return self.phase == "Failed" or any(e.code != 0 for e in self.exits)
+
+    @property
+    def over(self) -> bool:
+        """All its containers have ended: it holds no GPU any more."""
+        return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def failed_container(self) -> str:
+        """The container to ask why the pod failed."""
+        return next((e.container for e in (*self.exits, *self.sidecars) if e.code != 0), TRAINER_CONTAINER)
 
     def exits_of(self, container: str) -> tuple[Exit, ...]:
         """Ended containers of that name (at most one: nothing restarts in place)."""
@@ -124,6 +154,16 @@ class GangJob:
 
 
 @dataclass(frozen=True)
+class News:
+    """The last thing that was told of a pod in its events."""
+
+    reason: str
+    message: str
+    trouble: bool
+    """It is a warning: FailedMount, FailedCreatePodSandBox … Else it tells what is being done, such as Pulling."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """Everything made for one FineTuneJob, as it is now."""
 
@@ -141,6 +181,46 @@ class Observed:
     def pods_of(self, attempt: int) -> tuple[Pod, ...]:
         """The pods of one attempt, by index."""
         return tuple(sorted((p for p in self.pods if p.attempt == attempt), key=lambda p: (p.index, p.name)))
+
+
+SILENCE = timedelta(seconds=30)
+"""So long a pod may take to start before its events are asked."""
+ASKED_AT_MOST = 3
+"""Pods of one gang whose events are read in one pass."""
+
+
+def unexplained(pods: Iterable[Pod], now: datetime) -> list[Pod]:
+    """The pods that should have started by now and do not say themselves why they have not. What holds up volumes,
+    sandboxes and devices stands only in a pod's events."""
+    found = [
+        pod
+        for pod in pods
+        if not (pod.over or pod.deleting or pod.running_since or pod.waiting or pod.preparing)
+        and (pod.node or (pod.raw.get("spec") or {}).get("resourceClaims"))
+        and pod.created is not None
+        and now - pod.created >= SILENCE
+    ]
+    return found[:ASKED_AT_MOST]
+
+
+_TOLD_ELSEWHERE = ("Scheduled", "FailedScheduling")
+
+
+def news(events: Iterable[Object]) -> News | None:
+    """The newest of a pod's events; the scheduler's word stands in the pod itself."""
+    told = [e for e in events if e.get("reason") not in _TOLD_ELSEWHERE]
+    newest = max(told, key=lambda e: (_last_told(e), e.get("type") == "Warning"), default=None)
+    if newest is None:
+        return None
+    message = " ".join((newest.get("message") or "").split())
+    return News(newest.get("reason") or "", message, newest.get("type") == "Warning")
+
+
+def _last_told(event: Object) -> str:
+    """RFC 3339 in UTC, to the second: what is older is smaller."""
+    series = event.get("series") or {}
+    time = series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or ""
+    return time[: len("2026-01-01T00:00:00")]
 
 
 def observe(name: str, children: Iterable[dict[str, Any]], uid: str = "") -> Observed:
@@ -214,23 +294,20 @@ def _job(child: Object, events: list[dict[str, Any]]) -> GangJob:
 
 
 def _pod(child: dict[str, Any]) -> Pod:
-    metadata, status = child["metadata"], child.get("status") or {}
+    metadata, spec, status = child["metadata"], child.get("spec") or {}, child.get("status") or {}
     containers = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    waiting: Mapping[str, Any] = next(
-        (
-            c["state"]["waiting"]
-            for c in containers
-            if (c.get("state") or {}).get("waiting", {}).get("reason")
-            not in (None, "PodInitializing", "ContainerCreating")
-        ),
-        {},
-    )
-    running: Object = next((c for c in containers if c["name"] == TRAINER_CONTAINER), {})
-    started = (running.get("state") or {}).get("running") or (running.get("state") or {}).get("terminated") or {}
+    commands, beside = _commands(spec), _sidecars(spec)
+    init = {c["name"] for c in status.get("initContainerStatuses") or []} - beside
+    held_up: Object = next((c for c in containers if _waits_for(c)), {})
+    waiting: Object = _state(held_up).get("waiting") or {}
+    trainer: Object = next((c for c in containers if c["name"] == TRAINER_CONTAINER), {})
+    started = _state(trainer).get("running") or _state(trainer).get("terminated") or {}
     scheduled: Object = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
     deletion_time = parse_time(metadata.get("deletionTimestamp"))
     grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
     unschedulable = scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else ""
+    exits = [_exit(c, ended, commands) for c in containers if (ended := _ended(c, beside))]
+    steps = [parse_time(status.get("startTime")), *(e.finished for e in exits if e.container not in beside)]
     return Pod(
         name=metadata["name"],
         attempt=_attempt(child),
@@ -238,34 +315,69 @@ def _pod(child: dict[str, Any]) -> Pod:
         phase=status.get("phase", "Pending"),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
-        node=(child.get("spec") or {}).get("nodeName") or "",
+        node=spec.get("nodeName") or "",
         deleting=deletion_time is not None,
         deletion_time=deletion_time,
         told_to_go=deletion_time - grace if deletion_time else None,
         running_since=parse_time(started.get("startedAt")),
         waiting=waiting.get("reason", ""),
         waiting_message=waiting.get("message", ""),
+        waiting_container=held_up.get("name", ""),
+        waiting_command=commands.get(held_up.get("name", ""), ""),
+        waiting_since=max((moment for moment in steps if moment), default=None),
         unschedulable=unschedulable,
         placement_time=parse_time(scheduled.get("lastTransitionTime")),
         disruption=_true_condition(child, "DisruptionTarget").get("reason", ""),
-        exits=tuple(_exits(containers)),
         gpus=_gpus(child),
+        exits=tuple(e for e in exits if e.container not in beside),
+        sidecars=tuple(e for e in exits if e.container in beside),
+        created=parse_time(metadata.get("creationTimestamp")),
+        started=any(_state(c).keys() & {"running", "terminated"} for c in containers),
+        preparing=next((c["name"] for c in containers if "running" in _state(c) and c["name"] in init), ""),
         raw=child,
     )
 
 
-def _exits(containers: Iterable[Mapping[str, Any]]) -> Iterable[Exit]:
-    for container in containers:
-        ended = (container.get("state") or {}).get("terminated")
-        if not ended or container["name"] not in (TRAINER_CONTAINER, FETCH_CONTAINER):
-            continue
-        message = ended.get("message") or ""
-        termination = Termination.from_message(message)
-        yield Exit(
-            container=container["name"],
-            code=ended.get("exitCode", 0),
-            reason=ended.get("reason", ""),
-            finished=parse_time(ended.get("finishedAt")),
-            termination=termination,
-            text="" if termination else message,
-        )
+def _sidecars(spec: Object) -> frozenset[str]:
+    """Names of the containers that run beside the trainer: ordinary ones, and init containers that are restarted."""
+    ordinary = {c["name"] for c in spec.get("containers") or []} - {TRAINER_CONTAINER}
+    init = spec.get("initContainers") or []
+    return frozenset(ordinary | {c["name"] for c in init if c.get("restartPolicy", "Never") != "Never"})
+
+
+def _commands(spec: Object) -> dict[str, str]:
+    containers = [*(spec.get("initContainers") or []), *(spec.get("containers") or [])]
+    return {c["name"]: next(iter(c.get("command") or []), "") for c in containers}
+
+
+def _state(container: Object) -> Object:
+    state: Object = container.get("state") or {}
+    return state
+
+
+def _waits_for(container: Object) -> bool:
+    """It waits for something else than its turn."""
+    waiting = _state(container).get("waiting") or {}
+    return waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating")
+
+
+def _ended(container: Object, sidecars: frozenset[str]) -> Object:
+    """How a container ended; of a sidecar that is started again and again, the last time."""
+    ended: Object = _state(container).get("terminated") or {}
+    if not ended and container["name"] in sidecars and _state(container).get("waiting"):
+        ended = (container.get("lastState") or {}).get("terminated") or {}
+    return ended
+
+
+def _exit(container: Object, ended: Object, commands: Mapping[str, str]) -> Exit:
+    name, message = container["name"], ended.get("message") or ""
+    termination = Termination.from_message(message) if name in (TRAINER_CONTAINER, FETCH_CONTAINER) else None
+    return Exit(
+        container=name,
+        code=ended.get("exitCode", 0),
+        reason=ended.get("reason", ""),
+        finished=parse_time(ended.get("finishedAt")),
+        termination=termination,
+        text="" if termination else message,
+        command=commands.get(name, ""),
+    )

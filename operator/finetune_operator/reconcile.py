@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from finetune_api.base import seconds
 from finetune_api.conditions import Condition, Reason
 from finetune_api.mistakes import Mistake, read
-from finetune_api.run import TRAINER_CONTAINER, Progress
+from finetune_api.run import Progress
 from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator import manifests
 from finetune_operator.cluster import Cluster, ClusterError, Object
 from finetune_operator.decide import Decision, Facts, Inputs, decide
-from finetune_operator.observe import Observed, observe
+from finetune_operator.observe import News, Observed, news, observe, unexplained
 from finetune_operator.plan import ADAPTER, DATA, Owner, Plan, make_plan, not_a_base, waited_for, with_adapter
 from finetune_operator.settings import Profile, Settings
 from finetune_operator.status import Finding, events, is_true, merge_conditions, one_line
@@ -112,6 +112,7 @@ def gather(cluster: Cluster, settings: Settings, raw: Object, status: FineTuneJo
         progress=None if over else _progress(cluster, observed),
         dead_nodes=frozenset() if over else _dead_nodes(cluster, observed),
         logs={} if over else _logs(cluster, namespace, status, observed),
+        news={} if over else _news(cluster, observed, now),
         poll=seconds(settings.progress_interval),
     )
 
@@ -225,9 +226,15 @@ def _logs(cluster: Cluster, namespace: str, status: FineTuneJobStatus, observed:
     logs = {}
     for pod in observed.pods:
         if pod.failed and pod.attempt not in ended:
-            container = next((e.container for e in pod.exits if e.code != 0), TRAINER_CONTAINER)
-            logs[pod.name] = cluster.logs(namespace, pod.name, container, LOG_LINES)
+            logs[pod.name] = cluster.logs(namespace, pod.name, pod.failed_container, LOG_LINES)
     return logs
+
+
+def _news(cluster: Cluster, observed: Observed, now: datetime) -> dict[str, News]:
+    """What is told of pods that do not start."""
+    newest = max((job.attempt for job in observed.jobs), default=0)
+    asked = unexplained(observed.pods_of(newest), now)
+    return {pod.name: told for pod in asked if (told := news(cluster.events_of(pod.raw)))}
 
 
 # --- do -------------------------------------------------------------------------------------------------------

@@ -201,13 +201,18 @@ class Event:
     message: str
 
 
-_HELD_UP = (
-    Reason.UNSCHEDULABLE,
-    Reason.IMAGE_NOT_PULLED,
-    Reason.CONTAINER_CONFIG_INVALID,
-    Reason.QUOTA_EXCEEDED,
-)
-"""Reasons of PodsReady that a person should hear of."""
+_TROUBLES = {
+    Condition.PODS_READY: (
+        Reason.UNSCHEDULABLE,
+        Reason.IMAGE_NOT_PULLED,
+        Reason.CONTAINER_CONFIG_INVALID,
+        Reason.VOLUME_NOT_MOUNTED,
+        Reason.POD_NOT_STARTED,
+        Reason.QUOTA_EXCEEDED,
+    ),
+    Condition.STALLED: (Reason.NO_PROGRESS,),
+}
+"""Reasons that a person should hear of when a condition begins to give them."""
 
 
 def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
@@ -222,7 +227,7 @@ def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
             told.append(_attempt_ended(attempt))
     if new.state != old.state:
         told += _state_events(old, new)
-    told += _pods_events(old, new)
+    told += _trouble_events(old, new)
     newest = max((c.step for c in new.checkpoints), default=0)
     if newest > max((c.step for c in old.checkpoints), default=0):
         told.append(Event("Normal", "CheckpointSaved", f"Checkpoint of step {newest} is complete."))
@@ -233,13 +238,6 @@ def _attempt_ended(attempt: AttemptStatus) -> Event:
     code = f" (exit code {attempt.exit_code})" if attempt.exit_code else ""
     kind = "Normal" if attempt.cause in ("Succeeded", "Suspended") else "Warning"
     return Event(kind, attempt.cause, f"Attempt {attempt.number} ended{code}: {attempt.message or attempt.cause}")
-
-
-def _pods_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
-    before, found = condition(old, Condition.PODS_READY), condition(new, Condition.PODS_READY)
-    if found is None or found.reason not in _HELD_UP or (before is not None and before.reason == found.reason):
-        return []
-    return [Event("Warning", found.reason, found.message)]
 
 
 def _state_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
@@ -256,6 +254,15 @@ def _state_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]
     kind, level = texts[State(new.state)]
     found = condition(new, kind)
     return [Event(level, str(new.state), found.message if found else "")]
+
+
+def _trouble_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    told = []
+    for kind, reasons in _TROUBLES.items():
+        before, now = condition(old, kind), condition(new, kind)
+        if now is not None and now.reason in reasons and (before is None or before.reason != now.reason):
+            told.append(Event("Warning", now.reason, now.message))
+    return told
 
 
 def attempt_ended(attempt: AttemptStatus, now: datetime, **update: object) -> AttemptStatus:

@@ -62,6 +62,8 @@ class Simulation:
     """Pods whose trainer hangs."""
     queued: bool = False
     """A queue (as Kueue is one) holds new Jobs back."""
+    told_of: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Events, by pod."""
     output_kind: str = "model"
     calls_until_killed: int | None = None
     fail_calls: set[str] = field(default_factory=set)
@@ -223,7 +225,12 @@ class Simulation:
         self.workers[name] = Worker(
             {
                 "kind": "Pod",
-                "metadata": {"name": name, "namespace": "team", "labels": labels},
+                "metadata": {
+                    "name": name,
+                    "namespace": "team",
+                    "labels": labels,
+                    "creationTimestamp": format_time(self.now),
+                },
                 "spec": template["spec"],
                 "status": {"phase": "Pending"},
             }
@@ -331,6 +338,10 @@ class Simulation:
         self._call("event")
         self.events.append((reason, message))
 
+    def events_of(self, pod: Object) -> list[Object]:
+        self._call("events")
+        return copy.deepcopy(self.told_of.get(pod["metadata"]["name"], []))
+
     def progress(self, pod: Object) -> Object | None:
         self._call("progress")
         labels = pod["metadata"]["labels"]
@@ -368,4 +379,4 @@ def _index(raw: Mapping[str, Any]) -> int:
 def _banned(raw: Mapping[str, Any]) -> set[str]:
     affinity = raw["spec"].get("affinity", {}).get("nodeAffinity", {})
     terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
-    return {v for t in terms for e in t["matchExpressions"] if e["operator"] == "NotIn" for v in e["values"]}
+    return {v for t in terms for e in t["matchFields"] if e["operator"] == "NotIn" for v in e["values"]}

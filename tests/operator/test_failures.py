@@ -1,7 +1,7 @@
 """What is said of every way a worker can end."""
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -59,7 +59,7 @@ JOB = {
 def judged(
     *pods: dict[str, Any], dead: frozenset[str] = NO_NODES, job: dict[str, Any] | None = JOB, at: int = 59
 ) -> Any:
-    now = datetime(2026, 1, 1, 0, 0, at, tzinfo=UTC)
+    now = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=at)
     seen = observe("tune", [*([job] if job else []), *pods])
     return judge(seen.job(1), seen.pods_of(1), dead, now)
 
@@ -82,10 +82,9 @@ def judged(
         (ended(1, message="ncclRemoteError: a peer has gone"), Cause.COMMUNICATION_ERROR, "lost each other"),
         (ended(1, message="/usr/bin/python: No module named finetune_trainer"), Cause.INVALID_CONFIGURATION, "image"),
         (ended(1, message="Traceback\nValueError: boom"), Cause.TRAINER_ERROR, "ValueError: boom"),
-        (ended(128, reason="StartError", message="exec failed"), Cause.INVALID_CONFIGURATION, "cannot start"),
         ({"phase": "Failed", "reason": "Evicted", "message": "low on disk"}, Cause.EVICTED, "low on disk"),
         ({"phase": "Failed", "reason": "NodeShutdown"}, Cause.EVICTED, "NodeShutdown"),
-        ({"phase": "Failed", "reason": "UnexpectedAdmissionError"}, Cause.NODE_LOST, "UnexpectedAdmissionError"),
+        (ended(1, message="OSError: [Errno 28] No space left on device"), Cause.OUT_OF_DISK, "No space left"),
         ({"phase": "Failed"}, Cause.UNKNOWN, "no reason given"),
         ({"deleting": True}, Cause.TERMINATED, "was deleted"),
     ],
@@ -94,6 +93,138 @@ def test_one_pod(status: dict[str, Any], cause: Cause, says: str) -> None:
     found = judged(pod(**status), pod(1))
     assert found.cause is cause
     assert says in found.message
+
+
+RUNC = "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process: "
+
+
+@pytest.mark.parametrize(
+    ("said", "cause", "suspect"),
+    [
+        (RUNC + 'exec: "python": executable file not found in $PATH: unknown', Cause.INVALID_CONFIGURATION, False),
+        (RUNC + 'exec: "python": stat python: no such file or directory: unknown', Cause.INVALID_CONFIGURATION, False),
+        ("crun: executable file `python` not found in $PATH: No such file", Cause.INVALID_CONFIGURATION, False),
+        (RUNC + 'exec: "python": permission denied: unknown', Cause.START_ERROR, True),
+        (RUNC + 'exec: "runc": executable file not found in $PATH: unknown', Cause.START_ERROR, True),
+        ("failed to create shim task: open /dev/fuse: no such file or directory: unknown", Cause.START_ERROR, True),
+        ("failed to create shim task: open /dev/nvidia3: no such file or directory: unknown", Cause.GPU_ERROR, True),
+        (RUNC + "error running prestart hook #0: stderr: nvidia-container-cli: initialization error: nvml error: "
+         "driver/library version mismatch", Cause.GPU_ERROR, True),
+        ("CDI device injection failed: unresolvable CDI devices nvidia.com/gpu=0", Cause.GPU_ERROR, True),
+        (RUNC + "container init was OOM-killed (memory limit too low?): unknown", Cause.OUT_OF_MEMORY, False),
+        ("", Cause.START_ERROR, True),
+    ],
+)  # fmt: skip
+def test_only_a_missing_command_is_the_images_fault(said: str, cause: Cause, suspect: bool) -> None:
+    failed = pod(**ended(128, reason="StartError", message=said))
+    failed["spec"]["containers"] = [{"name": "trainer", "command": ["python", "-m", "finetune_trainer.launch"]}]
+    found = judged(failed)
+    assert (found.cause, found.node_suspect) == (cause, suspect)
+    # A device that cannot be injected is told while the kubelet tries again and again.
+    waiting = {"reason": "CreateContainerError", "message": said}
+    status = {"phase": "Pending", "startTime": "2026-01-01T00:00:00Z"}
+    stuck = {**failed, "status": {**status, "containerStatuses": [{"name": "trainer", "state": {"waiting": waiting}}]}}
+    assert judged(stuck, at=59) is None
+    assert judged(stuck, at=120).cause is cause
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("OutOfnvidia.com/gpu", "Node didn't have enough resource: nvidia.com/gpu, requested: 8, used: 8, capacity: 8"),
+        ("OutOfcpu", "Node didn't have enough resource: cpu"),
+        ("OutOfpods", "Node didn't have enough resource: pods"),
+        ("TopologyAffinityError", "Resources cannot be allocated with Topology locality"),
+        ("UnexpectedAdmissionError", "Allocate failed due to requested number of devices unavailable"),
+        ("NodeAffinity", "Predicate NodeAffinity failed"),
+        ("VolumeAttachmentLimitExceeded", "Node has reached its volume attachment limit"),
+        ("SomethingNew", ""),
+    ],
+)
+def test_a_pod_that_its_node_refuses_is_the_infrastructures(reason: str, message: str) -> None:
+    found = judged(pod(phase="Failed", reason=reason, message=f"Pod was rejected: {message}"))
+    assert (found.cause, found.retry, found.node_suspect) == (Cause.POD_REJECTED, Retry.FREE, True)
+    assert reason in found.message and message in found.message
+
+
+def test_room_for_a_critical_pod_is_a_preemption() -> None:
+    by = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}
+    message = "Preempted in order to admit critical pod"
+    found = judged(pod(reason="Preempting", message=message, conditions=[by], **ended(137)))
+    assert (found.cause, found.retry, found.node_suspect) == (Cause.PREEMPTED, Retry.FREE, True)
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ('Usage of EmptyDir volume "cache" exceeds the limit "200Gi". ', "cache.sizeLimit of the job's profile"),
+        ('Usage of EmptyDir volume "shm" exceeds the limit "64Gi". ', "shmSize"),
+        ('Usage of EmptyDir volume "mine" exceeds the limit "1Gi". ', "emptyDir.sizeLimit of the volume mine"),
+        ("Pod ephemeral local storage usage exceeds the total limit of containers 50Gi. ", "limits.ephemeral-storage"),
+        ('Container shipper exceeded its local ephemeral storage limit "50Gi". ', "Container shipper"),
+    ],
+)
+def test_an_eviction_over_its_own_limit_is_the_jobs(message: str, remedy: str) -> None:
+    found = judged(pod(reason="Evicted", message=message, **ended(137)))
+    assert (found.cause, found.retry, found.node_suspect) == (Cause.OUT_OF_DISK, Retry.COUNTED, False)
+    assert remedy in found.message
+    assert any(limit in found.message for limit in ("200Gi", "64Gi", "1Gi", "50Gi"))
+
+
+def test_an_eviction_from_a_node_in_need_is_the_nodes() -> None:
+    by = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}
+    need = (
+        "The node was low on resource: ephemeral-storage. Threshold quantity: 10Gi, available: 5Gi. Container fetch "
+        "was using 90Gi, request is 0, has larger consumption of ephemeral-storage. "
+    )
+    for conditions in ([by], []):
+        found = judged(pod(reason="Evicted", message=need, conditions=conditions, **ended(137)))
+        assert (found.cause, found.retry, found.node_suspect) == (Cause.EVICTED, Retry.FREE, True)
+        assert "low on resource: ephemeral-storage" in found.message
+
+
+SHIPPER = {"containers": [{"name": "trainer"}, {"name": "shipper"}], "initContainers": [{"name": "fetch"}]}
+
+
+def with_sidecar(trainer: int | None, shipper: int | None, index: int = 0, **status: Any) -> dict[str, Any]:
+    """A pod with a log shipper beside the trainer; None: it still runs. The shipper ends a second before it."""
+    running = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+    states = [
+        {"name": name, "state": ended(code, at)["containerStatuses"][0]["state"] if code is not None else running}
+        for name, code, at in (("trainer", trainer, 5), ("shipper", shipper, 4))
+    ]
+    made = pod(index, **{"phase": "Running", "containerStatuses": states, **status})
+    return {**made, "spec": {**made["spec"], **SHIPPER}}
+
+
+def test_a_sidecar_is_no_reason_for_anything_while_its_trainer_runs_or_has_done_its_work() -> None:
+    for trainer in (None, 0):
+        for shipper in (None, 0, 1, 137):
+            assert judged(with_sidecar(trainer, shipper), pod(1)) is None
+
+
+def test_what_a_sidecar_did_before_is_told_beside_the_trainers_own_story() -> None:
+    found = judged(with_sidecar(1, 137, phase="Failed"))
+    assert found.cause is Cause.TRAINER_ERROR
+    assert found.message.endswith(" Before that, its sidecar shipper ended with exit code 137.")
+
+
+def test_a_sidecar_that_fails_the_job_under_workers_that_have_not_ended_is_the_cause() -> None:
+    stopped = pod(1, deleting=True, told=5, **ended(75, at=7))
+    failed = with_sidecar(0, 1, phase="Failed")
+    assert judged(failed, with_sidecar(None, None, 1, deleting=True)) is None  # it may still end well
+    found = judged(failed, stopped)
+    assert (found.cause, found.retry, found.exit_code) == (Cause.CONTAINER_ERROR, Retry.COUNTED, 1)
+    assert "The sidecar shipper of pod tune-a1-0-x ended with exit code 1" in found.message
+
+
+def test_an_init_container_of_the_users_own_is_named() -> None:
+    failed = pod(**ended(3, container="license", message="no licence server"))
+    failed["status"]["initContainerStatuses"] = failed["status"].pop("containerStatuses")
+    failed["spec"]["initContainers"] = [{"name": "license"}]
+    found = judged(failed)
+    assert (found.cause, found.retry) == (Cause.CONTAINER_ERROR, Retry.COUNTED)
+    assert found.message == "Your init container license ended with exit code 3. It said: no licence server"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +242,8 @@ def test_a_disruption_explains_the_exit_code_and_costs_no_restart(reason: str, c
     condition = {"type": "DisruptionTarget", "status": "True", "reason": reason}
     found = judged(pod(conditions=[condition], **ended(143)), pod(1))
     assert (found.cause, found.retry, found.exit_code) == (cause, retry, 143)
+    # Where it was moved on purpose, its node is well.
+    assert found.node_suspect is (reason in ("TerminationByKubelet", "DeletionByTaintManager", "DeletionByPodGC"))
 
 
 def test_a_pod_on_a_dead_node_is_the_nodes_fault() -> None:

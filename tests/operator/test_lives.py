@@ -355,15 +355,172 @@ def test_a_gang_whose_queue_takes_the_room_back_was_preempted(sim: Simulation, s
     assert (status["restarts"], status["countedRestarts"]) == (1, 0)
 
 
-def test_a_job_whose_trainers_are_done_runs_until_its_pods_say_so(sim: Simulation) -> None:
-    """The kubelet tells of an ended container before the pod's phase follows."""
+def beside(sim: Simulation, pod: str, state: dict[str, Any], phase: str = "Running") -> None:
+    """The pod's trainer has ended with 0 and left its word; the sidecar beside it is in this state."""
+    worker = sim.workers[pod]
+    sim.exit(pod, 0)
+    assert worker.termination
+    terminated = {"exitCode": 0, "finishedAt": "2026-01-01T00:00:05Z", "message": worker.termination.to_message()}
+    worker.raw["spec"]["containers"] = [{"name": "trainer"}, {"name": "mesh"}]
+    worker.raw["status"] |= {
+        "phase": phase,
+        "containerStatuses": [{"name": "trainer", "state": {"terminated": terminated}}, {"name": "mesh", **state}],
+    }
+    worker.exit_code = None  # the kubelet waits for the sidecar
+
+
+RUNS = {"state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}
+ENDED = {"state": {"terminated": {"exitCode": 1, "reason": "Error", "finishedAt": "2026-01-01T00:00:06Z"}}}
+
+
+@pytest.mark.parametrize(("state", "phase"), [(RUNS, "Running"), (ENDED, "Failed")])
+def test_a_run_whose_trainers_ended_well_has_succeeded_whatever_stands_beside_them(
+    sim: Simulation, state: dict[str, Any], phase: str
+) -> None:
     sim.run("tune", until="Running")
-    ended = [{"name": "trainer", "state": {"terminated": {"exitCode": 0}}}]
-    for pod in sim.pods():
-        sim.workers[pod].raw["status"]["containerStatuses"] = ended
+    sim._train = lambda: None  # type: ignore[method-assign]
+    first, second = sim.pods()
+    beside(sim, first, state, phase)
     sim.reconcile("tune")
     assert sim.status("tune")["state"] == "Running"
-    assert sim.reason("tune", "PodsReady") == ("True", "PodsRunning")
+    beside(sim, second, state, phase)
+    sim._job_controller()
+    status = sim.run("tune", ticks=1)
+    assert (status["state"], status["restarts"]) == ("Succeeded", 0)
+    assert status["outputs"] == [{"uri": "s3://team/tune", "kind": "model", "digest": "sha256:1", "size": "2.0Ki"}]
+    # It has a moment to end by itself; then the Job goes, and the GPUs are free.
+    for _ in range(29):
+        sim.reconcile("tune")
+        sim.tick()
+    assert sim.pods() == [first, second]
+    for _ in range(5):
+        sim.reconcile("tune")
+        sim.tick()
+    assert sim.pods() == ([] if phase == "Running" else [first, second])
+    assert sim.status("tune") == status
+
+
+def test_a_worker_that_hangs_while_others_have_ended_is_noticed(sim: Simulation) -> None:
+    sim.edit("tune", recovery={"hangTimeout": "1m"})
+    while sim.step.get("tune-a1", 0) < 4:
+        sim.reconcile("tune")
+        sim.tick()
+    sim.frozen.add("tune-a1-1-abcde")
+    beside(sim, "tune-a1-0-abcde", RUNS)
+    status = sim.run("tune", ticks=1000)
+    assert [a["cause"] for a in status["attempts"]] == ["Stalled", "Succeeded"]
+
+
+def evict(sim: Simulation, message: str) -> None:
+    """The kubelet ends every pod that runs."""
+    for worker in sim.workers.values():
+        if worker.raw["status"]["phase"] == "Running":
+            worker.raw["status"] |= {"phase": "Failed", "reason": "Evicted", "message": message}
+
+
+def test_a_job_that_is_too_large_for_its_own_limit_fails_and_blames_no_node(sim: Simulation) -> None:
+    sim.edit("tune", recovery={"maxRestarts": 2})
+    for _ in range(200):
+        sim.reconcile("tune")
+        evict(sim, 'Usage of EmptyDir volume "cache" exceeds the limit "200Gi". ')
+        sim.tick()
+    status = sim.status("tune")
+    assert (status["state"], [a["cause"] for a in status["attempts"]]) == ("Failed", ["OutOfDisk"] * 3)
+    assert not any(a["nodeSuspect"] for a in status["attempts"])
+    assert "cache.sizeLimit" in sim.message("tune", "Failed")
+
+
+def test_a_free_cause_that_repeats_without_a_step_calls_for_a_person(sim: Simulation) -> None:
+    sim.edit("tune", workers={"replicas": 1, "gpusPerWorker": 8})
+    sim._train = lambda: None  # type: ignore[method-assign]
+    for ticks in itertools.count():
+        sim.reconcile("tune")
+        if sim.reason("tune", "Stalled")[0] == "True":
+            break
+        evict(sim, "The node was low on resource: ephemeral-storage. ")
+        sim.tick()
+        assert ticks < 1000
+    status = sim.status("tune")
+    assert [a["cause"] for a in status["attempts"] if a["cause"] != "NoOtherNode"] == ["Evicted"] * 6
+    assert sim.reason("tune", "Stalled") == ("True", "NoProgress")
+    assert "The last 6 attempts ended before they had finished a step" in sim.message("tune", "Stalled")
+    assert status["countedRestarts"] == 0
+    assert [reason for reason, _ in sim.events].count("NoProgress") == 1
+    del sim._train  # type: ignore[method-assign]
+    assert sim.run("tune", ticks=2000)["state"] == "Succeeded"
+    assert sim.reason("tune", "Stalled")[0] == "False"
+
+
+def cannot_start(sim: Simulation, said: str) -> str:
+    """No container can be started on the node of the only worker, whose name is returned."""
+    while not (worker := next(iter(sim.workers.values()), None)) or worker.raw["status"]["phase"] != "Running":
+        sim.reconcile("tune")
+        sim.tick()
+    ended = {"exitCode": 128, "reason": "StartError", "message": said, "finishedAt": "2026-01-01T00:00:05Z"}
+    worker.raw["status"] |= {
+        "phase": "Failed",
+        "containerStatuses": [{"name": "trainer", "state": {"terminated": ended}}],
+    }
+    return str(worker.raw["spec"]["nodeName"])
+
+
+def test_a_container_that_a_second_node_cannot_start_either_is_not_the_nodes_fault(sim: Simulation) -> None:
+    sim.edit("tune", workers={"replicas": 1})
+    sim._train = lambda: None  # type: ignore[method-assign]
+    said = 'error mounting "/etc/ssl" to rootfs: not a directory'
+    first = cannot_start(sim, said)
+    second = cannot_start(sim, said)
+    assert first != second
+    status = sim.run("tune")
+    assert status["state"] == "Failed"
+    assert [(a["cause"], a["counted"], a["nodeSuspect"]) for a in status["attempts"]] == [
+        ("StartError", True, True)
+    ] * 2
+    assert sim.reason("tune", "Failed") == ("True", "NotRetryable")
+    assert sim.message("tune", "Failed").endswith(f"Node {first} could not start it either.")
+
+
+def test_a_node_without_its_gpu_driver_is_left(sim: Simulation) -> None:
+    sim.edit("tune", workers={"replicas": 1})
+    broken = cannot_start(
+        sim, "nvidia-container-cli: initialization error: nvml error: driver/library version mismatch"
+    )
+    status = sim.run("tune")
+    assert [(a["cause"], a["node"] == broken) for a in status["attempts"]] == [("GPUError", True), ("Succeeded", False)]
+
+
+@pytest.mark.parametrize(
+    ("told", "reason", "says"),
+    [
+        (("FailedMount", 'secret "no-such" not found'), "VolumeNotMounted", 'FailedMount: secret "no-such" not found'),
+        (("FailedCreatePodSandBox", "no CNI"), "PodNotStarted", "FailedCreatePodSandBox: no CNI"),
+        (("Pulling", 'Pulling image "trainer:1"'), "PodsPending", 'Pulling image "trainer:1"'),
+    ],
+)
+def test_what_holds_up_a_pod_is_told_where_only_its_events_say_it(
+    sim: Simulation, told: tuple[str, str], reason: str, says: str
+) -> None:
+    sim._tick_pod = lambda worker: worker.raw["spec"].update(nodeName="node-1")  # type: ignore[method-assign]
+    sim.told_of["tune-a1-1-abcde"] = [
+        {"reason": "Scheduled", "type": "Normal", "eventTime": "2026-01-01T00:00:09Z", "message": "assigned"},
+        {"reason": "FailedMount", "type": "Warning", "lastTimestamp": "2026-01-01T00:00:01Z", "message": "early"},
+        {
+            "reason": told[0],
+            "type": "Normal" if reason == "PodsPending" else "Warning",
+            "lastTimestamp": "2026-01-01T00:00:05Z",
+            "message": told[1],
+        },
+    ]
+    for _ in range(20):
+        sim.reconcile("tune")
+        sim.tick()
+    assert sim.message("tune", "PodsReady") == "0 of 2 workers run."
+    for _ in range(20):
+        sim.reconcile("tune")
+        sim.tick()
+    assert sim.reason("tune", "PodsReady") == ("False", reason)
+    assert sim.message("tune", "PodsReady") == f"0 of 2 workers run. tune-a1-1-abcde: {says}"
+    assert [r for r, _ in sim.events if r == reason] == ([reason] if reason != "PodsPending" else [])
 
 
 def test_a_job_that_its_queue_holds_back_waits_in_its_first_attempt(sim: Simulation) -> None:

@@ -197,9 +197,9 @@ def test_excluded_nodes_stay_excluded_whatever_affinity_is_asked_for(who: str) -
     template = affine({"matchExpressions": [zone]}, {"matchFields": [name]}, {})
     before = json.dumps(template)
     made = plan(Profile(template=template)) if who == "profile" else plan(workers={"template": template})
-    off = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["bad", "worse"]}
+    off = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in ("bad", "worse")]
     terms = pod_of(made, "bad", "worse")["affinity"]["nodeAffinity"][REQUIRED]["nodeSelectorTerms"]
-    assert terms == [{"matchExpressions": [zone, off]}, {"matchFields": [name], "matchExpressions": [off]}, {}]
+    assert terms == [{"matchExpressions": [zone], "matchFields": off}, {"matchFields": [name, *off]}, {}]
     assert json.dumps(template) == before
     assert pod_of(made)["affinity"] == template["spec"]["affinity"]
 
@@ -209,7 +209,26 @@ def test_excluded_nodes_lie_beside_other_affinity() -> None:
     affinity = pod_of(plan(workers={"template": {"spec": {"affinity": spread}}}), "bad")["affinity"]
     assert affinity["podAffinity"] == spread["podAffinity"]
     (term,) = affinity["nodeAffinity"][REQUIRED]["nodeSelectorTerms"]
-    assert [e["values"] for e in term["matchExpressions"]] == [["bad"]]
+    assert [e["values"] for e in term["matchFields"]] == [["bad"]]
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"memory": "32Gi"}}),
+        (
+            {"limits": {"memory": "4Gi"}},
+            {"requests": {"cpu": "4"}, "limits": {"memory": "4Gi"}},
+        ),
+    ],
+)
+def test_what_fetches_has_the_trainers_room_and_no_gpu(own: dict[str, Any], expected: dict[str, Any]) -> None:
+    """A ResourceQuota on limits asks every container for one."""
+    room = {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"memory": "32Gi"}}
+    fetch, trainer = {"name": "fetch", "resources": own}, {"name": "trainer", "resources": room}
+    template = {"spec": {"initContainers": [fetch], "containers": [trainer]}}
+    assert pod_of(plan(workers={"template": template}))["initContainers"][0]["resources"] == expected
+    assert pod_of(plan())["initContainers"][0]["resources"] == {}
 
 
 def test_a_change_is_named_with_both_values_and_defaults_are_no_change() -> None:

@@ -51,6 +51,9 @@ class Cluster(Protocol):
     def event(self, job: Object, kind: str, reason: str, message: str) -> None:
         """Record an event (kind Normal or Warning) on a FineTuneJob. Never fails."""
 
+    def events_of(self, pod: Object) -> list[Object]:
+        """The events of a pod; none where they may not be read."""
+
     def progress(self, pod: Object) -> Object | None:
         """The progress document of a worker pod; None where it cannot be reached (yet)."""
 

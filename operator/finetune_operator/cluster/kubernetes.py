@@ -12,7 +12,7 @@ import threading
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 FIELD_MANAGER = "finetune-operator"
 TIMEOUT = 30
 PROGRESS_TIMEOUT = 3
+LOG_BYTES = 16384
+"""Of a log's end, looked at."""
+LINE_LENGTH = 400
+"""Characters of one of its lines, kept."""
 
 
 def load_client(connections: int) -> client.ApiClient:
@@ -213,6 +217,14 @@ class KubernetesCluster:
         except ClusterError as error:
             log.warning("%s", error.message)
 
+    def events_of(self, pod: Object) -> list[Object]:
+        selector = f"involvedObject.uid={pod['metadata']['uid']}"
+        with contextlib.suppress(ClusterError):  # a job runs as well without being explained
+            return self._list(
+                "Event", self._core.list_namespaced_event, pod["metadata"]["namespace"], field_selector=selector
+            )
+        return []
+
     def progress(self, pod: Object) -> Object | None:
         metadata = pod["metadata"]
         try:
@@ -241,11 +253,10 @@ class KubernetesCluster:
                 namespace,
                 container=container,
                 tail_lines=lines,
-                limit_bytes=16384,
                 _preload_content=False,
                 _request_timeout=TIMEOUT,
             )
-            return [line[:400] for line in answer.data.decode(errors="replace").splitlines()]
+            return _end_of(answer.stream(LOG_BYTES), lines)
         except (ApiException, urllib3.exceptions.HTTPError):
             return []
 
@@ -281,6 +292,19 @@ class KubernetesCluster:
             raise (_NotFoundError if error.status == 404 else ClusterError)(message) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise ClusterError(f"Could not {what}: the API server cannot be reached ({error}).") from error
+
+
+def _end_of(parts: Iterable[bytes], lines: int) -> list[str]:
+    """The last lines of a text, out of its last LOG_BYTES. The server's own limit of bytes keeps the beginning of the
+    last lines, and a progress bar is one line without end; why a process ended stands at the end."""
+    end, cut = b"", False
+    for part in parts:
+        end += part
+        cut = cut or len(end) > LOG_BYTES
+        end = end[-LOG_BYTES:]
+    found = end.decode(errors="replace").splitlines()
+    whole = found[1:] if cut and len(found) > 1 else found
+    return [line[:LINE_LENGTH] for line in whole[-lines:]]
 
 
 class _NotFoundError(ClusterError):

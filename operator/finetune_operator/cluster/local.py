@@ -318,6 +318,10 @@ class LocalCluster:
             return None
         return found if isinstance(found, dict) else None
 
+    def events_of(self, pod: Object) -> list[Object]:
+        """None are kept here."""
+        return []
+
     def logs(self, namespace: str, pod: str, container: str, lines: int) -> list[str]:
         """Last lines of a container's log."""
         for folder in self._in(namespace):
