@@ -397,7 +397,7 @@ def test_a_run_whose_trainers_ended_well_has_succeeded_whatever_stands_beside_th
         sim.reconcile("tune")
         sim.tick()
     assert sim.pods() == ([] if phase == "Running" else [first, second])
-    assert sim.status("tune") == status
+    assert sim.status("tune") == {**status, "gpus": {"wanted": 0, "held": 0}}
 
 
 def test_a_worker_that_hangs_while_others_have_ended_is_noticed(sim: Simulation) -> None:
