@@ -52,7 +52,7 @@ STATES = {
     State.PENDING: "The operator has not looked at it yet, or makes its pods.",
     State.INVALID: "The spec has mistakes: the condition Accepted lists all of them.",
     State.WAITING: "The job of a job:// input has not succeeded yet.",
-    State.QUEUED: "A queue (Kueue, say) holds its pods back.",
+    State.QUEUED: "A queue (Kueue, say) holds its Job or its pods back.",
     State.STARTING: "Pods are being scheduled, or load model and data.",
     State.RUNNING: "Steps are being finished.",
     State.RESTARTING: "An attempt has failed; the next one continues from the newest checkpoint.",

@@ -532,7 +532,7 @@ def _running(
     state = State.RUNNING if progressing.holds else State.STARTING
     if status.restarts and state is State.STARTING:
         state = State.RESTARTING
-    if job is not None and job.suspended:
+    if pods_ready.reason is Reason.QUEUED:
         state = State.QUEUED
     poll = facts.poll if pods_ready.holds else PENDING_POLL
     if job is not None and not (job.suspended or job.refusal) and facts.plan and len(pods) < facts.plan.workers:
@@ -553,6 +553,10 @@ def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Fin
     count = f"{ready} of {wanted} workers run."
     if job is not None and job.suspended:
         return Finding(Condition.PODS_READY, False, Reason.QUEUED, f"{count} The queue holds Job {job.name} back.")
+    for pod in pods:
+        if pod.gates:
+            message = f"{count} {', '.join(pod.gates)} holds {pod.name} back."
+            return Finding(Condition.PODS_READY, False, Reason.QUEUED, message)
     if job is not None and job.refusal:
         reason = Reason.QUOTA_EXCEEDED if "exceeded quota" in job.refusal else Reason.PODS_PENDING
         return Finding(Condition.PODS_READY, False, reason, f"{count} No further pod can be made: {job.refusal}")

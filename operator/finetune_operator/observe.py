@@ -89,6 +89,8 @@ class Pod:
     """One of its containers has been started."""
     preparing: str
     """The init container that runs now; empty where none does."""
+    gates: tuple[str, ...]
+    """What the scheduler waits for before it looks at it, e.g. kueue.x-k8s.io/topology."""
     gpus: int | None
     """Those it asks for; None where an operator made it that did not say."""
     raw: dict[str, Any] = field(repr=False, compare=False)
@@ -328,6 +330,7 @@ def _pod(child: dict[str, Any]) -> Pod:
         unschedulable=unschedulable,
         placement_time=parse_time(scheduled.get("lastTransitionTime")),
         disruption=_true_condition(child, "DisruptionTarget").get("reason", ""),
+        gates=tuple(gate["name"] for gate in (child.get("spec") or {}).get("schedulingGates") or []),
         gpus=_gpus(child),
         exits=tuple(e for e in exits if e.container not in beside),
         sidecars=tuple(e for e in exits if e.container in beside),

@@ -84,7 +84,7 @@ def _invalid(sim: Simulation) -> None:
 
 
 STORIES: list[tuple[Callable[[Simulation], object], str, str]] = [
-    (lambda sim: sim.reconcile("chat"), "Progressing", "The pods are being made."),
+    (lambda sim: sim.reconcile("chat"), "Progressing", "Starting: The pods are being made."),
     (lambda sim: sim.run("chat"), "Healthy", "The run has finished after 10 steps"),
     (_failed, "Degraded", "AccessDenied: no"),
     (_suspended, "Suspended", "Suspended; set spec.suspend"),

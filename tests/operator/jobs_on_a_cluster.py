@@ -92,8 +92,8 @@ def told(cluster: Cluster, namespace: str, name: str, last: str) -> set[tuple[st
 
 
 def shown(cluster: Cluster, namespace: str, name: str) -> dict[str, str]:
-    """What ``kubectl get ftj`` prints, by column."""
-    head, row = cluster.kubectl("get", "ftj", name, "-n", namespace).splitlines()
+    """What ``kubectl get ftj -o wide`` prints, by column."""
+    head, row = cluster.kubectl("get", "ftj", name, "-n", namespace, "-o", "wide").splitlines()
     starts = [head.index(column) for column in head.split()]
     ends = [*starts[1:], None]
     return {column: row[a:b].strip() for column, a, b in zip(head.split(), starts, ends, strict=True)}

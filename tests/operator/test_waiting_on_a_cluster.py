@@ -21,6 +21,8 @@ from tests.operator.jobs_on_a_cluster import (
     end,
     fine_tune_job,
     result,
+    shown,
+    told,
     wait_for_reason,
     wait_for_state,
     workers,
@@ -142,6 +144,9 @@ def test_a_queue_holds_a_job_back_and_lets_it_go(cluster: Cluster, namespace: st
         cluster.apply(job, namespace=namespace)
         queued = wait_for_reason(cluster, namespace, "tune", "PodsReady", "Queued")
         assert queued["message"] == "0 of 2 workers run. The queue holds Job tune-a1 back."
+        columns = shown(cluster, namespace, "tune")
+        assert [columns[c] for c in ("STATE", "GPUS", "MESSAGE")] == ["Queued", "0", queued["message"]]
+        assert ("Normal", "Queued", queued["message"]) in told(cluster, namespace, "tune", last="Queued")
         cluster.kubectl("patch", "job", "tune-a1", "-n", namespace, "-p", '{"spec": {"suspend": false}}')
         workers(cluster, namespace, "tune")
         ready = wait_for_reason(cluster, namespace, "tune", "PodsReady", "PodsRunning")
@@ -171,13 +176,13 @@ def test_a_quota_that_is_used_up_is_told(cluster: Cluster, namespace: str) -> No
     cluster.apply(fine_tune_job("tune"), namespace=namespace)
 
     def exceeded(jobs: list[Object]) -> Object | None:
-        found = condition(jobs[0], "PodsReady")
-        return found if found["message"].startswith("1 of 2 workers run. No further") else None
+        ready = condition(jobs[0], "PodsReady")
+        return ready if ready["message"].startswith("1 of 2 workers run. No further") else None
 
-    told = cluster.wait_for(JOBS, exceeded, name="tune", namespace=namespace)
-    assert told
-    assert told["reason"] == "QuotaExceeded"
-    assert "No further pod can be made: exceeded quota: gpus, requested: " in told["message"]
+    found = cluster.wait_for(JOBS, exceeded, name="tune", namespace=namespace)
+    assert found
+    assert found["reason"] == "QuotaExceeded"
+    assert "No further pod can be made: exceeded quota: gpus, requested: " in found["message"]
     more = '{"spec": {"hard": {"requests.nvidia.com/gpu": "16"}}}'
     cluster.kubectl("patch", "resourcequota", "gpus", "-n", namespace, "-p", more)
     wait_for_reason(cluster, namespace, "tune", "PodsReady", "PodsRunning")
@@ -196,6 +201,13 @@ def test_pods_without_a_place_are_told_in_the_words_of_the_scheduler(cluster: Cl
     cluster.apply(fine_tune_job("tune", workers={"replicas": 1, "gpusPerWorker": 16}), namespace=namespace)
     found = wait_for_reason(cluster, namespace, "tune", "PodsReady", "Unschedulable")
     assert "Insufficient nvidia.com/gpu" in found["message"]
+    columns = shown(cluster, namespace, "tune")
+    assert (columns["STATE"], columns["GPUS"]) == ("Starting", "0")
+    assert columns["MESSAGE"].startswith("0 of 1 workers run. No node for tune-a1-0-")
+    events = told(cluster, namespace, "tune", last="Unschedulable")
+    assert [message for kind, reason, message in events if (kind, reason) == ("Warning", "Unschedulable")] == [
+        found["message"]
+    ]
 
 
 # --- mistakes and errors ---

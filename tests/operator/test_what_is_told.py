@@ -50,6 +50,15 @@ def queued_again(sim: Simulation) -> None:
     sim.run("tune", until="Queued")
 
 
+def behind_a_gate(sim: Simulation) -> None:
+    sim.nodes = {}
+    starting(sim)
+    sim.tick()
+    for worker in sim.workers.values():
+        worker.raw["spec"]["schedulingGates"] = [{"name": "kueue.x-k8s.io/topology"}]
+    sim.reconcile("tune")
+
+
 def without_nodes(sim: Simulation) -> None:
     sim.nodes = {}
     for _ in range(5):
@@ -99,6 +108,7 @@ STORIES: list[tuple[Callable[[Simulation], None], str, str, tuple[int, int]]] = 
     (without_nodes, "Starting", "0 of 2 workers run. No node for tune-a1-0-abcde: 0/4 nodes fit", (16, 0)),
     (queued, "Queued", "0 of 2 workers run. The queue holds Job tune-a1 back.", (16, 0)),
     (queued_again, "Queued", "0 of 2 workers run. The queue holds Job tune-a2 back.", (16, 0)),
+    (behind_a_gate, "Queued", "0 of 2 workers run. kueue.x-k8s.io/topology holds tune-a1-0-abcde back.", (16, 0)),
     (running, "Running", "All 2 workers run.", (16, 16)),
     (restarting, "Restarting", "Clearing attempt 1 (Killed).", (16, 8)),
     (suspending, "Suspending", "Clearing attempt 1 (Suspended).", (0, 16)),

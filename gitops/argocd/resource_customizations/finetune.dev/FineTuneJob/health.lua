@@ -53,7 +53,9 @@ end
 
 hs.message = status.state or "Pending"
 local progress = status.progress
-if progress ~= nil and progress.maxSteps ~= nil and progress.maxSteps > 0 then
+if status.state ~= "Running" and status.message ~= nil and status.message ~= "" then
+  hs.message = hs.message .. ": " .. status.message
+elseif progress ~= nil and progress.maxSteps ~= nil and progress.maxSteps > 0 then
   hs.message = hs.message .. ": step " .. (progress.step or 0) .. " of " .. progress.maxSteps
   if progress.loss ~= nil and progress.loss ~= "" then
     hs.message = hs.message .. ", loss " .. progress.loss
