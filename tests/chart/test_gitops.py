@@ -109,6 +109,11 @@ def _running(sim: Simulation) -> None:
     sim.run("chat", until="Running")
 
 
+def _queued(sim: Simulation) -> None:
+    sim.queued = True
+    sim.run("chat", until="Queued")
+
+
 def _refused(sim: Simulation) -> None:
     sim.fail_calls.add("apply")
     with pytest.raises(ClusterError):
@@ -137,6 +142,7 @@ EVERYWHERE: list[tuple[Callable[[Simulation], object], str, str, str]] = [
     (lambda sim: None, "InProgress", "InProgress", "Progressing"),
     (_refused, "InProgress", "InProgress", "Progressing"),
     (lambda sim: sim.reconcile("chat"), "InProgress", "InProgress", "Progressing"),
+    (_queued, "InProgress", "InProgress", "Progressing"),
     (_running, "InProgress", "InProgress", "Progressing"),
     (lambda sim: sim.run("chat"), "Current", "Current", "Healthy"),
     (_failed, "Failed", "Failed", "Degraded"),
