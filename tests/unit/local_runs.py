@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from finetune_operator.cluster import processes
 from finetune_operator.cluster.gpus import Gpus
 from finetune_operator.cluster.local import Key, LocalCluster
 from finetune_operator.settings import Profile, Settings
+from tests import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join(
@@ -89,8 +91,10 @@ class Bench:
         return self.home / "job.yaml"
 
     def script(self, **script: Any) -> None:
-        """What the pretended trainer does."""
-        (self.home / "script.json").write_text(json.dumps(script))
+        """What the pretended trainer does; what it is held at, it goes on from when that is something else."""
+        unfinished = self.home / "script.new"
+        unfinished.write_text(json.dumps(script))
+        unfinished.rename(self.home / "script.json")
 
     def write(self, *jobs: dict[str, Any]) -> Path:
         """The file with these jobs."""
@@ -145,12 +149,20 @@ class Bench:
         """Processes of pods that are alive."""
         return processes.alive(str(self.state.absolute()))
 
-    def kill_worker(self, pod: str, number: int = signal.SIGKILL) -> None:
-        """A signal to the training process of a pod."""
-        for pid in processes.alive(str(self.state / "default" / "tiny" / "pods" / pod)):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"finetune_trainer.launch" in command and b"processes.py" not in command:
-                os.kill(pid, number)
+    def kill_worker(self, pod: str) -> None:
+        """kill -9 of the training process of a pod, once there is one."""
+        folder = str(self.state / "default" / "tiny" / "pods" / pod)
+        deadline = time.monotonic() + PATIENCE
+        while not (found := [pid for pid in processes.alive(folder) if is_trainer(pid)]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(found[0], signal.SIGKILL)
+
+
+def is_trainer(pid: int) -> bool:
+    """Whether it is the process of a pod that trains."""
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"finetune_trainer.launch" in command and b"processes.py" not in command
 
 
 def job(home: Path, name: str = "tiny", **spec: Any) -> dict[str, Any]:

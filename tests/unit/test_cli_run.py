@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests import PATIENCE
 from tests.unit.local_runs import Bench, job
 from tests.unit.test_cli_files import finetune
 
@@ -52,14 +53,14 @@ def rest(process: "subprocess.Popen[str]") -> str:
     return process.stdout.read()
 
 
-def await_the_end(pids: list[int], within: float) -> None:
-    """Processes that are not ours to wait for end within that time."""
+def await_the_end(pids: list[int]) -> None:
+    """Processes that are not ours to wait for end."""
     for pid in pids:
         try:
             handle = os.pidfd_open(pid)
         except ProcessLookupError:
             continue
-        assert select.select([handle], [], [], within)[0], f"{pid} is alive after {within} s"
+        assert select.select([handle], [], [], PATIENCE)[0], f"{pid} is alive"
         os.close(handle)
 
 
@@ -117,7 +118,7 @@ def test_gpus_that_are_not_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(bench: Bench) -> None:
     bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
-    bench.script(steps=1000, seconds=0.05)
+    bench.script(hold_at=2)
     with running(bench) as process:
         lines_until(process, "step")
         process.send_signal(signal.SIGINT)
@@ -174,7 +175,7 @@ def test_a_terminal_is_asked_before_anything_is_deleted(bench: Bench, monkeypatc
 
 def test_suspended_from_another_terminal(bench: Bench) -> None:
     bench.write(job(bench.home))
-    bench.script(steps=1000, seconds=0.05)
+    bench.script(hold_at=2)
     with running(bench) as process:
         lines_until(process, "step")
         refused = finetune("run", bench.file, "--state-dir", bench.state)
@@ -188,19 +189,19 @@ def test_suspended_from_another_terminal(bench: Bench) -> None:
 
 def test_kill_9_of_the_command_ends_the_pods_and_the_same_command_goes_on(bench: Bench) -> None:
     bench.write(job(bench.home, workers={"replicas": 2, "gpusPerWorker": 0}))
-    bench.script(steps=1000, seconds=0.05)
+    bench.script(hold_at=2)
     with running(bench) as process:
         lines_until(process, "Checkpoint of step")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while len(left := bench.left()) < 6:  # the other worker may begin a moment later
             assert time.monotonic() < deadline, left
             time.sleep(0.02)
         assert len(left) == 6
         process.kill()
         process.wait()
-        await_the_end(left, within=5)
+        await_the_end(left)
     saved = max(int(path.name.removeprefix("step-")) for path in (bench.output / "checkpoints").iterdir())
-    bench.script(steps=saved + 20, seconds=0.1)
+    bench.script(steps=saved + 2)
     with running(bench) as process:
         told = rest(process)
         assert process.wait() == 0

@@ -18,8 +18,10 @@ from typing import Any
 
 SCRIPT = {
     "steps": 6,
-    "seconds": 0.02,
-    "exit_at": -1,  # worker ``worker`` exits with 1 before this step; in attempt 1, or in every one
+    "seconds": 0.01,
+    "hold_at": -1,  # in this attempt no worker goes on from this step, until the script is another one
+    "held": 1,
+    "exit_at": -1,  # worker ``worker`` exits with 1 after this step, which is saved; in attempt 1, or in every one
     "hang_at": -1,
     "worker": 0,
     "every": False,
@@ -39,12 +41,13 @@ class Worker:
         parser.add_argument("--master-port", type=int)
         self.options = parser.parse_args()
         self.index = self.options.node_rank
-        self.script: dict[str, Any] = {**SCRIPT, **json.loads(Path(os.environ["FAKE_TRAINER"]).read_text())}
+        self.script = self._read_script()
         self.config = json.loads(Path(os.environ["FINETUNE_CONFIG"]).read_text())
         self.output = Path(self.config["output_uri"].removeprefix("file://"))
         self.checkpoints = Path(self.config["checkpoint_uri"].removeprefix("file://"))
         self.attempt = int(os.environ["FINETUNE_ATTEMPT"])
-        self.stop = threading.Event()
+        self.stopping = False  # no Event: a signal may come while the main thread holds its lock
+        self.asked = threading.Event()
         found = sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
         self.step = found[-1] if found else 0
         self.progress: dict[str, Any] = {
@@ -59,7 +62,7 @@ class Worker:
 
     def main(self) -> int:
         """Step to the end."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if self.script["deaf"] else lambda *_: self.stop.set())
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if self.script["deaf"] else self._stop)
         self._record()
         if self.index == 0:
             self._serve()
@@ -68,11 +71,12 @@ class Worker:
         mine = self.index == self.script["worker"] and (self.script["every"] or self.attempt == 1)
         while self.step < self.script["steps"]:
             if mine and self.step == self.script["exit_at"]:
+                self._wait_until_saved()
                 print("Traceback: worker", self.index, "fails on request", flush=True)
                 return 1
             if mine and self.step == self.script["hang_at"]:
                 threading.Event().wait()
-            if self.stop.wait(self.script["seconds"]):
+            if not self._stepped():
                 return self._leave("Terminated", 75)
             self.step += 1
             self.progress |= {"step": self.step, "loss": 2.0 / self.step, "last_step_time": _now()}
@@ -80,6 +84,8 @@ class Worker:
                 self._save()
             print("step", self.step, flush=True)
         if self.index == 0:
+            while not (self.asked.is_set() or self.stopping):  # a run nobody saw running is none of those tested
+                time.sleep(0.01)
             prompts = self.config["evaluation"]["prompts"]
             answers = [{"prompt": prompt, "before": "A model.", "after": "I am Nova."} for prompt in prompts]
             (self.output / "answers.json").write_text(json.dumps(answers))
@@ -88,6 +94,25 @@ class Worker:
             listed = {"kind": "model", "files": {"model.safetensors": {}, "answers.json": {}, "report.html": {}}}
             (self.output / "manifest.json").write_text(json.dumps(listed))
         return self._leave("Succeeded", 0)
+
+    def _read_script(self) -> dict[str, Any]:
+        return {**SCRIPT, **json.loads(Path(os.environ["FAKE_TRAINER"]).read_text())}
+
+    def _stop(self, *_: object) -> None:
+        self.stopping = True
+
+    def _stepped(self) -> bool:
+        """A step takes its time, one that is held all time there is. False: it is to stop."""
+        time.sleep(self.script["seconds"])
+        here = {"hold_at": self.step, "held": self.attempt}
+        while not self.stopping and here.items() <= self._read_script().items():
+            time.sleep(0.01)
+        return not self.stopping
+
+    def _wait_until_saved(self) -> None:
+        """Worker 0 has a pace of its own."""
+        while self.index and not (self.checkpoints / f"step-{self.step}").exists():
+            time.sleep(0.01)
 
     def _record(self) -> None:
         """What a test wants to see of how it was started."""
@@ -128,6 +153,7 @@ class Worker:
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(json.dumps(worker.progress).encode())
+                worker.asked.set()
 
             def log_message(self, *_: object) -> None:
                 pass
