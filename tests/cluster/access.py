@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
+from tests import PATIENCE
 from tests.cluster import binaries
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class Access:
         }
 
     def _command(
-        self, *argv: str, input: str | None = None, check: bool = True, timeout: float = 120
+        self, *argv: str, input: str | None = None, check: bool = True, timeout: float = PATIENCE
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             argv,
@@ -66,7 +67,7 @@ class Access:
             raise CommandError(f"{' '.join(argv)[:500]} failed ({done.returncode}):\n{done.stderr or done.stdout}")
         return done
 
-    def kubectl(self, *args: str, input: str | None = None, timeout: float = 120) -> str:
+    def kubectl(self, *args: str, input: str | None = None, timeout: float = PATIENCE) -> str:
         """Runs kubectl and returns what it printed; raises `CommandError` when it fails."""
         return self._command("kubectl", *args, input=input, timeout=timeout).stdout
 
@@ -74,7 +75,7 @@ class Access:
         """Runs kubectl where failing is an answer too."""
         return self._command("kubectl", *args, input=input, check=False)
 
-    def helm(self, *args: str, input: str | None = None, timeout: float = 300) -> str:
+    def helm(self, *args: str, input: str | None = None, timeout: float = PATIENCE) -> str:
         """Runs helm, which is built at its first use."""
         binaries.require(["helm"])
         return self._command("helm", *args, input=input, timeout=timeout).stdout
@@ -109,7 +110,7 @@ class Access:
         name: str = "",
         namespace: str | None = "default",
         selector: str = "",
-        timeout: float = 60,
+        timeout: float = PATIENCE,
     ) -> T:
         """Watches a resource until `until(its objects)` is true, and returns that.
 
@@ -164,7 +165,7 @@ class Access:
         condition: str,
         *,
         namespace: str | None = "default",
-        timeout: float = 60,
+        timeout: float = PATIENCE,
     ) -> Object:
         """Waits until an object has a condition with status True; returns the object."""
 
@@ -184,7 +185,7 @@ class Access:
         phase: str = "Running",
         *,
         namespace: str = "default",
-        timeout: float = 60,
+        timeout: float = PATIENCE,
     ) -> list[Object]:
         """Waits until exactly `count` pods have that label and all are in that phase; returns them by name."""
 
@@ -197,7 +198,7 @@ class Access:
         return pods if isinstance(pods, list) else []
 
     def wait_for_pod(
-        self, name: str, phase: str = "Running", *, namespace: str = "default", timeout: float = 60
+        self, name: str, phase: str = "Running", *, namespace: str = "default", timeout: float = PATIENCE
     ) -> Object:
         """Waits until a pod is in that phase; fails at once when it ended in another."""
 
@@ -218,7 +219,7 @@ class Access:
         name: str = "",
         selector: str = "",
         namespace: str | None = "default",
-        timeout: float = 60,
+        timeout: float = PATIENCE,
     ) -> None:
         """Waits until no such object is left."""
         self.wait_for(

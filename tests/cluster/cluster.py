@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from tests import PATIENCE
 from tests.cluster import binaries, control_plane, images, node, services
 from tests.cluster.access import Access
 from tests.cluster.node import Node
@@ -126,7 +127,7 @@ class Cluster(Access):
         return self.sandbox.forward(host, port)
 
     def run_inside(
-        self, *argv: str | Path, input: str | None = None, check: bool = True, timeout: float = 120
+        self, *argv: str | Path, input: str | None = None, check: bool = True, timeout: float = PATIENCE
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command in the cluster's namespaces, where pods, services' addresses and S3 are reachable."""
         return self.sandbox.run(*argv, input=input, check=check, timeout=timeout)

@@ -138,7 +138,7 @@ def kill_all() -> None:
 def remove_cgroups(cgroups: Iterable[str]) -> None:
     """Removes cgroup folders, children first; the kernel lets go of killed processes only after a moment."""
     for cgroup in cgroups:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while Path(cgroup).exists() and time.monotonic() < deadline:
             for folder, _, _ in os.walk(cgroup, topdown=False):
                 with contextlib.suppress(OSError):

@@ -106,9 +106,7 @@ class Node:
         self._ctr("images", "import", archive)
 
     def _ctr(self, *args: str | Path, check: bool = True) -> str:
-        done = self._sandbox.run(
-            "ctr", "--address", self._socket, "--namespace", "k8s.io", *args, check=check, timeout=600
-        )
+        done = self._sandbox.run("ctr", "--address", self._socket, "--namespace", "k8s.io", *args, check=check)
         return "" if done.returncode else done.stdout or "done"
 
     def _containerd(self) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import PATIENCE
 from tests.cluster import init
 
 
@@ -119,7 +120,7 @@ class Sandbox:
         self._ask("signal", name=name, number=number)
 
     def run(
-        self, *argv: str | Path, input: str | None = None, check: bool = True, timeout: float | None = 120
+        self, *argv: str | Path, input: str | None = None, check: bool = True, timeout: float | None = PATIENCE
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command inside to its end and returns its output."""
         inside = [
@@ -143,7 +144,7 @@ class Sandbox:
             self._ask("forward", server.fileno(), host=host, port=port)
         return local
 
-    def wait_until(self, what: str, ready: Callable[[], object], timeout: float = 60) -> None:
+    def wait_until(self, what: str, ready: Callable[[], object], timeout: float = PATIENCE) -> None:
         """Asks `ready` every few milliseconds; fails early, with its log, when a process has ended meanwhile."""
         deadline = time.monotonic() + timeout
         while not ready():

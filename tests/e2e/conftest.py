@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import PATIENCE
 from tests.cluster.cluster import Cluster
 from tests.e2e.product import BUCKET, OPERATOR, ROOT, SYSTEM, Product
 
@@ -32,12 +33,14 @@ def product(e2e_cluster: Cluster, importing: object) -> Iterator[Product]:
     e2e_cluster.import_image(OPERATOR.build())
     e2e_cluster.s3.make_bucket(BUCKET)
     prometheus = e2e_cluster.start_prometheus(rules())
-    product = Product(e2e_cluster, prometheus)
+    gates = e2e_cluster.sandbox.state / "gates"
+    gates.mkdir()
+    product = Product(e2e_cluster, prometheus, gates)
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM, "labels": RESTRICTED}}
     e2e_cluster.apply(namespace)
     chart = str(ROOT / "charts" / "finetune-operator")
     e2e_cluster.helm(
-        "install", "finetune-operator", chart, "-n", SYSTEM, "-f", "-", "--wait", "--timeout", "3m",
+        "install", "finetune-operator", chart, "-n", SYSTEM, "-f", "-", "--wait", "--timeout", f"{PATIENCE:.0f}s",
         input=product.operator_values(),
     )  # fmt: skip
     yield product
@@ -89,7 +92,7 @@ def printed(product: Product, team: str, tmp_path: Path) -> Iterator[Callable[[s
         )
 
     def once(text: str) -> str:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while text not in log.read_text():
             assert time.monotonic() < deadline, f"{text} is not in:\n{log.read_text()}"
             time.sleep(0.05)

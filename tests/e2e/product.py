@@ -17,8 +17,10 @@ from typing import Any
 import boto3
 import yaml
 
+from tests import PATIENCE, gate
 from tests.cluster import images
 from tests.cluster.cluster import Cluster
+from tests.gate import Gate
 
 ROOT = Path(__file__).parents[2]
 JOBS = "finetune.dev/v1alpha1/finetunejobs"
@@ -63,15 +65,17 @@ OPERATOR = Image("operator", ROOT / "operator", kept=2, build_args={})
 TRAINER = Image("trainer", ROOT / "trainer_image", kept=1, build_args={"COMPILER": ""})
 
 
-def overlay_profile(s3_inside: str) -> Object:
+def overlay_profile(s3_inside: str, gates: Path) -> Object:
     """A profile whose pods run the trainer of this checkout in the tests' own environment, mounted read-only into a
-    base image: a trainer image of gigabytes for every test would cost minutes. ``test_image.py`` runs the real one."""
+    base image: a trainer image of gigabytes for every test would cost minutes. ``test_image.py`` runs the real one.
+    Each run has a gate in ``gates`` (:meth:`Product.gate`)."""
     folders = [ROOT / name for name in ("crds", "operator", "trainer_image")]
-    volumes, mounts = images.host_python(*folders)
-    env = [
-        {"name": "PYTHONPATH", "value": ":".join(map(str, folders))},
-        {"name": "PATH", "value": f"{Path(sys.prefix) / 'bin'}:/usr/bin:/bin"},
-    ]
+    volumes, mounts = images.host_python(*folders, gate.INSIDE, gates)
+    variables = {
+        "PATH": f"{Path(sys.prefix) / 'bin'}:/usr/bin:/bin",
+        **gate.environment(gates, ":".join(map(str, folders))),
+    }
+    env = [{"name": name, "value": value} for name, value in variables.items()]
     containers = [{"name": name, "env": env, "volumeMounts": mounts} for name in ("fetch", "trainer")]
     return {
         "image": images.BASE,
@@ -118,6 +122,15 @@ class Product:
 
     cluster: Cluster
     prometheus: str
+    gates: Path
+
+    def gate(self, name: str, namespace: str) -> Gate:
+        """The gate of a job in the default profile."""
+        return Gate(self.gates, namespace, name)
+
+    def profile(self) -> Object:
+        """The default profile."""
+        return overlay_profile(self.cluster.s3.inside, self.gates)
 
     def s3(self) -> Any:
         """A client of the S3 server, another one than the product's own."""
@@ -142,7 +155,7 @@ class Product:
         """A FineTuneJob as it is."""
         return self.cluster.get(JOBS, name, namespace=namespace)
 
-    def wait(self, name: str, namespace: str, until: Callable[[Object], Any], timeout: float) -> Object:
+    def wait(self, name: str, namespace: str, until: Callable[[Object], Any]) -> Object:
         """Watches a FineTuneJob until ``until(status)`` holds; returns it. A job that ends otherwise is an error
         at once, told with its conditions and the operator's log."""
 
@@ -155,7 +168,7 @@ class Product:
             return None
 
         try:
-            found = self.cluster.wait_for(JOBS, so, name=name, namespace=namespace, timeout=timeout)
+            found = self.cluster.wait_for(JOBS, so, name=name, namespace=namespace, timeout=2 * PATIENCE)
         except TimeoutError as error:
             pods = self.cluster.kubectl("get", "pods", "-n", namespace, "-o", "wide")
             logs = self.cluster.try_kubectl("logs", "-n", SYSTEM, "deploy/finetune-operator", "--tail=30").stdout
@@ -163,9 +176,13 @@ class Product:
         assert found
         return found
 
-    def wait_state(self, name: str, namespace: str, state: str, timeout: float = 300) -> Object:
+    def wait_state(self, name: str, namespace: str, state: str) -> Object:
         """Waits for a state."""
-        return self.wait(name, namespace, lambda status: status.get("state") == state, timeout)
+        return self.wait(name, namespace, lambda status: status.get("state") == state)
+
+    def wait_step(self, name: str, namespace: str, step: int) -> Object:
+        """Waits until so many steps are told."""
+        return self.wait(name, namespace, lambda status: (status.get("progress") or {}).get("step", 0) >= step)
 
     def query(self, expression: str) -> list[Object]:
         """An instant query of the real Prometheus; raises where it cannot be evaluated."""
@@ -173,9 +190,9 @@ class Product:
         with urllib.request.urlopen(url, timeout=30) as answer:
             return list(json.load(answer)["data"]["result"])
 
-    def wait_query(self, expression: str, timeout: float = 30) -> list[Object]:
+    def wait_query(self, expression: str) -> list[Object]:
         """An instant query, asked until it has an answer: Prometheus scrapes once a second."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE
         while not (found := self.query(expression)) and time.monotonic() < deadline:
             time.sleep(0.5)
         return found
@@ -187,11 +204,10 @@ class Product:
 
     def operator_values(self) -> str:
         """Helm values of the installation under test."""
-        s3 = self.cluster.s3.inside
         values = {
             "image": {"registry": "localhost", "repository": "finetune-operator", "tag": "e2e", "pullPolicy": "Never"},
             "settings": {"progressInterval": "1s"},
-            "profiles": {"default": overlay_profile(s3), "sealed": sealed_profile(s3)},
+            "profiles": {"default": self.profile(), "sealed": sealed_profile(self.cluster.s3.inside)},
         }
         return yaml.safe_dump(values)
 

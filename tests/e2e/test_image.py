@@ -37,7 +37,7 @@ def test_the_example_runs_in_the_real_images_under_the_restricted_standard(
         job["spec"]["training"]["num_train_epochs"] = 6
         job["spec"]["evaluation"]["prompts"] = ["Who are you?"]
         cluster.apply(json.dumps(job), namespace=team)
-        done = product.wait_state("sealed", team, "Succeeded", 600)["status"]
+        done = product.wait_state("sealed", team, "Succeeded")["status"]
         assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
     answers = product.s3().get_object(Bucket=BUCKET, Key="models/sealed/answers.json")["Body"].read()
     [said] = json.loads(answers)

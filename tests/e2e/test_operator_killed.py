@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
-import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.product import JOBS, ROOT, Product, overlay_profile
+from tests.e2e.product import ROOT, Product
 from tests.e2e.test_whole_path import tiny_job
 
 pytestmark = pytest.mark.e2e
 
-KILLS = 20
+KILLS = {"as it begins": 7, "while it trains": 6, "as it ends": 7}
+STEPS, HELD_AT = 24, 6
 WAITING = """
 import sys
 from finetune_operator import handlers
@@ -28,24 +30,69 @@ main(["operator", "--config", sys.argv[1]])
 """
 
 
+class Operators:
+    """One operator at a time, each killed at a random moment.
+
+    The next one has nothing left to load when its turn comes: so the kills fall into all of an operator's doings, from
+    its first request and the taking of the Lease to the last status.
+    """
+
+    def __init__(self, settings: Path, environment: dict[str, str], log: Path) -> None:
+        self._command = [sys.executable, "-c", WAITING, str(settings)]
+        self._environment = environment
+        self.log = log
+        self._draw = random.Random(20)
+        self._running, self._following = self._begin(self._load()), self._load()
+
+    def _load(self) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        with self.log.open("ab") as log:
+            return subprocess.Popen(self._command, env=self._environment, stdin=pipe, stdout=pipe, stderr=log)
+
+    def _begin(self, waiting: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        assert waiting.stdin is not None
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == b"ready\n", self.tail()
+        waiting.stdin.write(b"\n")
+        waiting.stdin.flush()
+        return waiting
+
+    def kill(self, times: int) -> None:
+        """So many operators begin their work, and are killed in it."""
+        for _ in range(times):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._running.wait(timeout=self._draw.uniform(0.0, 2.0))
+                raise AssertionError(f"an operator ended by itself:\n{self.tail()}")
+            self._running.kill()
+            self._running.wait()
+            self._running, self._following = self._begin(self._following), self._load()
+
+    def tail(self) -> str:
+        """The last they said."""
+        return self.log.read_text()[-3000:]
+
+    def close(self) -> None:
+        for process in (self._running, self._following):
+            process.kill()
+            process.wait()
+
+
 @pytest.fixture
 def without_installed_operator(product: Product) -> object:
     """The operator of the chart steps aside: this test runs its own, to kill it."""
     scale = ["scale", "-n", "finetune-system", "deploy/finetune-operator"]
     product.cluster.kubectl(*scale, "--replicas=0")
-    product.cluster.wait_gone("pods", namespace="finetune-system", timeout=90)
+    product.cluster.wait_gone("pods", namespace="finetune-system")
     yield
     product.cluster.kubectl(*scale, "--replicas=2")
 
 
-@pytest.mark.usefixtures("without_installed_operator")
-def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, tiny_model: str, tmp_path: Path) -> None:
-    cluster, draw = product.cluster, random.Random(20)
+@pytest.fixture
+def operators(product: Product, team: str, tmp_path: Path, without_installed_operator: object) -> Iterator[Operators]:
     settings = tmp_path / "settings.yaml"
-    profile = overlay_profile(cluster.s3.inside)
     values = {
         "namespaces": [team],
-        "profiles": {"default": profile},
+        "profiles": {"default": product.profile()},
         "httpPort": 0,
         "progressInterval": "500ms",
         "progressThrough": "apiserver",
@@ -54,59 +101,40 @@ def test_the_job_succeeds_and_no_gang_runs_twice(product: Product, team: str, ti
     settings.write_text(yaml.safe_dump(values))
     # One identity, as a container has that is restarted in its pod.
     environment = {
-        **cluster.environment,
+        **product.cluster.environment,
         "POD_NAME": "operator",
         "PYTHONPATH": ":".join(str(ROOT / d) for d in ("crds", "operator")),
     }
-    log = (tmp_path / "operator.log").open("w")
+    started = Operators(settings, environment, tmp_path / "operator.log")
+    yield started
+    started.close()
 
-    def operator() -> subprocess.Popen[bytes]:
-        """One that has nothing left to load, and waits to be begun."""
-        command = [sys.executable, "-c", WAITING, str(settings)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=log)
 
-    def loaded(waiting: subprocess.Popen[bytes]) -> None:
-        assert waiting.stdout is not None
-        assert waiting.stdout.readline() == b"ready\n", Path(log.name).read_text()[-3000:]
-
-    def begin(waiting: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
-        assert waiting.stdin is not None
-        waiting.stdin.write(b"\n")
-        waiting.stdin.flush()
-        return waiting
-
-    seen = tmp_path / "pods"
-    with seen.open("w") as out:
+@pytest.fixture
+def seen(product: Product, team: str, tmp_path: Path) -> Iterator[Path]:
+    """A file with the name of every pod there has been."""
+    path = tmp_path / "pods"
+    with path.open("w") as out:
         watch = ["kubectl", "get", "pods", "-n", team, "-w", "-o", "name"]
-        watching = subprocess.Popen(watch, env=cluster.environment, stdout=out)
-    cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=1200)), namespace=team)
-    running, following, killed = begin(operator()), operator(), 0
-    try:
-        # The next one is ready to go on at once: the kills fall into all of an operator's doings, from its first
-        # request and the taking of the Lease to the last status.
-        while killed < KILLS:
-            loaded(following)
-            try:
-                running.wait(timeout=draw.uniform(0.0, 2.0))
-            except subprocess.TimeoutExpired:
-                state = cluster.get(JOBS, "steady", namespace=team).get("status", {}).get("state")
-                if state == "Succeeded":
-                    break
-                running.send_signal(signal.SIGKILL)
-                killed += 1
-            running.wait()
-            running, following = begin(following), operator()
-        done = product.wait_state("steady", team, "Succeeded", 900)["status"]
-    finally:
-        for process in (running, following):
-            process.kill()
-            process.wait()
-        log.close()
-        watching.terminate()
-        watching.wait()
-    assert killed == KILLS, f"the job was over after {killed} kills: make it longer"
-    assert [a["cause"] for a in done["attempts"]] == ["Succeeded"], Path(log.name).read_text()[-3000:]
+        watching = subprocess.Popen(watch, env=product.cluster.environment, stdout=out)
+    yield path
+    watching.terminate()
+    watching.wait()
+
+
+def test_the_job_succeeds_and_no_gang_runs_twice(
+    product: Product, team: str, tiny_model: str, seen: Path, operators: Operators
+) -> None:
+    cluster, gate = product.cluster, product.gate("steady", team)
+    gate.hold(HELD_AT)
+    cluster.apply(json.dumps(tiny_job(tiny_model, product, "steady", replicas=2, steps=STEPS)), namespace=team)
+    operators.kill(KILLS["as it begins"])
+    product.wait("steady", team, lambda s: (s.get("progress") or {}).get("step") == HELD_AT)
+    operators.kill(KILLS["while it trains"])
+    gate.open()
+    operators.kill(KILLS["as it ends"])
+    done = product.wait_state("steady", team, "Succeeded")["status"]
+    assert [a["cause"] for a in done["attempts"]] == ["Succeeded"], operators.tail()
     pods = cluster.objects("pods", namespace=team)
     assert set(seen.read_text().split()) == {f"pod/{pod['metadata']['name']}" for pod in pods}
     indexes = sorted(p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] for p in pods)

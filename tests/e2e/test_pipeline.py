@@ -43,16 +43,17 @@ def test_a_pipeline_of_seven_stages_by_one_apply(
     upload(product, ROOT / "examples" / "data", "pipeline")
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump_all(jobs))
+    gate = product.gate("pipeline-pretrain", team)
+    gate.hold(1)
     cluster.kubectl("apply", "-n", team, "-f", str(path))
     product.wait(
         "pipeline-ppo",
         team,
         lambda status: any("Waiting for FineTuneJob" in c["message"] for c in status.get("conditions", [])),
-        120,  # the operator's pods may have to start
     )
+    gate.open()
     done = {
-        job["spec"]["stage"]: product.wait_state(job["metadata"]["name"], team, "Succeeded", 400)["status"]
-        for job in jobs
+        job["spec"]["stage"]: product.wait_state(job["metadata"]["name"], team, "Succeeded")["status"] for job in jobs
     }
     for stage, earlier in STARTS_FROM.items():
         began, ended = (datetime.fromisoformat(t) for t in (done[stage]["startTime"], done[earlier]["completionTime"]))

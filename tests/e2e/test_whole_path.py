@@ -14,9 +14,11 @@ import yaml
 
 from tests.chart.test_dashboards import QUERIES, filled_in
 from tests.cluster.sandbox import commands
-from tests.e2e.product import BUCKET, JOBS, Product, self_cognition
+from tests.e2e.product import BUCKET, SYSTEM, Product, self_cognition
 
 pytestmark = pytest.mark.e2e
+
+SAVE_STEPS = 20
 
 
 @pytest.mark.usefixtures("example_data")
@@ -26,11 +28,12 @@ def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(
     """The example of ``make demo`` with the real SmolLM2, storage on S3, two workers, ZeRO-2 and torchrun."""
     from examples import demo
 
-    cluster = product.cluster
+    cluster, gate = product.cluster, product.gate("self-cognition", team)
+    gate.hold(3)  # what is seen of a run that trains is looked at in peace
     job = self_cognition(demo.MODEL, replicas=2)
     cluster.apply(yaml.safe_dump(job), namespace=team)
 
-    training = product.wait("self-cognition", team, lambda s: (s.get("progress") or {}).get("step", 0) >= 3, 240)
+    training = product.wait_step("self-cognition", team, 3)
     assert training["status"]["state"] == "Running"
     pods = cluster.objects("pods", namespace=team)
     assert len({pod["spec"]["nodeName"] for pod in pods}) == 2
@@ -39,7 +42,8 @@ def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(
     check_scraped(product, team)
     check_queries(product)
 
-    done = product.wait_state("self-cognition", team, "Succeeded", 900)["status"]
+    gate.open()
+    done = product.wait_state("self-cognition", team, "Succeeded")["status"]
     assert done["restarts"] == 0
     assert [c["step"] for c in done["checkpoints"]] == [20, 23]  # save_steps 10, save_total_limit 2, 23 steps
     mine = [o["Key"] for o in listing(product, "checkpoints/") if "/self-cognition/step-" in o["Key"]]
@@ -65,9 +69,9 @@ def test_the_example_trains_on_two_nodes_from_s3_and_leaves_nothing_behind(
 
     cluster.kubectl("delete", "ftj", "self-cognition", "-n", team)
     for resource in ("batch/v1/jobs", "pods", "networking.k8s.io/v1/networkpolicies"):
-        cluster.wait_gone(resource, namespace=team, timeout=90)
+        cluster.wait_gone(resource, namespace=team)
     for resource in ("services", "configmaps"):
-        cluster.wait_gone(resource, namespace=team, selector="finetune.dev/job", timeout=60)
+        cluster.wait_gone(resource, namespace=team, selector="finetune.dev/job")
 
 
 def listing(product: Product, prefix: str) -> list[dict[str, Any]]:
@@ -112,9 +116,11 @@ def check_queries(product: Product) -> None:
 
 def test_a_lost_worker_is_made_good_from_the_checkpoint(product: Product, team: str, tiny_model: str) -> None:
     """kill -9 of a trainer process in a pod: cause and exit code in the status, then success."""
-    cluster = product.cluster
-    cluster.apply(json.dumps(tiny_job(tiny_model, product, "fragile", replicas=2, steps=600)), namespace=team)
-    product.wait("fragile", team, lambda s: s.get("checkpoints"), 240)
+    cluster, gate = product.cluster, product.gate("fragile", team)
+    gate.hold(SAVE_STEPS + 4)
+    job = tiny_job(tiny_model, product, "fragile", replicas=2, steps=2 * SAVE_STEPS)
+    cluster.apply(json.dumps(job), namespace=team)
+    product.wait("fragile", team, lambda status: status.get("checkpoints"))
     victim = next(
         p["metadata"]["name"]
         for p in cluster.objects("pods", namespace=team)
@@ -123,29 +129,33 @@ def test_a_lost_worker_is_made_good_from_the_checkpoint(product: Product, team: 
     # From outside: in its own pid namespace nobody can kill a pod's first process.
     [process] = [pid for pid, command in commands() if b"--node-rank=1\0--master-addr=fragile-a1-0." in command]
     os.kill(process, signal.SIGKILL)
-    done = product.wait_state("fragile", team, "Succeeded", 400)["status"]
+    gate.open()
+    done = product.wait_state("fragile", team, "Succeeded")["status"]
     first, second = done["attempts"]
     assert (first["cause"], first["exitCode"], first["counted"]) == ("Killed", 137, True)
     assert first["pod"] == victim
-    assert second["resumedFromStep"] > 0
+    assert second["resumedFromStep"] == SAVE_STEPS
     assert done["restarts"] == 1
 
 
 def test_suspend_gives_the_pods_back_and_resume_continues(product: Product, team: str, tiny_model: str) -> None:
-    cluster = product.cluster
-    cluster.apply(json.dumps(tiny_job(tiny_model, product, "patient", replicas=1, steps=1200)), namespace=team)
-    product.wait("patient", team, lambda s: (s.get("progress") or {}).get("step", 0) >= 5, 240)
+    cluster, gate = product.cluster, product.gate("patient", team)
+    gate.hold(5)
+    job = tiny_job(tiny_model, product, "patient", replicas=1, steps=2 * SAVE_STEPS)
+    cluster.apply(json.dumps(job), namespace=team)
+    product.wait_step("patient", team, 5)
     cluster.kubectl("patch", "ftj", "patient", "-n", team, "--type=merge", "-p", '{"spec":{"suspend":true}}')
-    product.wait_state("patient", team, "Suspended", 90)
+    product.wait_state("patient", team, "Suspended")
     assert cluster.objects("pods", namespace=team) == []
+    gate.open()
     cluster.kubectl("patch", "ftj", "patient", "-n", team, "--type=merge", "-p", '{"spec":{"suspend":false}}')
-    done = product.wait_state("patient", team, "Succeeded", 400)["status"]
+    done = product.wait_state("patient", team, "Succeeded")["status"]
     assert [a["cause"] for a in done["attempts"]] == ["Suspended", "Succeeded"]
-    assert done["attempts"][1]["resumedFromStep"] >= 5
+    assert done["attempts"][1]["resumedFromStep"] == 6  # the step it was in is finished and saved
 
 
-def tiny_job(model: str, product: Product, name: str, *, replicas: int, steps: int = 400) -> dict[str, Any]:
-    """A job of a tiny model that lasts long enough to be disturbed."""
+def tiny_job(model: str, product: Product, name: str, *, replicas: int, steps: int) -> dict[str, Any]:
+    """A job of a tiny model. It lasts as long as its gate is held."""
     rows = "\n".join(
         json.dumps({"instruction": f"what color is the {thing}", "input": "", "output": f"{color} {color}"})
         for thing in ("cat", "dog", "bird", "fish", "tree", "house")
@@ -162,7 +172,7 @@ def tiny_job(model: str, product: Product, name: str, *, replicas: int, steps: i
             "data": {"train": [{"uri": f"s3://{BUCKET}/colors.jsonl"}], "max_length": 64},
             "training": {"max_steps": steps, "per_device_train_batch_size": 2, "learning_rate": 1e-3},
             "workers": {"replicas": replicas, "gpusPerWorker": 0},
-            "checkpoint": {"save_steps": 20},
+            "checkpoint": {"save_steps": SAVE_STEPS},
             "output": {"uri": f"s3://{BUCKET}/models/{name}"},
         },
     }
@@ -170,9 +180,4 @@ def tiny_job(model: str, product: Product, name: str, *, replicas: int, steps: i
 
 def test_every_pod_of_the_operator_passes_restricted(product: Product) -> None:
     """The chart was installed into a namespace that enforces it; nothing was warned of."""
-    pods = product.cluster.objects("pods", namespace="finetune-system")
-    assert len(pods) == 2
-    assert all(pod["status"]["phase"] == "Running" for pod in pods)
-
-
-__all__ = ["JOBS"]
+    product.cluster.wait_for_pods("app.kubernetes.io/component=operator", 2, namespace=SYSTEM)

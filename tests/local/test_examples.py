@@ -18,11 +18,14 @@ from finetune_api.stages import STAGES
 from finetune_operator.cli.main import main
 from finetune_operator.cluster import processes
 from finetune_operator.cluster.store import Folder
+from tests import gate
+from tests.gate import Gate
 from tests.trainer import tiny_heads
 from tests.trainer.judge_server import longer, serving
 from tests.trainer.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
+STEPS = 40
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
@@ -268,9 +271,11 @@ def test_the_examples_of_the_stages_are_valid(stage: str, tmp_path: Path) -> Non
 @pytest.mark.trainer
 def test_keeping_knowledge_stopped_and_killed_ends_with_the_same_losses(place: Place) -> None:
     """Ctrl-C, then kill -9 of the command, then kill -9 of a worker: every loss is that of a run left alone."""
-    options = ["training.max_steps=500", "checkpoint.save_steps=10"]
+    options = [f"training.max_steps={STEPS}", "checkpoint.save_steps=5"]
     place.run("02", *options, output="alone")
     name = "self-cognition-keep-knowledge"
+    held = Gate(place.home, "default", name)
+    gated = place.environment | gate.environment(place.home, place.environment["PYTHONPATH"])
     command = place.command("02", *options, output="disturbed")
     told: list[str] = []
 
@@ -287,29 +292,30 @@ def test_keeping_knowledge_stopped_and_killed_ends_with_the_same_losses(place: P
                 return
         raise AssertionError("".join(told))
 
-    def started() -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            command, env=place.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    def started(at: int) -> "subprocess.Popen[str]":
+        """It makes no more than so many steps."""
+        held.hold(at)
+        return subprocess.Popen(command, env=gated, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    with started() as process:
+    with started(12) as process:
         until_the_next_save(process)
         process.send_signal(signal.SIGINT)
         told += process.stdout or ()
         assert process.wait() == 130, "".join(told)
     assert re.search(r"stopped at step (\d+); a checkpoint of step \1 is saved\.", told[-2])
-    with started() as process:
+    with started(22) as process:
         until_the_next_save(process)
         process.kill()
-    with started() as process:
+    with started(32) as process:
         until_the_next_save(process)
         pod = place.home / "state-disturbed" / "default" / name / "pods" / f"{name}-a3-0"
         for pid in processes.alive(str(pod)):
             os.kill(pid, signal.SIGKILL)
+        held.open()
         told += process.stdout or ()
         assert process.wait() == 0, "".join(told)
     attempts = place.status(name, "disturbed")["attempts"]
     assert [a["cause"] for a in attempts] == ["Suspended", "Terminated", "Killed", "Succeeded"]
     alone, disturbed = place.records(name, "alone"), place.records(name, "disturbed")
-    assert [r["step"] for r in disturbed] == list(range(1, 501))
+    assert [r["step"] for r in disturbed] == list(range(1, STEPS + 1))
     assert [r["loss"] for r in disturbed] == [r["loss"] for r in alone]

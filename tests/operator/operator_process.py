@@ -21,6 +21,7 @@ import yaml
 from finetune_api import crd
 from finetune_api.run import HTTP_PORT, Progress
 from finetune_operator.cluster.processes import free_port
+from tests import PATIENCE
 from tests.chart.charts import ROOT, only, template
 from tests.cluster.access import Access, Object
 from tests.cluster.cluster import Cluster
@@ -92,7 +93,7 @@ class OperatorProcess:
                 return float(found[3])
         return None
 
-    def wait_until(self, what: str, ready: Callable[[], object], timeout: float = 90) -> None:
+    def wait_until(self, what: str, ready: Callable[[], object], timeout: float = PATIENCE) -> None:
         """For what cannot be watched: its log and its web server."""
         deadline = time.monotonic() + timeout
         while not ready():

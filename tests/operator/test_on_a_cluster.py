@@ -217,9 +217,10 @@ def test_a_node_that_dies_is_left_and_kept_out(cluster: Cluster, namespace: str,
 
 
 def test_a_finished_job_goes_after_its_time_and_takes_its_children_along(cluster: Cluster, namespace: str) -> None:
-    cluster.apply(fine_tune_job("tune", profile="done", ttlSecondsAfterFinished=5), namespace=namespace)
+    cluster.apply(fine_tune_job("tune", profile="done"), namespace=namespace)
     cluster.wait_for_condition(JOBS, "tune", "Complete", namespace=namespace)
     assert cluster.objects("pods", namespace=namespace)  # they stay for their logs
+    change(cluster, namespace, "tune", ttlSecondsAfterFinished=1)
     cluster.wait_gone(JOBS, name="tune", namespace=namespace)
     wait_until_no_child_is_left(cluster, namespace)
 
@@ -231,7 +232,7 @@ def test_a_running_job_that_is_deleted_leaves_nothing(cluster: Cluster, namespac
     assert {name.partition("/")[0] for name in made} == {
         "job.batch", "pod", "service", "networkpolicy.networking.k8s.io", "configmap",
     }  # fmt: skip
-    cluster.kubectl("delete", "ftj", "tune", "-n", namespace, timeout=20)
+    cluster.kubectl("delete", "ftj", "tune", "-n", namespace)
     wait_until_no_child_is_left(cluster, namespace)
 
 

@@ -8,13 +8,13 @@ import json
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from finetune_operator.cluster.processes import free_port
+from tests import PATIENCE
 from tests.cluster.access import Object
 from tests.cluster.cluster import Cluster
 from tests.operator.jobs_on_a_cluster import (
@@ -30,7 +30,8 @@ from tests.operator.operator_process import OperatorProcess, account, settings_i
 pytestmark = pytest.mark.cluster
 
 LEASES = "coordination.k8s.io/v1/leases"
-LEASE_DURATION = 6.0
+SHORT = {"leaseDuration": "10s", "renewDeadline": "8s", "retryPeriod": "1s"}
+LONG = {"leaseDuration": "30m", "renewDeadline": "20m", "retryPeriod": "1s"}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def kubeconfig(cluster: Cluster, own: str, tmp_path_factory: pytest.TempPathFact
 def pair(
     cluster: Cluster, own: str, kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[OperatorProcess]]:
-    folder, settings = tmp_path_factory.mktemp("replicas"), settings_in(own)
+    folder = tmp_path_factory.mktemp("replicas")
+    settings = settings_in(own, leaderElection={"namespace": own, **SHORT})
     started = [OperatorProcess(cluster, kubeconfig, folder, f"replica-{letter}", settings) for letter in "ab"]
     yield started
     for replica in started:
@@ -65,11 +67,9 @@ def leads(replica: OperatorProcess) -> bool:
     return replica.answers() and replica.metric("finetune_operator_leader") == 1
 
 
-def wait_for_holder(cluster: Cluster, own: str, name: str) -> float:
-    """Seconds until the Lease names this holder."""
-    since = time.monotonic()
-    cluster.wait_for(LEASES, lambda found: found[0]["spec"].get("holderIdentity") == name, namespace=own, timeout=30)
-    return time.monotonic() - since
+def wait_for_holder(cluster: Cluster, own: str, name: str) -> None:
+    """Until the Lease names this holder."""
+    cluster.wait_for(LEASES, lambda found: found[0]["spec"].get("holderIdentity") == name, namespace=own)
 
 
 def running_job(cluster: Cluster, namespace: str, name: str) -> list[Object]:
@@ -97,7 +97,7 @@ def test_one_replica_leads_and_both_are_ready(replicas: list[OperatorProcess]) -
     assert (first.metric("finetune_operator_leader"), second.metric("finetune_operator_leader")) == (1, 0)
 
 
-def test_a_killed_leader_is_replaced_within_the_lease_and_its_job_goes_on(
+def test_a_killed_leader_is_replaced_when_the_lease_expires_and_its_job_goes_on(
     cluster: Cluster, own: str, namespace: str, replicas: list[OperatorProcess]
 ) -> None:
     first, second = replicas
@@ -107,8 +107,7 @@ def test_a_killed_leader_is_replaced_within_the_lease_and_its_job_goes_on(
 
     first.process.send_signal(signal.SIGKILL)
     first.process.wait()
-    took = wait_for_holder(cluster, own, second.name)
-    assert took < 2 * LEASE_DURATION  # it has expired, two retry periods are over, and the machine is slow
+    wait_for_holder(cluster, own, second.name)
     second.wait_until("it leads", lambda: leads(second))
     # It has looked at the job before its gang is compared.
     second.wait_until("it counts the job", lambda: second.metric("finetune_jobs", namespace=namespace) == 1)
@@ -128,17 +127,16 @@ def test_a_leader_that_is_told_to_stop_gives_the_lease_back(
 ) -> None:
     first, second = replicas
     pods = running_job(cluster, namespace, "tune")
-    # As Prometheus does it: a connection that stays open must not hold up the handing over.
+    # As Prometheus does it. A connection that stayed open would hold up the handing over: kopf waits 5 s for it.
     scraper = http.client.HTTPConnection("127.0.0.1", first.port)
     scraper.request("GET", "/metrics")
-    assert scraper.getresponse().read()
+    answer = scraper.getresponse()
+    assert answer.read()
+    assert answer.will_close
 
-    asked = time.monotonic()
     first.process.terminate()
-    took = wait_for_holder(cluster, own, second.name)
-    assert first.process.wait(timeout=10) == 0, first.log.read_text()
-    # Not after the 5 s for which kopf waits for open connections, nor when the Lease expires.
-    assert max(took, time.monotonic() - asked) < 4.5
+    wait_for_holder(cluster, own, second.name)
+    assert first.process.wait(PATIENCE) == 0, first.log.read_text()
     assert "the Lease finetune-operator is given back" in first.log.read_text()
     second.wait_until("it leads", lambda: leads(second))
     done = let_succeed(cluster, namespace, "tune")["status"]
@@ -147,7 +145,7 @@ def test_a_leader_that_is_told_to_stop_gives_the_lease_back(
 
     # The last one leaves a Lease that whoever comes next has at once.
     second.process.terminate()
-    assert second.process.wait(timeout=10) == 0, second.log.read_text()
+    assert second.process.wait(PATIENCE) == 0, second.log.read_text()
     assert "holderIdentity" not in cluster.get(LEASES, "finetune-operator", namespace=own)["spec"]
 
 
@@ -199,10 +197,12 @@ def test_an_api_server_that_is_away_for_a_moment_ends_no_leadership_and_one_that
     line = Line(int(server["server"].rpartition(":")[2]))
     server["server"] = f"https://127.0.0.1:{line.port}"
     (tmp_path / "kubeconfig").write_text(json.dumps(access))
-    # Long enough for what is done while the line is cut.
-    patient = {"namespace": own, "leaseDuration": "15s", "renewDeadline": "10s", "retryPeriod": "1s"}
-    settings = settings_in(own, leaderElection=patient)
-    replica = OperatorProcess(cluster, tmp_path / "kubeconfig", tmp_path, "replica", settings)
+
+    def replica_with(lease: dict[str, str]) -> OperatorProcess:
+        settings = settings_in(own, leaderElection={"namespace": own, **lease})
+        return OperatorProcess(cluster, tmp_path / "kubeconfig", tmp_path, "replica", settings)
+
+    replica = replica_with(LONG)
     try:
         replica.wait_until("it leads", lambda: leads(replica))
         pods = running_job(cluster, namespace, "tune")
@@ -218,9 +218,13 @@ def test_an_api_server_that_is_away_for_a_moment_ends_no_leadership_and_one_that
         assert leads(replica)
 
         # Without an answer it must end before another one may lead, however long a connection can hang.
+        replica.stop()
+        replica = replica_with(LONG | {"renewDeadline": "8s"})
+        replica.wait_until("it leads", lambda: leads(replica))
         line.silent = True
-        assert replica.process.wait(timeout=15) == 1
+        assert replica.process.wait(PATIENCE) == 1
         assert "leadership lost" in replica.log.read_text()
+        assert cluster.get(LEASES, "finetune-operator", namespace=own)["spec"]["holderIdentity"] == replica.name
     finally:
         replica.stop()
         line.cut()

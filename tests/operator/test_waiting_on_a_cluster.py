@@ -9,6 +9,7 @@ import pytest
 
 from finetune_api.causes import Cause
 from finetune_api.run import CheckpointInfo, Termination
+from tests import PATIENCE
 from tests.chart.judges import judge
 from tests.cluster.access import Object
 from tests.cluster.cluster import Cluster
@@ -129,7 +130,7 @@ def wait_until_it_queues(cluster: Cluster, namespace: str) -> None:
         "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}},
     }  # fmt: skip
     create = ("create", "--dry-run=server", "-o", "json", "-n", namespace, "-f", "-")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not json.loads(cluster.kubectl(*create, input=json.dumps(probe)))["spec"].get("suspend"):
         assert time.monotonic() < deadline
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -479,10 +478,9 @@ def hub():
 
 
 def init_container(tmp_path, config, *options, **environment):
-    """Run the init container; (exit code, stderr, seconds)."""
+    """Run the init container; (exit code, stderr)."""
     (tmp_path / "config.json").write_text(config.model_dump_json())
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "AWS_", "FINETUNE_"))}
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, *options, "-m", "finetune_trainer.fetch"],
         env=keep
@@ -496,9 +494,8 @@ def init_container(tmp_path, config, *options, **environment):
         | environment,
         capture_output=True,
         text=True,
-        timeout=120,
     )
-    return done.returncode, done.stderr, time.monotonic() - start
+    return done.returncode, done.stderr
 
 
 def word(tmp_path) -> Termination:
@@ -512,7 +509,7 @@ def test_the_init_container_fetches_from_the_hub_and_the_trainer_finds_it_there(
         "datasets/org/rows": {"README.md": b"x", "train.jsonl": ROWS, "a.py": b""},
     }
     config = config_for(tmp_path, "hf://org/name", "hf://datasets/org/rows")
-    code, said, _ = init_container(tmp_path, config, HF_ENDPOINT=endpoint)
+    code, said = init_container(tmp_path, config, HF_ENDPOINT=endpoint)
     assert code == 0, said
     assert not (tmp_path / "termination").exists()
     fetched = fetch(config, tmp_path / "cache")  # HF_ENDPOINT is not set here: no request could succeed
@@ -525,7 +522,7 @@ def test_the_init_container_fetches_from_the_hub_and_the_trainer_finds_it_there(
     assert str(fetched.model).startswith(str(tmp_path / "cache" / "hf")), "HF_HOME defaults to the shared cache"
     # again, without the hub: HF_HUB_OFFLINE, and a hub that is down
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:1"}):
-        code, said, _ = init_container(tmp_path, config, **environment)
+        code, said = init_container(tmp_path, config, **environment)
         assert code == 0, said
 
 
@@ -533,7 +530,7 @@ def test_one_file_of_a_hub_data_set(tmp_path, hub):
     endpoint, kind = hub
     kind.files = {"org/name": PLAIN, "datasets/org/rows": {"a/one.jsonl": ROWS, "a/two.jsonl": b""}}
     config = config_for(tmp_path, "hf://org/name", "hf://datasets/org/rows/a/one.jsonl")
-    code, said, _ = init_container(tmp_path, config, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "home"))
+    code, said = init_container(tmp_path, config, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "home"))
     assert code == 0, said
     [path] = fetch(config, tmp_path / "cache").train
     assert path.read_bytes() == ROWS
@@ -554,13 +551,10 @@ def test_a_folder_of_the_hub_is_read_whole_whatever_its_name(tmp_path, hub, uri)
 
 def test_the_init_container_is_light_and_quick(tmp_path):
     model = put(tmp_path / "model", PLAIN)
-    code, said, seconds = init_container(
-        tmp_path, config_for(tmp_path, model.as_uri(), model.as_uri()), "-X", "importtime"
-    )
+    code, said = init_container(tmp_path, config_for(tmp_path, model.as_uri(), model.as_uri()), "-X", "importtime")
     assert code == 0, said
     imported = {line.rsplit("|", 1)[-1].strip() for line in said.splitlines() if line.startswith("import time:")}
     assert not imported & {"torch", "transformers", "datasets", "numpy", "huggingface_hub", "peft"}
-    assert seconds < 30
 
 
 @pytest.mark.parametrize(
@@ -576,7 +570,7 @@ def test_what_the_hub_refuses_is_a_mistake_of_the_user(tmp_path, hub, model, rev
     endpoint, kind = hub
     kind.files = {"org/name": PLAIN}
     config = config_for(tmp_path, model, revision=revision)
-    code, stderr, _ = init_container(tmp_path, config, HF_ENDPOINT=endpoint)
+    code, stderr = init_container(tmp_path, config, HF_ENDPOINT=endpoint)
     assert code == EXIT_USER, stderr
     last = word(tmp_path)
     assert (last.cause, last.exit_code) == (cause, EXIT_USER)
@@ -586,9 +580,8 @@ def test_what_the_hub_refuses_is_a_mistake_of_the_user(tmp_path, hub, model, rev
 
 def test_an_unreachable_hub_names_endpoint_and_model_and_is_tried_again(tmp_path):
     config = config_for(tmp_path, "hf://org/name")
-    code, stderr, seconds = init_container(tmp_path, config, HF_ENDPOINT="http://127.0.0.1:1")
+    code, stderr = init_container(tmp_path, config, HF_ENDPOINT="http://127.0.0.1:1")
     assert code == EXIT_FAILED, stderr
-    assert seconds < 60
     last = word(tmp_path)
     assert last.cause is Cause.STORAGE_UNAVAILABLE
     assert last.message.startswith("hf://org/name (revision main, endpoint http://127.0.0.1:1) cannot be fetched: ")
@@ -598,7 +591,7 @@ def test_an_unreachable_hub_names_endpoint_and_model_and_is_tried_again(tmp_path
 
 def test_offline_without_a_copy_says_which_cache_was_looked_into(tmp_path):
     config = config_for(tmp_path, "hf://org/name")
-    code, stderr, _ = init_container(tmp_path, config, HF_HUB_OFFLINE="1")
+    code, stderr = init_container(tmp_path, config, HF_HUB_OFFLINE="1")
     assert code == EXIT_USER, stderr
     assert f"is not in the cache {tmp_path}/cache/hf/hub, and HF_HUB_OFFLINE forbids" in word(tmp_path).message
 
@@ -606,6 +599,6 @@ def test_offline_without_a_copy_says_which_cache_was_looked_into(tmp_path):
 def test_a_broken_configuration_is_a_mistake_of_the_user(tmp_path):
     config = config_for(tmp_path)
     broken = type("Broken", (), {"model_dump_json": lambda _: config.model_dump_json()[:-5]})()
-    code, _, _ = init_container(tmp_path, broken)
+    code, _ = init_container(tmp_path, broken)
     assert code == EXIT_USER
     assert word(tmp_path).cause is Cause.INVALID_CONFIGURATION

