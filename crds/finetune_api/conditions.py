@@ -33,6 +33,7 @@ class Reason(StrEnum):
 
     # Accepted
     VALID = "Valid"
+    CHANGE_PENDING = "ChangePending"
     INVALID_SPEC = "InvalidSpec"
     UNKNOWN_PROFILE = "UnknownProfile"
     IMMUTABLE_FIELD_CHANGED = "ImmutableFieldChanged"
@@ -52,6 +53,9 @@ class Reason(StrEnum):
     QUOTA_EXCEEDED = "QuotaExceeded"
     QUEUED = "Queued"
     NO_PODS = "NoPods"
+    NAME_TAKEN = "NameTaken"
+    REFUSED = "Refused"
+    PODS_TERMINATING = "PodsTerminating"
     # Progressing
     LOADING = "Loading"
     TRAINING = "Training"
@@ -60,6 +64,7 @@ class Reason(StrEnum):
     BACKING_OFF = "BackingOff"
     NOT_RUNNING = "NotRunning"
     PROGRESS_UNKNOWN = "ProgressUnknown"
+    PROGRESS_UNREACHABLE = "ProgressUnreachable"
     # Suspended
     SUSPEND_REQUESTED = "SuspendRequested"
     SUSPENDING = "Suspending"

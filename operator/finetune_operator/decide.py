@@ -19,12 +19,12 @@ from finetune_api.base import seconds
 from finetune_api.causes import Cause, Retry
 from finetune_api.conditions import Condition, Reason, State
 from finetune_api.mistakes import Mistake
-from finetune_api.run import TRAINER_CONTAINER, Progress, Termination
+from finetune_api.run import HTTP_PORT, TRAINER_CONTAINER, Progress, Termination
 from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.failures import ECHO_PATIENCE, WAITING_FOR_EVER, Failure, judge, taken_back
 from finetune_operator.manifests import job_name
-from finetune_operator.observe import GangJob, News, Observed, Pod, format_time, parse_time
+from finetune_operator.observe import GangJob, Leaving, News, Observed, Pod, format_time, parse_time
 from finetune_operator.plan import Plan, changed_fields
 from finetune_operator.status import (
     ATTEMPTS_KEPT,
@@ -58,6 +58,12 @@ SIDECAR_PATIENCE = timedelta(seconds=30)
 """So long the sidecars of a finished run have to end by themselves; then its Job is taken away, which ends them."""
 STALLED_AFTER = 6
 """Attempts in a row without a finished step after which a person is called: five minutes of waiting in between."""
+STUCK_AFTER = timedelta(minutes=1)
+"""How long something may be overdue to go before it is named."""
+STUCK_FOR_GOOD = timedelta(minutes=5)
+"""How long before a person is needed."""
+SILENT_AFTER = timedelta(minutes=3)
+"""How long a trainer may run without an answer to the operator; its imports take up to one."""
 REFUSAL_POLL = 2.0
 """Seconds between looks at a Job without its pods: that they cannot be made wakes nobody."""
 
@@ -113,6 +119,7 @@ class Delete:
 
     kind: str
     name: str
+    uid: str
     force: bool = False
 
 
@@ -123,6 +130,8 @@ class Decision:
     status: FineTuneJobStatus
     create_attempt: int | None = None
     """Make the Job of this attempt (and what it needs), before the status is written."""
+    without_attempt: FineTuneJobStatus | None = None
+    """The status where that is refused."""
     excluded_nodes: tuple[str, ...] = ()
     delete: tuple[Delete, ...] = ()
     """After the status is written."""
@@ -448,7 +457,7 @@ def _fail(facts: Facts, status: FineTuneJobStatus, reason: Reason, message: str)
 def _jobs_with_pods(facts: Facts) -> tuple[Delete, ...]:
     """The Jobs some of whose pods have not ended, and hold their GPUs."""
     return tuple(
-        Delete("Job", job.name)
+        Delete("Job", job.name, job.uid)
         for job in facts.observed.jobs
         if not job.deleting and not all(p.over for p in facts.observed.pods_of(job.attempt))
     )
@@ -528,14 +537,14 @@ def _running(
     facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, job: GangJob | None, pods: tuple[Pod, ...]
 ) -> Decision:
     pods_ready = _pods_ready(facts, job, pods)
-    progressing = _progressing(facts, status, bool(pods_ready.holds))
+    progressing = _progressing(facts, status, bool(pods_ready.holds), pods)
     state = State.RUNNING if progressing.holds else State.STARTING
     if status.restarts and state is State.STARTING:
         state = State.RESTARTING
     if pods_ready.reason is Reason.QUEUED:
         state = State.QUEUED
     poll = facts.poll if pods_ready.holds else PENDING_POLL
-    if job is not None and not (job.suspended or job.refusal) and facts.plan and len(pods) < facts.plan.workers:
+    if job is not None and not (job.suspended or job.refusal) and len(pods) < job.workers:
         poll = REFUSAL_POLL
     if any(pod.phase == "Failed" for pod in pods):  # it lost its peers, and their story is awaited
         poll = ECHO_PATIENCE.total_seconds()
@@ -545,7 +554,7 @@ def _running(
 
 
 def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Finding:
-    wanted = facts.plan.workers if facts.plan else len(pods)
+    wanted = job.workers if job else len(pods)
     ready = sum(1 for p in pods if p.running or p.trained)
     if pods and ready >= wanted:
         message = " ".join((f"All {wanted} workers run.", *map(_sidecars_down, pods))).rstrip()
@@ -589,7 +598,22 @@ def _sidecars_down(pod: Pod) -> str:
     return " ".join(f"The sidecar {e.container} of {pod.name} ended with exit code {e.code}." for e in failed)
 
 
-def _progressing(facts: Facts, status: FineTuneJobStatus, ready: bool) -> Finding:
+def _silent(facts: Facts, pods: tuple[Pod, ...]) -> tuple[Reason, str]:
+    """What may keep the operator from a trainer that runs longer than it loads, and has never spoken."""
+    started = pods[0].running_since if pods else None
+    heard = parse_time(facts.status.progress.updated_time) if facts.status.progress else None
+    spoke = heard is not None and started is not None and heard > started
+    if started is None or spoke or facts.now - started < SILENT_AFTER:
+        return Reason.PROGRESS_UNKNOWN, "The trainer does not answer yet."
+    return Reason.PROGRESS_UNREACHABLE, (
+        f"Pod {pods[0].name} runs since {format_time(started)}, and the operator has never reached its port "
+        f"{HTTP_PORT} (GET /progress). Most often a NetworkPolicy of its namespace or of the operator's keeps them "
+        "apart, or a service mesh wants mutual TLS on that port. Where the operator cannot reach pods at all, set "
+        "settings.progressThrough: apiserver in the Helm values. The training goes on meanwhile."
+    )
+
+
+def _progressing(facts: Facts, status: FineTuneJobStatus, ready: bool, pods: tuple[Pod, ...]) -> Finding:
     if not ready:
         return Finding(Condition.PROGRESSING, False, Reason.LOADING, "Waiting for the pods.")
     progress = facts.progress
@@ -597,8 +621,7 @@ def _progressing(facts: Facts, status: FineTuneJobStatus, ready: bool) -> Findin
         # In an attempt that has told of no step yet, the phase is one of an earlier attempt.
         last = status.progress if status.attempts[-1].last_step else None
         known = last is not None and last.phase in (*AT_WORK, *AFTER_WORK)
-        message = "The trainer does not answer yet."
-        return Finding(Condition.PROGRESSING, True if known else None, Reason.PROGRESS_UNKNOWN, message)
+        return Finding(Condition.PROGRESSING, True if known else None, *_silent(facts, pods))
     if progress.phase in AT_WORK:
         return Finding(Condition.PROGRESSING, True, Reason.TRAINING, progress.message)
     if progress.phase in AFTER_WORK:
@@ -620,10 +643,14 @@ def _between_attempts(facts: Facts, status: FineTuneJobStatus) -> Decision:
         message = "Clearing what is left of an earlier job of this name."
         if last is not None:
             message = f"Clearing attempt {last.number} ({last.cause})."
+        stuck = _stuck(facts)
+        message += f" {_why_stuck(stuck)}" if stuck else ""
         findings = [
             Finding(Condition.PROGRESSING, False, Reason.RESTARTING, message),
-            Finding(Condition.PODS_READY, False, Reason.NO_PODS, message),
+            Finding(Condition.PODS_READY, False, Reason.PODS_TERMINATING if stuck else Reason.NO_PODS, message),
         ]
+        if stuck and facts.now - stuck.due > STUCK_FOR_GOOD:
+            findings.append(Finding(Condition.STALLED, True, Reason.PODS_TERMINATING, message))
         if suspended:
             findings.append(Finding(Condition.SUSPENDED, False, Reason.SUSPENDING, message))
         return Decision(_written(facts, status, state, *findings, *_not_finished()), delete=leftovers, requeue=2.0)
@@ -648,20 +675,77 @@ def _between_attempts(facts: Facts, status: FineTuneJobStatus) -> Decision:
         message = f"{why}; the next attempt starts in {wait:.0f} s."
         backing = Finding(Condition.PROGRESSING, False, Reason.BACKING_OFF, message)
         return Decision(_written(facts, status, State.RESTARTING, idle[0], backing, *_not_finished()), requeue=wait)
+    if facts.observed.strangers:
+        message = (
+            f"Pod {', '.join(facts.observed.strangers)}: labelled as a worker of this job, and not made for it. It "
+            "would be taken for one. Delete it, or take its label finetune.dev/job away."
+        )
+        return refused(facts, status, Reason.NAME_TAKEN, message)
     return _start(facts, status)
 
 
+TRY_AGAIN: Mapping[Reason, float | None] = {
+    Reason.NO_PODS: 2.0,  # something of an earlier job that is just going
+    Reason.NAME_TAKEN: PENDING_POLL,
+    Reason.QUOTA_EXCEEDED: PENDING_POLL,
+    Reason.REFUSED: 60.0,
+    Reason.INVALID_SPEC: None,  # until the spec changes; the resync looks whether the API server has come to know more
+}
+"""Seconds until what was refused for a reason is tried again: nothing wakes the job when it would be accepted."""
+
+
+def refused(facts: Facts, status: FineTuneJobStatus, reason: Reason, message: str) -> Decision:
+    """The cluster does not accept what the next attempt needs."""
+    state = State.RESTARTING if status.attempts else State.PENDING
+    findings = [
+        Finding(Condition.PODS_READY, False, reason, message),
+        Finding(Condition.PROGRESSING, False, Reason.NOT_RUNNING),
+        *_not_finished(),
+    ]
+    if reason is Reason.INVALID_SPEC:
+        state = State.INVALID
+        message = f"spec.workers.template, or the template of profile {_profile(facts)}: {message}"
+        findings.append(Finding(Condition.ACCEPTED, False, reason, message))
+        findings[0] = Finding(Condition.PODS_READY, False, Reason.NO_PODS)
+    if reason in (Reason.NAME_TAKEN, Reason.REFUSED, Reason.INVALID_SPEC):
+        findings.append(Finding(Condition.STALLED, True, reason, message))
+    return Decision(_written(facts, status, state, *findings), requeue=TRY_AGAIN[reason])
+
+
+def _profile(facts: Facts) -> str:
+    return facts.spec.profile if facts.spec else ""
+
+
 def _leftovers(facts: Facts) -> tuple[Delete, ...]:
-    """Jobs that are not being deleted yet; pods without a Job; pods whose node will never confirm their end."""
-    gone = [Delete("Job", job.name) for job in facts.observed.jobs if not job.deleting]
-    with_job = {job.attempt for job in facts.observed.jobs}
+    """Jobs that are not being deleted yet, which takes their pods along; pods whose node never confirms their end."""
+    gone = [Delete("Job", job.name, job.uid) for job in facts.observed.jobs if not job.deleting]
     for pod in facts.observed.pods:
         overdue = pod.deletion_time is not None and facts.now > pod.deletion_time
-        if pod.deleting and overdue and pod.node in facts.dead_nodes:
-            gone.append(Delete("Pod", pod.name, force=True))
-        elif not pod.deleting and pod.attempt not in with_job:
-            gone.append(Delete("Pod", pod.name))
+        if overdue and pod.node in facts.dead_nodes:
+            gone.append(Delete("Pod", pod.name, pod.uid, force=True))
     return tuple(gone)
+
+
+def _stuck(facts: Facts) -> Leaving | None:
+    """What should have gone by now, the longest overdue."""
+    overdue = [one for one in facts.observed.leaving if facts.now - one.due > STUCK_AFTER]
+    return min(overdue, key=lambda one: (one.kind != "Pod", one.due, one.name), default=None)
+
+
+def _why_stuck(stuck: Leaving) -> str:
+    what = f"{stuck.kind} {stuck.name}"
+    where = f" on node {stuck.node}" if stuck.node else ""
+    since = f"{what}{where} was told to go at {format_time(stuck.told)} and is still there: "
+    if stuck.finalizers:
+        return (
+            since + f"it is held by the finalizer {', '.join(stuck.finalizers)}. Find out why who set it lets it stay."
+        )
+    if stuck.kind != "Pod":
+        return since + "Kubernetes' garbage collector has not taken it away yet."
+    return since + (
+        "its node does not confirm its end. See whether the node is well; if it is gone for good, and only then: "
+        f"kubectl delete pod {stuck.name} -n {stuck.namespace} --grace-period=0 --force"
+    )
 
 
 def _backoff(attempts: list[AttemptStatus], now: datetime) -> float:
@@ -712,6 +796,7 @@ def _start(facts: Facts, status: FineTuneJobStatus) -> Decision:
             *_not_finished(),
         ),
         create_attempt=number,
+        without_attempt=status,
         excluded_nodes=suspects(status.attempts, facts.now),
         requeue=PENDING_POLL,
     )
@@ -741,7 +826,25 @@ def _accepted(facts: Facts) -> Finding:
                 "values. Put them back, or make a new FineTuneJob."
             )
             return Finding(Condition.ACCEPTED, False, Reason.IMMUTABLE_FIELD_CHANGED, message)
+    if pending := _pending_changes(facts):
+        message = (
+            f"{'; '.join(pending)}: taken over by the next attempt; the one that runs goes on as it was made. To have "
+            "it now, suspend the job (spec.suspend: true) and let it go on."
+        )
+        return Finding(Condition.ACCEPTED, True, Reason.CHANGE_PENDING, message)
     return Finding(Condition.ACCEPTED, True, Reason.VALID)
+
+
+def _pending_changes(facts: Facts) -> list[str]:
+    """What of the spec has changed since the Job that runs was made of it."""
+    attempt = facts.status.attempts[-1] if facts.status.attempts else None
+    job = facts.observed.job(attempt.number) if attempt is not None and not attempt.end_time else None
+    if job is None or job.deleting or job.made_from is None or facts.plan is None:
+        return []
+    return [
+        change.partition(":")[0] if change.startswith("spec.workers.template") else change
+        for change in changed_fields(job.made_from, facts.plan.steering)
+    ]
 
 
 def _stalled_condition(facts: Facts, status: FineTuneJobStatus, state: State, accepted: Finding) -> Finding:

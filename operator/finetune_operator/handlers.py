@@ -5,9 +5,11 @@ needs no finalizer (``kubectl delete`` never hangs) and leaves no annotation on 
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ from typing import Any
 
 import kopf
 from aiohttp import web
+from kopf._cogs.structs import references as kopf_references  # what it watches is told nowhere else
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from finetune_api.base import seconds
@@ -35,6 +38,14 @@ Key = tuple[str, str]
 """Namespace and name of a FineTuneJob."""
 
 
+LOOK_AGAIN = 2.0
+"""Seconds between two looks whether FineTuneJobs are served."""
+NOT_SERVED = (
+    f"The API server does not serve {manifests.PLURAL}.{manifests.GROUP} {manifests.VERSION}, or not yet: install the "
+    "CustomResourceDefinition (the chart does, unless crds.enabled is false). Nothing is done until then."
+)
+
+
 class Operator:
     """What lives as long as the process: the queue, the jobs last seen, the metrics."""
 
@@ -49,6 +60,8 @@ class Operator:
         self.leading = asyncio.Event()
         self.give_back: Callable[[], None] = lambda: None
         self._stop_watches = threading.Event()
+        self.watching: kopf_references.Insights | None = None
+        """What kopf has found of the API, while it runs."""
 
     # --- what wakes us ---
 
@@ -87,6 +100,80 @@ class Operator:
             await asyncio.sleep(seconds(self.settings.resync_interval))
             for key in list(self.jobs):
                 self.queue.add(key)
+
+    def is_watching(self) -> bool:
+        """FineTuneJobs are served, and kopf watches them."""
+        return self.watching is not None and bool(self.watching.watched_resources)
+
+    async def watch_jobs(self) -> None:
+        """FineTuneJobs, by kopf, until SIGTERM or SIGINT.
+
+        kopf looks for the resource once, when it starts; watches nothing if it is not there; and ends when it goes. So
+        it is started when the API server serves the resource, and anew when that was deleted and came back.
+        """
+        stopped = asyncio.Event()
+        while True:
+            for number in (signal.SIGTERM, signal.SIGINT):  # kopf takes them over, and does not give them back
+                asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+            if not await self._served(stopped):
+                return
+            gone = asyncio.Event()
+            looks = asyncio.create_task(self._until_gone(gone))
+            self.watching = kopf_references.Insights()
+            try:
+                await kopf.operator(
+                    registry=_registry(self),
+                    settings=_kopf_settings(),
+                    standalone=True,
+                    identity=identity(),  # type: ignore[arg-type]  # else kopf asks for the user's name: 65532 has none
+                    clusterwide=not self.settings.namespaces,
+                    namespaces=self.settings.namespaces,
+                    insights=self.watching,
+                    stop_flag=gone,
+                )
+            except Exception:
+                if await self._is_served():
+                    raise
+            else:
+                if not gone.is_set():
+                    return
+            finally:
+                looks.cancel()
+                self.watching = None
+            log.warning("%s", NOT_SERVED)
+            for key in list(self.jobs):
+                self.seen(self.jobs[key], deleted=True)
+
+    async def _served(self, stopped: asyncio.Event) -> bool:
+        """Waits until the resource is served. False: told to stop before that."""
+        told = False
+        while not await self._is_served():
+            if not told:
+                log.warning("%s", NOT_SERVED)
+            told = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopped.wait(), LOOK_AGAIN)
+            if stopped.is_set():
+                return False
+        return True
+
+    async def _until_gone(self, gone: asyncio.Event) -> None:
+        """Sets ``gone`` when the resource is not served any more, or kopf has missed it (API servers do not learn of it
+        at the same moment)."""
+        while True:
+            await asyncio.sleep(LOOK_AGAIN)
+            found = self.watching
+            missed = found is not None and found.ready_resources.is_set() and not found.watched_resources
+            if missed or not await self._is_served():
+                gone.set()
+                return
+
+    async def _is_served(self) -> bool:
+        try:
+            return await asyncio.to_thread(self.cluster.serves_finetunejobs)
+        except ClusterError as error:
+            log.warning("%s", error.message)
+            return self.is_watching()  # nothing is known: it stays as it is
 
     # --- work ---
 
@@ -144,10 +231,15 @@ class Operator:
         async def healthz(_: web.Request) -> web.Response:
             return web.Response(text="ok\n")
 
+        async def readyz(_: web.Request) -> web.Response:
+            if self.is_watching():
+                return web.Response(text="ok\n")
+            return web.Response(status=503, text=f"{NOT_SERVED}\n")
+
         app = web.Application()
         app.router.add_get("/metrics", metrics)
         app.router.add_get("/healthz", healthz)
-        app.router.add_get("/readyz", healthz)
+        app.router.add_get("/readyz", readyz)
         # kopf waits 5 s for whatever is left when it stops, open connections too, and the next replica waits for us.
         runner = web.AppRunner(app, access_log=None, keepalive_timeout=0)
         await runner.setup()
@@ -168,14 +260,7 @@ class Operator:
         tasks = [asyncio.create_task(self.work()) for _ in range(self.settings.workers)]
         tasks.append(asyncio.create_task(self.resync()))
         try:
-            await kopf.operator(
-                registry=_registry(self),
-                settings=_kopf_settings(),
-                standalone=True,
-                identity=identity(),  # type: ignore[arg-type]  # else kopf asks for the user's name, and 65532 has none
-                clusterwide=not self.settings.namespaces,
-                namespaces=self.settings.namespaces,
-            )
+            await self.watch_jobs()
         finally:
             self._stop_watches.set()
             for task in tasks:
@@ -201,7 +286,8 @@ def _registry(operator: Operator) -> kopf.OperatorRegistry:
 def _kopf_settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False  # events are written by us, on purpose
-    settings.scanning.disabled = True  # needs rights on CRDs and namespaces, and the chart installs the CRD first
+    settings.scanning.disabled = True  # needs rights on CRDs and namespaces; Operator.watch_jobs does without
+    settings.process.ultimate_exiting_timeout = None  # it may end while the process goes on
     settings.networking.request_timeout = 30
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330

@@ -20,6 +20,8 @@ LABEL_JOB = f"{GROUP}/job"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 ANNOTATION_GPUS = f"{GROUP}/gpus"
 """Of a worker pod: its GPUs, whatever resource or claim they are asked for by."""
+MADE_FROM = f"{GROUP}/made-from"
+"""Annotation of a Job: what of the spec it was made from (:func:`plan.steering`), as JSON."""
 MANAGED_BY = {"app.kubernetes.io/managed-by": "finetune-operator"}
 QUEUE_LABELS = ("kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class")
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
@@ -121,10 +123,12 @@ def job(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...] = ()) -> Manif
     """The gang of one attempt: an Indexed Job that never replaces a pod. The operator makes a new Job instead."""
     name = job_name(plan.owner.name, attempt)
     queue = {key: plan.owner.labels[key] for key in QUEUE_LABELS if key in plan.owner.labels}
+    metadata = _metadata(plan, name, **{LABEL_ATTEMPT: str(attempt)}, **queue)
+    made_from = {MADE_FROM: json.dumps(plan.steering, sort_keys=True)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(plan, name, **{LABEL_ATTEMPT: str(attempt)}, **queue),
+        "metadata": {**metadata, "annotations": made_from},
         "spec": {
             "completionMode": "Indexed",
             "completions": plan.workers,

@@ -11,7 +11,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, Termination, TrainerConfig
-from finetune_operator.manifests import ANNOTATION_GPUS, INDEX_LABEL, KIND, LABEL_ATTEMPT, QUEUE_LABELS, config_name
+from finetune_operator.manifests import (
+    ANNOTATION_GPUS,
+    INDEX_LABEL,
+    KIND,
+    LABEL_ATTEMPT,
+    MADE_FROM,
+    QUEUE_LABELS,
+    config_name,
+)
 
 Object = Mapping[str, Any]
 
@@ -93,6 +101,9 @@ class Pod:
     """What the scheduler waits for before it looks at it, e.g. kueue.x-k8s.io/topology."""
     gpus: int | None
     """Those it asks for; None where an operator made it that did not say."""
+    uid: str
+    node_lost: bool
+    """The control plane says by this pod that its node is not heard of."""
     raw: dict[str, Any] = field(repr=False, compare=False)
 
     @property
@@ -151,8 +162,31 @@ class GangJob:
     gpus_per_worker: int | None
     """As of its pods."""
     active: int
+    uid: str
+    made_from: Mapping[str, Any] | None
+    """What of the spec it was made from; None in a Job of an operator that did not note it."""
     refusal: str = ""
     """Why its controller cannot make a pod it lacks: a quota, Pod Security, a webhook."""
+
+
+JOB_TRACKING = "batch.kubernetes.io/job-tracking"
+"""The finalizer of the Job controller, which always goes by itself."""
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """An object that was told to go and is still there."""
+
+    kind: str
+    namespace: str
+    name: str
+    node: str
+    told: datetime
+    """When its deletion was asked for."""
+    due: datetime
+    """When its time to end was over."""
+    finalizers: tuple[str, ...]
+    """Who holds it, but for Kubernetes' own controllers."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +209,10 @@ class Observed:
     frozen_spec: Mapping[str, Any] | None
     earlier: bool = False
     """Something is left of a FineTuneJob of the same name, or of a Job, that was deleted; it is none of the above."""
+    leaving: tuple[Leaving, ...] = ()
+    """What of all that is on its way out, and of the above."""
+    strangers: tuple[str, ...] = ()
+    """Pods with the label of this FineTuneJob that are not its own and have not ended."""
 
     def job(self, attempt: int) -> GangJob | None:
         """The Job of one attempt."""
@@ -226,30 +264,76 @@ def _last_told(event: Object) -> str:
 
 
 def observe(name: str, children: Iterable[dict[str, Any]], uid: str = "") -> Observed:
-    """Facts of the children of the FineTuneJob ``name``; with ``uid``, of the one that has it."""
+    """Facts of the children of the FineTuneJob ``name``; with ``uid``, of the one that has it: names and labels are
+    anybody's, and an object is its controller's."""
     everything = list(children)
-    earlier = {c["metadata"]["uid"] for c in everything if uid and _owners(c, KIND) - {uid}}
-    # Also pods whose Job is gone already: it was deleted, and they are slow to end.
-    jobs = {c["metadata"].get("uid") for c in everything if c["kind"] == "Job"} - earlier
-    earlier |= {c["metadata"]["uid"] for c in everything if (owners := _owners(c, "Job")) and not owners & jobs}
-    children = [c for c in everything if c["metadata"].get("uid") not in earlier]
+    whose = Whose(everything, uid)
     gangs, pods = [], []
     config, spec = None, None
-    for child in children:
+    for child in filter(whose.ours, everything):
         kind = child["kind"]
         if kind == "Job":
-            gangs.append(_job(child, [c for c in children if c["kind"] == "Event"]))
+            gangs.append(_job(child, [c for c in everything if c["kind"] == "Event"]))
         elif kind == "Pod":
             pods.append(_pod(child))
         elif kind == "ConfigMap" and child["metadata"]["name"] == config_name(name):
             data = child.get("data") or {}
             config = TrainerConfig.model_validate_json(data["config.json"])
             spec = json.loads(data["spec.json"])
-    return Observed(tuple(gangs), tuple(pods), config, spec, bool(earlier))
+    earlier = [c for c in everything if whose.earlier(c)]
+    leaving = [c for c in everything if "deletionTimestamp" in c["metadata"] and (whose.ours(c) or c in earlier)]
+    strangers = [_pod(c) for c in everything if c["kind"] == "Pod" and not whose.ours(c) and c not in earlier]
+    return Observed(
+        jobs=tuple(gangs),
+        pods=tuple(pods),
+        frozen_config=config,
+        frozen_spec=spec,
+        earlier=bool(earlier),
+        leaving=tuple(_leaving(c) for c in leaving),
+        strangers=tuple(p.name for p in strangers if p.phase not in ("Succeeded", "Failed")),
+    )
 
 
-def _owners(child: Object, kind: str) -> set[str]:
-    return {owner["uid"] for owner in child["metadata"].get("ownerReferences") or [] if owner["kind"] == kind}
+def controller_of(child: Object) -> Object:
+    """The owner reference that says whose an object is; empty where it is nobody's."""
+    owners = child["metadata"].get("ownerReferences") or []
+    return next((owner for owner in owners if owner.get("controller")), {})
+
+
+class Whose:
+    """Whose an object is, by the uid of its controller. (Without a uid, all are ours.)"""
+
+    def __init__(self, children: Iterable[Object], uid: str) -> None:
+        jobs = [c for c in children if c["kind"] == "Job"]
+        self._uid = uid
+        self._jobs = {c["metadata"].get("uid") for c in jobs if controller_of(c).get("uid") == uid}
+        self._nobodys = {c["metadata"].get("uid") for c in jobs if not controller_of(c)}
+
+    def ours(self, child: Object) -> bool:
+        """The FineTuneJob's, or one of its Jobs'."""
+        return not self._uid or controller_of(child).get("uid") in {self._uid, *self._jobs}
+
+    def earlier(self, child: Object) -> bool:
+        """Of a FineTuneJob of the same name, or of a Job, that was deleted: the garbage collector takes it away. (What
+        has lost its owner is nobody's, and stays.)"""
+        owner = controller_of(child)
+        return not self.ours(child) and owner.get("kind") in (KIND, "Job") and owner["uid"] not in self._nobodys
+
+
+def _leaving(child: Object) -> Leaving:
+    metadata = child["metadata"]
+    due = parse_time(metadata["deletionTimestamp"])
+    assert due is not None
+    own = (JOB_TRACKING, "foregroundDeletion")
+    return Leaving(
+        kind=child["kind"],
+        namespace=metadata.get("namespace", ""),
+        name=metadata["name"],
+        node=(child.get("spec") or {}).get("nodeName") or "",
+        told=due - timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0),
+        due=due,
+        finalizers=tuple(f for f in metadata.get("finalizers") or [] if f not in own),
+    )
 
 
 def _attempt(child: Object) -> int:
@@ -291,6 +375,8 @@ def _job(child: Object, events: list[dict[str, Any]]) -> GangJob:
         workers=child.get("spec", {}).get("parallelism", 1),
         gpus_per_worker=_gpus(child.get("spec", {}).get("template") or {}),
         active=child.get("status", {}).get("active") or 0,
+        uid=child["metadata"].get("uid", ""),
+        made_from=json.loads((child["metadata"].get("annotations") or {}).get(MADE_FROM, "null")),
         refusal=_refusal(child, events),
     )
 
@@ -337,6 +423,8 @@ def _pod(child: dict[str, Any]) -> Pod:
         created=parse_time(metadata.get("creationTimestamp")),
         started=any(_state(c).keys() & {"running", "terminated"} for c in containers),
         preparing=next((c["name"] for c in containers if "running" in _state(c) and c["name"] in init), ""),
+        uid=metadata.get("uid", ""),
+        node_lost=_node_lost(child),
         raw=child,
     )
 
@@ -384,3 +472,28 @@ def _exit(container: Object, ended: Object, commands: Mapping[str, str]) -> Exit
         text="" if termination else message,
         command=commands.get(name, ""),
     )
+
+
+def _node_lost(pod: Object) -> bool:
+    """As the node controller tells it: it takes the pod's readiness away without a reason, and its taint the pod."""
+    if _true_condition(pod, "DisruptionTarget").get("reason") in ("DeletionByTaintManager", "DeletionByPodGC"):
+        return True
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    return any(c["type"] == "Ready" and c["status"] == "False" and not c.get("reason") for c in conditions)
+
+
+def _exits(containers: Iterable[Mapping[str, Any]]) -> Iterable[Exit]:
+    for container in containers:
+        ended = (container.get("state") or {}).get("terminated")
+        if not ended or container["name"] not in (TRAINER_CONTAINER, FETCH_CONTAINER):
+            continue
+        message = ended.get("message") or ""
+        termination = Termination.from_message(message)
+        yield Exit(
+            container=container["name"],
+            code=ended.get("exitCode", 0),
+            reason=ended.get("reason", ""),
+            finished=parse_time(ended.get("finishedAt")),
+            termination=termination,
+            text="" if termination else message,
+        )

@@ -41,6 +41,8 @@ class Plan:
     config: TrainerConfig
     spec_part: dict[str, Any]
     """The part of the spec that decides the result, without defaults; frozen with the first attempt."""
+    steering: dict[str, Any]
+    """The part of the spec that every attempt takes anew (:func:`steering`)."""
     profile: Profile
     workers: int
     gpus_per_worker: int
@@ -83,6 +85,23 @@ def result_part(spec: FineTuneJobSpec) -> dict[str, Any]:
     return part
 
 
+def steering(spec: FineTuneJobSpec) -> dict[str, Any]:
+    """What of the spec an attempt is made with, and changes with the next one. Of the pod template, which may be long,
+    a digest."""
+    workers, checkpoint, credentials = spec.workers, spec.checkpoint, spec.credentials
+    template = json.dumps(workers.template, sort_keys=True)
+    return {
+        "workers": {
+            "replicas": workers.replicas,
+            "gpusPerWorker": workers.gpus_per_worker,
+            "template": "sha256:" + hashlib.sha256(template.encode()).hexdigest()[:12],
+        },
+        "checkpoint": {"save_steps": checkpoint.save_steps, "save_total_limit": checkpoint.save_total_limit},
+        "profile": spec.profile,
+        "credentials": {"secretName": credentials.secret_name if credentials else ""},
+    }
+
+
 def changed_fields(frozen: Mapping[str, Any], present: Mapping[str, Any], at: str = "spec") -> list[str]:
     """Paths at which two results of :func:`result_part` differ, each with both values."""
     changes = []
@@ -117,6 +136,7 @@ def make_plan(
         owner=owner,
         config=config,
         spec_part=written,
+        steering=steering(spec),
         profile=profile,
         workers=spec.workers.replicas,
         gpus_per_worker=spec.workers.gpus_per_worker,

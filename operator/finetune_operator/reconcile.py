@@ -6,25 +6,25 @@ what woke it. Keeps nothing between two passes.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
 
 from finetune_api.base import seconds
-from finetune_api.conditions import Condition, Reason
+from finetune_api.conditions import Condition
 from finetune_api.mistakes import Mistake, read
 from finetune_api.run import Progress
 from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator import manifests
-from finetune_operator.cluster import Cluster, ClusterError, Object
-from finetune_operator.decide import Decision, Facts, Inputs, decide
+from finetune_operator.cluster import Cluster, ClusterError, Object, RefusedError
+from finetune_operator.decide import Decision, Facts, Inputs, decide, refused
 from finetune_operator.observe import News, Observed, news, observe, unexplained
 from finetune_operator.plan import ADAPTER, DATA, Owner, Plan, make_plan, not_a_base, waited_for, with_adapter
 from finetune_operator.settings import Profile, Settings
-from finetune_operator.status import Finding, events, is_true, merge_conditions, one_line
+from finetune_operator.status import events, failed_pass, is_true
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,11 @@ def reconcile(
     try:
         facts = gather(cluster, settings, raw, status, now())
         decision = decide(facts)
-        done = _do(cluster, raw, facts, decision)
+        try:
+            done = _do(cluster, raw, facts, decision)
+        except RefusedError as error:
+            decision = refused(facts, decision.without_attempt or status, error.reason, error.message)
+            done = _do(cluster, raw, facts, decision)
     except ClusterError as error:
         _report(cluster, raw, status, error, now())
         raise
@@ -90,6 +94,9 @@ def gather(cluster: Cluster, settings: Settings, raw: Object, status: FineTuneJo
     mistakes: tuple[Mistake, ...] = () if isinstance(found, FineTuneJobSpec) else tuple(found)
     spec = found if isinstance(found, FineTuneJobSpec) else None
     observed = observe(name, cluster.children(namespace, name), metadata["uid"])
+    if not observed.jobs and not status.attempts:
+        # Nothing has run: a configuration that a refused pass has left may still be corrected.
+        observed = replace(observed, frozen_config=None, frozen_spec=None)
     profile, profile_problem = _profile(settings, spec)
     inputs = Inputs()
     if spec is not None and observed.frozen_config is None:
@@ -213,7 +220,12 @@ def _dead_nodes(cluster: Cluster, observed: Observed) -> frozenset[str]:
     asked = {p.node for p in observed.pods if p.node and (p.deleting or p.disruption or p.reason)}
     dead = set()
     for name in asked:
-        node = cluster.node(name)
+        try:
+            node = cluster.node(name)
+        except ClusterError:
+            # Installed for some namespaces only, the operator may not read nodes: the pods tell of them.
+            dead |= {pod.node for pod in observed.pods if pod.node == name and pod.node_lost}
+            continue
         conditions = ((node or {}).get("status") or {}).get("conditions") or []
         if node is None or not any(c["type"] == "Ready" and c["status"] == "True" for c in conditions):
             dead.add(name)
@@ -251,7 +263,7 @@ def _do(cluster: Cluster, raw: Object, facts: Facts, decision: Decision) -> bool
     if new != (raw.get("status") or {}) and not cluster.patch_status(raw, new):
         return False
     for gone in decision.delete:
-        cluster.delete(gone.kind, namespace, gone.name, force=gone.force)
+        cluster.delete(gone.kind, namespace, gone.name, gone.uid, force=gone.force)
     if decision.delete_job:
         cluster.delete_job(raw)
     return True
@@ -270,14 +282,13 @@ def attempt_manifests(plan: Plan, decision: Decision, observed: Observed) -> lis
 
 def _report(cluster: Cluster, raw: Object, status: FineTuneJobStatus, error: ClusterError, now: datetime) -> None:
     """A pass that failed is seen in the status, never only in the operator's log."""
-    finding = Finding(Condition.RECONCILED, False, Reason.RECONCILE_ERROR, error.message)
-    generation = raw["metadata"].get("generation")
-    conditions = merge_conditions(status.conditions, [finding], generation, now)
-    if conditions == status.conditions:
+    new = failed_pass(status, error.message, raw["metadata"].get("generation"), now)
+    if new == status:
         return
     try:
-        cluster.patch_status(
-            raw, _dump(status.model_copy(update={"conditions": conditions, "message": one_line(error.message)}))
-        )
+        written = cluster.patch_status(raw, _dump(new))
     except ClusterError:
         log.warning("the status of %s could not be written: %s", raw["metadata"]["name"], error.message)
+        return
+    for event in events(status, new) if written else ():
+        cluster.event(raw, event.kind, event.reason, event.message)

@@ -21,6 +21,8 @@ from finetune_api.status import (
 from finetune_operator.observe import Observed, format_time, parse_time
 
 ATTEMPTS_KEPT = 20
+MESSAGE_LIMIT = 32768
+"""Characters of a condition's message, by the CRD and Kubernetes' own conditions."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ def merge_conditions(
     """The old conditions with the findings laid over them; the transition time changes with the status only."""
     merged = {c.type: c for c in old}
     for finding in findings:
+        message = finding.message
+        if len(message) > MESSAGE_LIMIT:
+            message = message[: MESSAGE_LIMIT - 1] + "…"
         status = {True: "True", False: "False", None: "Unknown"}[finding.holds]
         before = merged.get(finding.type)
         since = before.last_transition_time if before and before.status == status else format_time(now)
@@ -46,7 +51,7 @@ def merge_conditions(
             type=finding.type,
             status=status,
             reason=finding.reason,
-            message=finding.message,
+            message=message,
             last_transition_time=since,
             observed_generation=generation,
         )
@@ -92,6 +97,18 @@ def size(count: int) -> str:
             return f"{value:.1f}{unit}" if unit else str(count)
         value /= 1024
     raise AssertionError
+
+
+def failed_pass(status: FineTuneJobStatus, message: str, generation: int | None, now: datetime) -> FineTuneJobStatus:
+    """The status after a pass that an error ended. What is known stays; a job of which nothing is known yet is pending,
+    or tools would take it for one that is done."""
+    findings = [Finding(Condition.RECONCILED, False, Reason.RECONCILE_ERROR, message)]
+    update: dict[str, object] = {"message": one_line(message)}
+    if not status.state:
+        update["state"] = str(State.PENDING)
+        findings.append(Finding(Condition.READY, False, Reason.NOT_FINISHED, message))
+    conditions = merge_conditions(status.conditions, findings, generation, now)
+    return status.model_copy(update={**update, "conditions": conditions})
 
 
 def _number(value: float | None, digits: str) -> str:
@@ -201,20 +218,6 @@ class Event:
     message: str
 
 
-_TROUBLES = {
-    Condition.PODS_READY: (
-        Reason.UNSCHEDULABLE,
-        Reason.IMAGE_NOT_PULLED,
-        Reason.CONTAINER_CONFIG_INVALID,
-        Reason.VOLUME_NOT_MOUNTED,
-        Reason.POD_NOT_STARTED,
-        Reason.QUOTA_EXCEEDED,
-    ),
-    Condition.STALLED: (Reason.NO_PROGRESS,),
-}
-"""Reasons that a person should hear of when a condition begins to give them."""
-
-
 def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     """What is worth telling of the change from one status to the next."""
     told = []
@@ -256,12 +259,26 @@ def _state_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]
     return [Event(level, str(new.state), found.message if found else "")]
 
 
+_TROUBLES = {
+    Condition.PODS_READY: {
+        Reason.UNSCHEDULABLE, Reason.IMAGE_NOT_PULLED, Reason.CONTAINER_CONFIG_INVALID, Reason.VOLUME_NOT_MOUNTED,
+        Reason.POD_NOT_STARTED, Reason.QUOTA_EXCEEDED, Reason.NAME_TAKEN, Reason.REFUSED, Reason.PODS_TERMINATING,
+    },
+    Condition.STALLED: {Reason.NO_PROGRESS},
+    Condition.PROGRESSING: {Reason.PROGRESS_UNREACHABLE},
+    Condition.RECONCILED: {Reason.RECONCILE_ERROR},
+    Condition.ACCEPTED: {Reason.IMMUTABLE_FIELD_CHANGED, Reason.CHANGE_PENDING},
+}  # fmt: skip
+"""Reasons that are worth an event when a condition comes to have them."""
+
+
 def _trouble_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     told = []
     for kind, reasons in _TROUBLES.items():
-        before, now = condition(old, kind), condition(new, kind)
-        if now is not None and now.reason in reasons and (before is None or before.reason != now.reason):
-            told.append(Event("Warning", now.reason, now.message))
+        found, before = condition(new, kind), condition(old, kind)
+        if found is not None and found.reason in reasons and (before is None or before.reason != found.reason):
+            kind_of_event = "Normal" if found.reason == Reason.CHANGE_PENDING else "Warning"
+            told.append(Event(kind_of_event, found.reason, found.message))
     return told
 
 

@@ -7,16 +7,18 @@ can be run in seconds. The real ones are in tests/cluster and tests/e2e.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from finetune_api.conditions import Reason
 from finetune_api.run import CheckpointInfo, OutputInfo, Progress, Termination
 from finetune_api.schema import UNSEEN
 from finetune_operator import manifests
-from finetune_operator.cluster import ClusterError, Object, is_same
-from finetune_operator.observe import format_time
+from finetune_operator.cluster import ClusterError, Object, RefusedError, is_same
+from finetune_operator.observe import controller_of, format_time
 from finetune_operator.reconcile import Result, reconcile
 from finetune_operator.settings import Profile, Settings
 
@@ -64,11 +66,16 @@ class Simulation:
     """A queue (as Kueue is one) holds new Jobs back."""
     told_of: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Events, by pod."""
+    unreachable: bool = False
+    """The operator cannot reach any trainer."""
     output_kind: str = "model"
     calls_until_killed: int | None = None
     fail_calls: set[str] = field(default_factory=set)
+    refuse: dict[str, tuple[Reason, str]] = field(default_factory=dict)
+    """Kinds whose objects are not accepted, and what is said of it."""
     events: list[tuple[str, str]] = field(default_factory=list)
     most_gangs: int = 0
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
     settings: Settings = field(
         default_factory=lambda: Settings(profiles={"default": Profile(image="trainer:1", price_per_gpu_hour=2.0)})
     )
@@ -230,6 +237,8 @@ class Simulation:
                     "namespace": "team",
                     "labels": labels,
                     "creationTimestamp": format_time(self.now),
+                    "uid": f"uid-{next(self._numbers)}",
+                    "ownerReferences": [{"kind": "Job", "uid": job["metadata"]["uid"], "controller": True}],
                 },
                 "spec": template["spec"],
                 "status": {"phase": "Pending"},
@@ -286,7 +295,7 @@ class Simulation:
 
     def children(self, namespace: str, name: str) -> list[Object]:
         self._call("list")
-        mine = [c for c in self.children_of.values() if c["metadata"]["labels"][manifests.LABEL_JOB] == name]
+        mine = [c for c in self.children_of.values() if c["metadata"]["labels"].get(manifests.LABEL_JOB) == name]
         pods = [w.raw for w in self.workers.values() if w.raw["metadata"]["labels"][manifests.LABEL_JOB] == name]
         return copy.deepcopy(mine + pods)
 
@@ -299,17 +308,26 @@ class Simulation:
 
     def apply(self, manifest: Object) -> None:
         self._call("apply")
+        if said := self.refuse.get(manifest["kind"]):
+            raise RefusedError(*said)
         key = (manifest["kind"], manifest["metadata"]["name"])
         if key not in self.children_of:
             made = copy.deepcopy(manifest)
-            made["metadata"]["creationTimestamp"] = format_time(self.now)
+            made["metadata"] |= {"creationTimestamp": format_time(self.now), "uid": f"uid-{next(self._numbers)}"}
             if self.queued and manifest["kind"] == "Job":
                 made["spec"]["suspend"] = True
             self.children_of[key] = {**made, "status": {}}
+        elif controller_of(self.children_of[key]).get("uid") != controller_of(manifest)["uid"]:
+            raise RefusedError(Reason.NAME_TAKEN, f"{key[0]} {key[1]} is there already.")
+        elif key[0] == "ConfigMap":
+            self.children_of[key]["data"] = copy.deepcopy(manifest["data"])
         self._call("apply-answer")  # killed after it was done, before the answer
 
-    def delete(self, kind: str, namespace: str, name: str, *, force: bool = False) -> None:
+    def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
         self._call("delete")
+        there = self.workers[name].raw if name in self.workers else self.children_of.get((kind, name))
+        if there is None or there["metadata"]["uid"] != uid:
+            return
         if kind == "Pod":
             if force:
                 self.workers.pop(name, None)
@@ -344,6 +362,8 @@ class Simulation:
 
     def progress(self, pod: Object) -> Object | None:
         self._call("progress")
+        if self.unreachable:
+            return None
         labels = pod["metadata"]["labels"]
         job, owner = labels["job-name"], labels[manifests.LABEL_JOB]
         step = self.step.get(job, 0)

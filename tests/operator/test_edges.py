@@ -2,10 +2,15 @@
 
 import asyncio
 import copy
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
+import pytest
+from kubernetes.client import ApiClient
 from prometheus_client import generate_latest
 
+from finetune_operator.cluster import kubernetes
 from finetune_operator.handlers import Operator
 from finetune_operator.metrics import OperatorMetrics
 from finetune_operator.queue import WorkQueue
@@ -97,6 +102,30 @@ def test_a_job_is_looked_at_when_others_change_it_and_not_when_its_own_status_do
         assert await woken(first) == {"tune", "next"}
 
     asyncio.run(story())
+
+
+def test_a_worker_is_asked_directly_whatever_proxy_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"step": 3}')
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as worker:
+        threading.Thread(target=worker.serve_forever, daemon=True).start()
+        monkeypatch.setattr(kubernetes, "HTTP_PORT", worker.server_port)
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+        monkeypatch.setenv("no_proxy", "10.0.0.0/8,.svc,.cluster.local")
+        cluster = kubernetes.KubernetesCluster(ApiClient())
+        assert cluster.progress({"metadata": {"name": "p"}, "status": {"podIP": "127.0.0.1"}}) == {"step": 3}
+        worker.shutdown()
+    assert asked == ["/progress"]
 
 
 def scrape(sim: Simulation, leading: bool) -> str:

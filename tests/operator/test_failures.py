@@ -296,7 +296,7 @@ def test_who_was_told_to_go_is_the_cause_where_nothing_had_failed_before(
 
 def test_pods_of_a_job_that_is_gone_are_nobodys() -> None:
     def owned(kind: str, by: str, child: dict[str, Any], uid: str) -> dict[str, Any]:
-        metadata = child["metadata"] | {"uid": uid, "ownerReferences": [{"kind": kind, "uid": by}]}
+        metadata = child["metadata"] | {"uid": uid, "ownerReferences": [{"kind": kind, "uid": by, "controller": True}]}
         return child | {"metadata": metadata}
 
     ours, gone = owned("FineTuneJob", "new", JOB, "job"), pod(deleting=True)

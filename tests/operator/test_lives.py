@@ -1,7 +1,9 @@
 """Lives of a job, whole: what the operator makes of everything that can happen to a gang. Seconds, in memory."""
 
+import copy
 import itertools
 import json
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.causes import Cause
+from finetune_api.conditions import Reason
 from finetune_api.run import OutputInfo, Termination
 from finetune_operator.cluster import ClusterError
 from finetune_operator.reconcile import reconcile
@@ -153,6 +156,179 @@ def test_suspend_saves_and_gives_the_pods_back_and_goes_on(sim: Simulation) -> N
     assert [a["cause"] for a in status["attempts"]] == ["Suspended", "Succeeded"]
     assert status["restarts"] == 0
     assert sim.reason("tune", "Suspended")[0] == "False"
+
+
+# --- names, and what is refused ---
+
+
+def test_a_name_that_is_taken_is_told_and_what_has_it_is_left_alone(sim: Simulation) -> None:
+    own = {"kind": "ConfigMap", "metadata": {"name": "tune-config", "labels": {}}, "data": {"precious": "1"}}
+    sim.children_of["ConfigMap", "tune-config"] = copy.deepcopy(own)
+    requeue = sim.reconcile("tune").requeue
+    status = sim.status("tune")
+    assert (status["state"], status["attempts"], requeue) == ("Pending", [], 15)
+    assert sim.reason("tune", "PodsReady") == ("False", "NameTaken")
+    assert sim.reason("tune", "Stalled") == ("True", "NameTaken")
+    assert sim.reason("tune", "Ready")[0] == "False"
+    assert sim.reason("tune", "Reconciled")[0] == "True"
+    assert [reason for reason, _ in sim.events] == ["NameTaken"]
+    sim.tick()
+    sim.reconcile("tune")
+    assert [reason for reason, _ in sim.events] == ["NameTaken"]  # told once
+    assert sim.children_of == {("ConfigMap", "tune-config"): own}
+    del sim.children_of["ConfigMap", "tune-config"]
+    assert sim.run("tune")["state"] == "Succeeded"
+    assert sim.reason("tune", "Stalled")[0] == "False"
+
+
+def test_pods_that_lost_their_job_are_nobodys_and_the_next_attempt_waits_for_a_person(sim: Simulation) -> None:
+    """kubectl delete job --cascade=orphan: they train on, and would answer to their old names."""
+    sim.run("tune", until="Running")
+    del sim.children_of["Job", "tune-a1"]
+    for worker in sim.workers.values():
+        del worker.raw["metadata"]["ownerReferences"]
+    status = sim.run("tune", ticks=20, until="Restarting")
+    assert status["attempts"][0]["cause"] == "JobDeleted"
+    sim.tick()
+    sim.reconcile("tune")
+    assert sim.reason("tune", "PodsReady") == ("False", "NameTaken")
+    assert "Pod tune-a1-0-abcde, tune-a1-1-abcde: labelled" in sim.message("tune", "PodsReady")
+    assert len(sim.pods()) == 2
+    assert ("Job", "tune-a2") not in sim.children_of
+    sim.workers.clear()
+    assert sim.run("tune")["state"] == "Succeeded"
+
+
+@pytest.mark.parametrize(
+    ("reason", "state", "condition", "stalled", "again"),
+    [
+        (Reason.QUOTA_EXCEEDED, "Pending", "PodsReady", "False", 15),
+        (Reason.REFUSED, "Pending", "PodsReady", "True", 60),
+        (Reason.INVALID_SPEC, "Invalid", "Accepted", "True", None),
+    ],
+)
+def test_a_refused_first_pass_is_told_and_not_tried_again_at_full_speed(
+    sim: Simulation, reason: Reason, state: str, condition: str, stalled: str, again: float | None
+) -> None:
+    sim.refuse["Job"] = (reason, "Could not apply Job team/tune-a1: they said no")
+    assert sim.reconcile("tune").requeue == again
+    assert (sim.status("tune")["state"], sim.status("tune")["attempts"]) == (state, [])
+    assert sim.reason("tune", condition) == ("False", reason)
+    assert "they said no" in sim.message("tune", condition)
+    assert sim.reason("tune", "Stalled")[0] == stalled
+    assert sim.reason("tune", "Ready")[0] == "False"
+    assert [("they said no" in message) for _, message in sim.events] == [True]
+    # Nothing has run: what was made for it so far binds nobody.
+    sim.refuse.clear()
+    sim.edit("tune", training={"learning_rate": 0.5})
+    assert sim.run("tune")["state"] == "Succeeded"
+    made = json.loads(sim.children_of["ConfigMap", "tune-config"]["data"]["config.json"])
+    assert made["training"]["learning_rate"] == 0.5
+    assert sim.reason("tune", "Accepted") == ("True", "Valid")
+
+
+def test_a_first_pass_that_breaks_leaves_a_state_and_an_event(sim: Simulation) -> None:
+    sim.fail_calls.add("list")
+    with pytest.raises(ClusterError):
+        sim.reconcile("tune")
+    assert sim.status("tune")["state"] == "Pending"
+    assert sim.reason("tune", "Ready") == ("False", "NotFinished")
+    assert sim.reason("tune", "Reconciled") == ("False", "ReconcileError")
+    assert [reason for reason, _ in sim.events] == ["ReconcileError"]
+
+
+def test_a_thousand_mistakes_are_cut_to_what_a_condition_holds(sim: Simulation) -> None:
+    names = {f"no_such_thing_{n}": n for n in range(1000)}
+    sim.edit("tune", training={"lr_scheduler_kwargs": names, "lr_scheduler_type": "cosine"})
+    sim.reconcile("tune")
+    assert sim.status("tune")["state"] == "Invalid"
+    assert {len(sim.message("tune", kind)) for kind in ("Accepted", "Stalled")} == {32768}
+
+
+# --- what runs, and what was asked for since ---
+
+
+def test_a_change_of_what_steers_waits_for_the_next_attempt_and_is_told(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    sim.edit("tune", workers={"replicas": 4, "gpusPerWorker": 8, "template": {"spec": {"priorityClassName": "low"}}})
+    sim.reconcile("tune")
+    assert sim.status("tune")["state"] == "Running"
+    assert sim.message("tune", "PodsReady") == "All 2 workers run."
+    assert sim.reason("tune", "Accepted") == ("True", "ChangePending")
+    told = "spec.workers.replicas: 2 → 4; spec.workers.template: taken over by the next attempt"
+    assert sim.message("tune", "Accepted").startswith(told)
+    assert ("ChangePending", sim.message("tune", "Accepted")) in sim.events
+    sim.exit("tune-a1-0-abcde", 137)
+    while ("Job", "tune-a2") not in sim.children_of:
+        sim.tick()
+        sim.reconcile("tune")
+    sim.reconcile("tune")
+    assert sim.reason("tune", "Accepted") == ("True", "Valid")
+    assert sim.children_of["Job", "tune-a2"]["spec"]["completions"] == 4
+
+
+def test_a_trainer_that_was_never_reached_is_told_with_the_likely_causes(sim: Simulation) -> None:
+    sim.steps = 1000
+    sim.run("tune", until="Starting")
+    sim.unreachable = True
+    reasons: list[tuple[str, str]] = []
+    while not reasons or reasons[-1][1] == "Loading":
+        sim.tick()
+        sim.reconcile("tune")
+        reasons.append(sim.reason("tune", "Progressing"))
+    for _ in range(3):
+        sim.now += timedelta(minutes=1)
+        sim.reconcile("tune")
+        reasons.append(sim.reason("tune", "Progressing"))
+    assert reasons[-4:-1] == [("Unknown", "ProgressUnknown")] * 3
+    assert reasons[-1] == ("Unknown", "ProgressUnreachable")
+    for cause in ("NetworkPolicy", "service mesh", "settings.progressThrough: apiserver"):
+        assert cause in sim.message("tune", "Progressing")
+    assert [reason for reason, _ in sim.events].count("ProgressUnreachable") == 1
+    sim.unreachable = False
+    assert sim.run("tune", until="Running")["state"] == "Running"
+
+
+def test_pods_that_do_not_go_are_named_and_after_minutes_a_person_is_asked(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    sim.edit("tune", suspend=True)
+    sim.reconcile("tune")
+    sim.tick()
+    for worker in sim.workers.values():
+        worker.grace = 10**6  # their node is well and does not end them
+    sim.workers["tune-a1-1-abcde"].raw["metadata"]["finalizers"] = ["team.example/backup"]
+    stalled = []
+    for _ in range(10):
+        sim.now += timedelta(minutes=1)
+        sim.reconcile("tune")
+        stalled.append(sim.reason("tune", "Stalled"))
+    assert sim.reason("tune", "PodsReady") == ("False", "PodsTerminating")
+    assert sim.message("tune", "PodsReady").startswith("Clearing attempt 1 (Suspended). Pod tune-a1-0-abcde on node ")
+    assert "kubectl delete pod tune-a1-0-abcde -n team --grace-period=0 --force" in sim.message("tune", "PodsReady")
+    assert stalled[0][0] == "False"
+    assert stalled[-1] == ("True", "PodsTerminating")
+    assert sim.message("tune", "Stalled") == sim.message("tune", "PodsReady")
+    assert [reason for reason, _ in sim.events].count("PodsTerminating") == 1
+    del sim.workers["tune-a1-0-abcde"]
+    sim.reconcile("tune")
+    assert "held by the finalizer team.example/backup" in sim.message("tune", "PodsReady")
+    sim.workers.clear()
+    assert sim.run("tune", until="Suspended")["state"] == "Suspended"
+    assert sim.reason("tune", "Stalled")[0] == "False"
+
+
+def test_an_operator_that_may_not_read_nodes_is_told_by_the_pods_that_theirs_is_dead(sim: Simulation) -> None:
+    sim.fail_calls.add("node")
+    sim.run("tune", until="Running")
+    dead = sim.workers["tune-a1-1-abcde"]
+    sim.nodes[dead.raw["spec"]["nodeName"]] = False
+    dead.raw["status"]["conditions"] = [
+        {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"},
+        {"type": "Ready", "status": "False"},
+    ]
+    sim._delete_pod(dead.raw)
+    assert sim.run("tune")["state"] == "Succeeded"
+    assert sim.status("tune")["attempts"][0]["cause"] == "NodeLost"
 
 
 def test_a_job_made_suspended_makes_nothing() -> None:

@@ -13,6 +13,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import CheckpointInfo, Termination
 from finetune_operator.cluster import ClusterError
 from finetune_operator.cluster.kubernetes import KubernetesCluster
+from tests.cluster.access import Object
 from tests.cluster.cluster import Cluster
 from tests.operator.jobs_on_a_cluster import (
     BATCH_JOBS,
@@ -270,6 +271,124 @@ def test_what_was_decided_of_a_job_is_not_done_to_the_next_of_its_name(cluster: 
     cluster.wait_gone(JOBS, name="tune", namespace=namespace)
     assert not client.patch_status(there, status)
     client.delete_job(there)
+
+
+# --- what is there already, and is not the job's ---
+
+
+LLAMA: list[Object] = [
+    {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "llama-config"}, "data": {"prompts": "precious"}},
+    {
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "qwen-workers"},
+        "spec": {"clusterIP": "None", "selector": {"app": "qwen"}, "ports": [{"name": "rpc", "port": 5000}]},
+    },
+    {
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "bert-workers"},
+        "spec": {"podSelector": {"matchLabels": {"app": "bert"}}, "policyTypes": ["Ingress"], "ingress": []},
+    },
+    {
+        "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "phi-a1"},
+        "spec": {"suspend": True, "template": {"spec": {
+            "restartPolicy": "Never", "containers": [{"name": "own", "image": "own"}],
+        }}},
+    },
+]  # fmt: skip
+"""Objects of others under names that jobs llama, qwen, bert and phi need."""
+
+
+def test_what_others_have_under_a_name_we_need_is_left_alone_and_told(cluster: Cluster, namespace: str) -> None:
+    cluster.apply(*LLAMA, namespace=namespace)
+    theirs = {thing["kind"]: thing["metadata"]["name"] for thing in LLAMA}
+
+    def as_they_are() -> list[tuple[str, str, str]]:
+        names = [f"{kind.lower()}/{name}" for kind, name in theirs.items()]
+        found = json.loads(cluster.kubectl("get", *names, "-n", namespace, "-o", "json"))["items"]
+        return sorted((o["metadata"]["name"], o["metadata"]["uid"], o["metadata"]["resourceVersion"]) for o in found)
+
+    before = as_they_are()
+    jobs = {kind: name.partition("-")[0] for kind, name in theirs.items()}
+    cluster.apply(*(fine_tune_job(name) for name in jobs.values()), namespace=namespace)
+    for kind, name in jobs.items():
+        taken = wait_for_reason(cluster, namespace, name, "PodsReady", "NameTaken")["message"]
+        assert taken.startswith(f"{kind} {theirs[kind]} is there already, and is not this job's.")
+        assert f"kubectl delete {kind.lower()} {theirs[kind]} -n {namespace}" in taken
+        stalled = cluster.get(JOBS, name, namespace=namespace)
+        assert condition(stalled, "Stalled")["status"] == "True"
+        assert stalled["status"]["state"] == shown(cluster, namespace, name)["STATE"] == "Pending"
+        assert ("Warning", "NameTaken", taken) in told(cluster, namespace, name, last="NameTaken")
+    # The name is free: the job goes on by itself.
+    cluster.kubectl("delete", "job", "phi-a1", "-n", namespace)
+    workers(cluster, namespace, "phi")
+    del theirs["Job"]
+    before = [entry for entry in before if entry[0] != "phi-a1"]
+
+    cluster.kubectl("delete", "ftj", "--all", "-n", namespace)
+    for name in ("llama-workers", "qwen-config", "bert-config", "phi-config"):  # their own go with them
+        cluster.wait_gone("services" if name.endswith("workers") else "configmaps", name=name, namespace=namespace)
+    assert as_they_are() == before
+
+
+def test_what_an_earlier_job_left_behind_is_not_taken_for_ones_own(cluster: Cluster, namespace: str) -> None:
+    cluster.apply(fine_tune_job("tune"), namespace=namespace)
+    orphans = workers(cluster, namespace, "tune")
+    cluster.kubectl("delete", "ftj", "tune", "-n", namespace, "--cascade=orphan")
+    cluster.apply(fine_tune_job("tune", training={"learning_rate": 0.5}), namespace=namespace)
+    taken = wait_for_reason(cluster, namespace, "tune", "PodsReady", "NameTaken")["message"]
+    assert "tune-a1-0-" in taken
+    cluster.kubectl("delete", "job", "tune-a1", "-n", namespace)
+
+    def named(kind: str) -> None:
+        def so(jobs: list[Object]) -> bool:
+            return condition(jobs[0], "PodsReady")["message"].startswith(f"{kind} tune-")
+
+        cluster.wait_for(JOBS, so, name="tune", namespace=namespace)
+        left = wait_for_reason(cluster, namespace, "tune", "PodsReady", "NameTaken")["message"]
+        assert "An earlier FineTuneJob of this name left it behind" in left
+        cluster.kubectl("delete", left.split()[0].lower(), left.split()[1], "-n", namespace)
+
+    for kind in ("ConfigMap", "Service", "NetworkPolicy"):
+        named(kind)
+    config = cluster.wait_for(
+        "configmaps", lambda found: found[0] if found else None, name="tune-config", namespace=namespace
+    )
+    assert config
+    assert json.loads(config["data"]["config.json"])["training"]["learning_rate"] == 0.5
+    assert not uids(orphans) & uids(workers(cluster, namespace, "tune"))
+
+
+def test_what_is_another_s_since_it_was_read_is_neither_changed_nor_deleted(cluster: Cluster, namespace: str) -> None:
+    """By the operator's own client, between whose reading and writing an object was made anew by someone else."""
+    client = KubernetesCluster(kubernetes_config.new_client_from_config(str(cluster.kubeconfig)))
+    cluster.apply(fine_tune_job("tune", suspend=True), namespace=namespace)
+    job = cluster.get(JOBS, "tune", namespace=namespace)
+    owner = {"apiVersion": job["apiVersion"], "kind": "FineTuneJob", "name": "tune", "uid": job["metadata"]["uid"]}
+    metadata = {"name": "tune-workers", "namespace": namespace, "ownerReferences": [{**owner, "controller": True}]}
+    spec = {"clusterIP": "None", "selector": {"a": "b"}, "ports": [{"name": "metrics", "port": 1, "protocol": "TCP"}]}
+    service: Object = {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec}
+    there = client._there
+    theirs = LLAMA[1] | {"metadata": {"name": "tune-workers"}}
+
+    def another(kind: str, where: str, name: str) -> Object | None:
+        found = there(kind, where, name)
+        if found is not None:
+            cluster.kubectl("delete", "service", name, "-n", where)
+        cluster.apply(theirs, namespace=where)
+        return found
+
+    client._there = another  # type: ignore[method-assign]
+    with pytest.raises(ClusterError, match="409"):
+        client.apply(service)  # it is made
+    cluster.kubectl("delete", "service", "tune-workers", "-n", namespace)
+    client._there = there  # type: ignore[method-assign]
+    client.apply(service)
+    old = cluster.get("services", "tune-workers", namespace=namespace)["metadata"]["uid"]
+    client._there = another  # type: ignore[method-assign]
+    with pytest.raises(ClusterError, match="409"):
+        client.apply(service)  # it is brought up to date
+    client._there = there  # type: ignore[method-assign]
+    client.delete("Service", namespace, "tune-workers", old)
+    left = cluster.get("services", "tune-workers", namespace=namespace)
+    assert (left["spec"]["selector"], "ownerReferences" in left["metadata"]) == ({"app": "qwen"}, False)
 
 
 def wait_until_no_child_is_left(cluster: Cluster, namespace: str) -> None:

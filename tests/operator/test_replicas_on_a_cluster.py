@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_api import crd
 from finetune_operator.cluster.processes import free_port
 from tests import PATIENCE
 from tests.cluster.access import Object
@@ -147,6 +148,48 @@ def test_a_leader_that_is_told_to_stop_gives_the_lease_back(
     second.process.terminate()
     assert second.process.wait(PATIENCE) == 0, second.log.read_text()
     assert "holderIdentity" not in cluster.get(LEASES, "finetune-operator", namespace=own)["spec"]
+
+
+CRDS = "apiextensions.k8s.io/v1/customresourcedefinitions"
+
+
+def test_an_operator_is_ready_when_its_resource_is_served_whenever_that_is(
+    cluster: Cluster, namespace: str, pair: list[OperatorProcess]
+) -> None:
+    """Installed before the CRD, as GitOps may do it; and the CRD deleted and made again."""
+
+    def serve(served: bool) -> None:
+        if served:
+            cluster.kubectl("apply", "--server-side", "-f", str(crd.PATH))
+        else:
+            cluster.kubectl("delete", "crd", "finetunejobs.finetune.dev")
+            cluster.wait_gone(CRDS, name="finetunejobs.finetune.dev", namespace=None)
+
+    for replica in pair:
+        replica.stop()
+    replica = pair[0]
+    serve(False)
+    try:
+        replica.start()
+        replica.wait_until("it answers", replica.answers)
+        replica.wait_until("it has looked", lambda: "does not serve finetunejobs" in replica.log.read_text())
+        status, why = replica.get("/readyz")
+        assert (status, "install the CustomResourceDefinition" in why) == (503, True)
+        assert replica.get("/healthz") == (200, "ok\n")  # to start it again would not help
+        for name in ("first", "second"):
+            serve(True)
+            replica.wait_until("it is ready", lambda: replica.get("/readyz")[0] == 200)
+            cluster.wait_for_condition(CRDS, "finetunejobs.finetune.dev", "Established", namespace=None)
+            running_job(cluster, namespace, name)
+            assert replica.metric("finetune_jobs", namespace=namespace, state="Starting") == 1
+            serve(False)
+            replica.wait_until("it is not ready", lambda: replica.get("/readyz")[0] == 503)
+            assert replica.metric("finetune_jobs", namespace=namespace, state="Starting") is None
+        replica.process.terminate()  # also where it only waits
+        assert replica.process.wait(timeout=10) == 0, replica.log.read_text()
+    finally:
+        serve(True)
+        cluster.wait_for_condition(CRDS, "finetunejobs.finetune.dev", "Established", namespace=None)
 
 
 class Line:

@@ -238,6 +238,76 @@ def test_mistakes_the_api_server_cannot_see_are_all_told_and_corrected(cluster: 
     assert started["status"]["observedGeneration"] == started["metadata"]["generation"] == 2
 
 
+def test_what_the_api_server_does_not_know_in_a_template_is_told_and_everything_can_be_corrected(
+    cluster: Cluster, namespace: str, operator: OperatorProcess
+) -> None:
+    misspelt = {
+        "affinity": {"nodeAffinty": {}},
+        "securityContext": {"runAsUsr": 1000},
+        "containers": [{"name": "trainer", "resources": {"limit": {"memory": "64Gi"}}}],
+    }
+    errors = operator.metric("finetune_operator_reconcile_errors_total")
+    cluster.apply(fine_tune_job("tune", workers={"replicas": 1, "template": {"spec": misspelt}}), namespace=namespace)
+    said = wait_for_reason(cluster, namespace, "tune", "Accepted", "InvalidSpec")["message"]
+    assert said.startswith("spec.workers.template, or the template of profile default: ")
+    for field in ("affinity.nodeAffinty", "securityContext.runAsUsr", "containers[0].resources.limit"):
+        assert f'unknown field "spec.template.spec.{field}"' in said
+    assert shown(cluster, namespace, "tune")["STATE"] == "Invalid"
+    stalled = cluster.get(JOBS, "tune", namespace=namespace)
+    assert condition(stalled, "Stalled")["status"] == "True"
+    assert "attempts" not in stalled["status"]
+    assert said[:1024] in {message for _, _, message in told(cluster, namespace, "tune", last="Invalid")}
+    assert operator.metric("finetune_operator_reconcile_errors_total") == errors
+
+    # Nothing has run: what changes the result may still be corrected, too.
+    cluster.apply(fine_tune_job("tune", training={"learning_rate": 0.5}), namespace=namespace)
+    workers(cluster, namespace, "tune")
+    config = json.loads(cluster.get("configmaps", "tune-config", namespace=namespace)["data"]["config.json"])
+    assert config["training"]["learning_rate"] == 0.5
+    cluster.wait_for_condition(JOBS, "tune", "Accepted", namespace=namespace)
+
+
+def test_a_quota_on_jobs_and_a_policy_that_denies_are_told_from_the_first_pass_on(
+    cluster: Cluster, namespace: str
+) -> None:
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "jobs"}}
+    cluster.apply({**quota, "spec": {"hard": {"count/jobs.batch": "0"}}}, namespace=namespace)
+    cluster.wait_for("resourcequotas", lambda found: found[0].get("status", {}).get("hard"), namespace=namespace)
+    cluster.apply(fine_tune_job("tune"), namespace=namespace)
+    said = wait_for_reason(cluster, namespace, "tune", "PodsReady", "QuotaExceeded")["message"]
+    assert "exceeded quota: jobs, requested: count/jobs.batch=1" in said
+    waiting = cluster.get(JOBS, "tune", namespace=namespace)
+    assert (waiting["status"]["state"], condition(waiting, "Stalled")["status"]) == ("Pending", "False")
+    assert ("Warning", "QuotaExceeded", said) in told(cluster, namespace, "tune", last="QuotaExceeded")
+    cluster.kubectl("delete", "resourcequota", "jobs", "-n", namespace)
+
+    denies = {"apiVersion": "admissionregistration.k8s.io/v1", "metadata": {"name": namespace}}
+    here = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    rule = {"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}
+    policy = {
+        "matchConstraints": {"resourceRules": [rule]},
+        "validations": [{"expression": "!object.metadata.name.startsWith('big')", "message": "not on Fridays"}],
+    }
+    binding = {"policyName": namespace, "validationActions": ["Deny"], "matchResources": {"namespaceSelector": here}}
+    try:
+        cluster.apply(
+            {**denies, "kind": "ValidatingAdmissionPolicy", "spec": policy},
+            {**denies, "kind": "ValidatingAdmissionPolicyBinding", "spec": binding},
+        )
+        canary = ["create", "job", "big", "--image=x", "-n", namespace, "--dry-run=server"]
+        while cluster.try_kubectl(*canary).returncode == 0:  # a policy is not in force at once, and nothing tells when
+            time.sleep(0.1)
+        cluster.apply(fine_tune_job("big"), namespace=namespace)
+        said = wait_for_reason(cluster, namespace, "big", "PodsReady", "Refused")["message"]
+        assert "denied request: not on Fridays" in said
+        stalled = cluster.get(JOBS, "big", namespace=namespace)
+        assert (stalled["status"]["state"], condition(stalled, "Stalled")["status"]) == ("Pending", "True")
+    finally:
+        cluster.kubectl(
+            "delete", "validatingadmissionpolicy,validatingadmissionpolicybinding", namespace, "--ignore-not-found"
+        )
+
+
 def test_a_right_that_is_lost_is_told_and_found_again(
     cluster: Cluster, namespace: str, own: str, operator: OperatorProcess
 ) -> None:

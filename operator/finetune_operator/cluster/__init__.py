@@ -6,6 +6,8 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from finetune_api.conditions import Reason
+
 Object = dict[str, Any]
 
 
@@ -15,6 +17,15 @@ class ClusterError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+class RefusedError(ClusterError):
+    """What a job needs is not accepted, for a ``reason`` that does not pass by asking again: a person, or what holds a
+    quota, has to act."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def is_same(there: Object | None, job: Object) -> bool:
@@ -33,14 +44,15 @@ class Cluster(Protocol):
         Jobs whose pods cannot be made."""
 
     def node(self, name: str) -> Object | None:
-        """A node; None where it is gone or may not be read."""
+        """A node; None where it is gone. Raises where it may not be read."""
 
     def apply(self, manifest: Object) -> None:
-        """Server-side apply of one object (made if missing; only our fields are ours)."""
+        """Make an object, or bring it up to date where it is there and has the manifest's controller; a Job that is
+        there stays as it is. Raises :class:`RefusedError` where the name is another's or the object not accepted."""
 
-    def delete(self, kind: str, namespace: str, name: str, *, force: bool = False) -> None:
-        """Delete an object and what it owns (foreground). Gone already is fine. ``force``: without waiting
-        for the kubelet, for pods of dead nodes only."""
+    def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
+        """Delete the object with that uid and what it owns (foreground). Gone already, or made anew under its name, is
+        fine. ``force``: without waiting for the kubelet, for pods of dead nodes only."""
 
     def delete_job(self, job: Object) -> None:
         """Delete this FineTuneJob and what it owns. Gone already, or made anew under its name, is fine."""

@@ -8,6 +8,7 @@ reads Secrets.
 import contextlib
 import json
 import logging
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -20,9 +21,11 @@ import urllib3
 from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 
+from finetune_api.conditions import Reason
 from finetune_api.run import HTTP_PORT
 from finetune_operator import manifests
-from finetune_operator.cluster import ClusterError, Object, is_same
+from finetune_operator.cluster import ClusterError, Object, RefusedError, is_same
+from finetune_operator.observe import controller_of
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +57,23 @@ class KubernetesCluster:
         self._batch = client.BatchV1Api(api)
         self._network = client.NetworkingV1Api(api)
         self._custom = client.CustomObjectsApi(api)
+        self._apis = client.ApisApi(api)
         self._progress_through = progress_through
-        self._patch: Mapping[str, Callable[..., Any]] = {
-            "ConfigMap": self._core.patch_namespaced_config_map,
-            "Service": self._core.patch_namespaced_service,
-            "NetworkPolicy": self._network.patch_namespaced_network_policy,
-            "Job": self._batch.patch_namespaced_job,
-        }
-        self._delete: Mapping[str, Callable[..., Any]] = {
-            "Job": self._batch.delete_namespaced_job,
-            "Pod": self._core.delete_namespaced_pod,
-        }
+        # A pod's address is of this cluster: no proxy that HTTP_PROXY names can reach it.
+        self._direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        groups = {"ConfigMap": self._core, "Service": self._core, "Pod": self._core, "Job": self._batch}
+        self._groups: Mapping[str, Any] = {**groups, "NetworkPolicy": self._network}
+
+    def serves_finetunejobs(self) -> bool:
+        """Whether the API server serves the resource: both what kopf asks, and what it asks after."""
+        try:
+            groups = self._json("read the API's groups", self._apis.get_api_versions)["groups"]
+            here = (manifests.GROUP, manifests.VERSION)
+            resources = self._json("read the API's resources", self._custom.get_api_resources, *here)["resources"]
+        except _NotFoundError:
+            return False
+        versions = [v["groupVersion"] for g in groups for v in g["versions"]]
+        return manifests.API_VERSION in versions and manifests.PLURAL in [r["name"] for r in resources]
 
     def finetunejob(self, namespace: str, name: str) -> Object | None:
         try:
@@ -125,35 +134,79 @@ class KubernetesCluster:
             return self._json(f"read node {name}", self._core.read_node, name)
         except _NotFoundError:
             return None
-        except ClusterError:
-            # Installed for some namespaces only, the operator may not read nodes: trust the pods then.
-            return {"status": {"conditions": [{"type": "Ready", "status": "True"}]}}
 
     def apply(self, manifest: Object) -> None:
         kind, metadata = manifest["kind"], manifest["metadata"]
+        there = self._there(kind, metadata["namespace"], metadata["name"])
+        if there is None:
+            return self._make(manifest)
+        _check_whose(there, manifest)
+        if kind == "Job":
+            return None
+        if there.get("immutable"):
+            if there.get("data") == manifest["data"]:
+                return None
+            self.delete(kind, metadata["namespace"], metadata["name"], there["metadata"]["uid"])
+            return self._make(manifest)
+        # As it was read: what became another's since is not changed.
+        read = {key: there["metadata"][key] for key in ("uid", "resourceVersion")}
+        return self._write(
+            "patch",
+            {**manifest, "metadata": {**metadata, **read}},
+            metadata["name"],
+            force=True,
+            _content_type="application/apply-patch+yaml",
+        )
+
+    def _there(self, kind: str, namespace: str, name: str) -> Object | None:
         try:
-            self._json(
-                f"apply {kind} {metadata['namespace']}/{metadata['name']}",
-                self._patch[kind],
-                metadata["name"],
-                metadata["namespace"],
-                manifest,
-                field_manager=FIELD_MANAGER,
-                force=True,
-                _content_type="application/apply-patch+yaml",
-            )
+            found = self._json(f"read {kind} {namespace}/{name}", self._call("read", kind), name, namespace)
+        except _NotFoundError:
+            return None
+        return {**found, "kind": kind}
+
+    def _make(self, manifest: Object) -> None:
+        """Of two that make it at once, one gets an error; server-side apply would write over the other's."""
+        self._write("create", manifest)
+
+    def _write(self, verb: str, manifest: Object, *name: str, **how: Any) -> None:
+        kind, metadata = manifest["kind"], manifest["metadata"]
+        # Strict: what is misspelt in a pod template would be dropped without a word.
+        how |= {"field_manager": FIELD_MANAGER, "field_validation": "Strict"}
+        try:
+            what = f"apply {kind} {metadata['namespace']}/{metadata['name']}"
+            self._json(what, self._call(verb, kind), *name, metadata["namespace"], manifest, **how)
         except _NotFoundError as error:
             raise ClusterError(error.message) from error
+        except ClusterError as error:
+            answer = error.__cause__
+            if not isinstance(answer, ApiException) or (reason := _refusal(answer.status, error.message)) is None:
+                raise
+            # Of what we make, only a Job has parts that a user writes.
+            wrong = reason is Reason.INVALID_SPEC and kind != "Job"
+            raise RefusedError(Reason.REFUSED if wrong else reason, error.message) from error
 
-    def delete(self, kind: str, namespace: str, name: str, *, force: bool = False) -> None:
+    def _call(self, verb: str, kind: str) -> Callable[..., Any]:
+        snake = re.sub(r"(?<!^)([A-Z])", r"_\1", kind).lower()
+        call: Callable[..., Any] = getattr(self._groups[kind], f"{verb}_namespaced_{snake}")
+        return call
+
+    def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
         what = f"delete {kind} {namespace}/{name}"
         # Foreground: a Job is gone only when its pods are.
         options = client.V1DeleteOptions(
             propagation_policy="Foreground" if kind == "Job" else "Background",
             grace_period_seconds=0 if force else None,
+            preconditions=client.V1Preconditions(uid=uid),
         )
-        with contextlib.suppress(_NotFoundError):
-            self._json(what, self._delete[kind], name, namespace, body=options)
+        try:
+            self._json(what, self._call("delete", kind), name, namespace, body=options)
+        except _NotFoundError:
+            return
+        except ClusterError:
+            there = self._there(kind, namespace, name)
+            if there is not None and there["metadata"]["uid"] == uid:
+                raise
 
     def delete_job(self, job: Object) -> None:
         options = client.V1DeleteOptions(
@@ -241,7 +294,7 @@ class KubernetesCluster:
             if not address:
                 return None
             host = f"[{address}]" if ":" in address else address
-            with urllib.request.urlopen(f"http://{host}:{HTTP_PORT}/progress", timeout=PROGRESS_TIMEOUT) as reply:
+            with self._direct.open(f"http://{host}:{HTTP_PORT}/progress", timeout=PROGRESS_TIMEOUT) as reply:
                 return json.load(reply)
         except (ApiException, urllib3.exceptions.HTTPError, OSError, ValueError):
             return None
@@ -309,6 +362,38 @@ def _end_of(parts: Iterable[bytes], lines: int) -> list[str]:
 
 class _NotFoundError(ClusterError):
     pass
+
+
+def _refusal(status: int | None, message: str) -> Reason | None:
+    """Why the API server does not accept an object; None for what may pass, and for rights the operator lacks."""
+    if status == 403 and re.search(r'User "[^"]*" cannot ', message):
+        return None
+    if status == 403 and "exceeded quota" in message:
+        return Reason.QUOTA_EXCEEDED
+    # A webhook chooses the code it answers with; a policy answers 422.
+    if status == 403 or (status in (400, 422) and re.search(r"denied (the )?request", message)):
+        return Reason.REFUSED
+    return Reason.INVALID_SPEC if status in (400, 413, 422) else None
+
+
+def _check_whose(there: Object, manifest: Object) -> None:
+    """Raises where an object under a name we need is not of the FineTuneJob the manifest is made for."""
+    kind, metadata = there["kind"], there["metadata"]
+    owner, wanted = controller_of(there), controller_of(manifest)
+    if owner.get("uid") == wanted["uid"]:
+        return
+    if owner.get("kind") == manifests.KIND and owner.get("name") == wanted["name"]:
+        gone = f"Clearing what is left of an earlier job of this name: {kind} {metadata['name']}."
+        raise RefusedError(Reason.NO_PODS, gone)
+    whose = f"It belongs to {owner['kind']} {owner['name']}." if owner else "It belongs to no other object."
+    if not owner and (metadata.get("labels") or {}).get(manifests.LABEL_JOB) == wanted["name"]:
+        whose = "An earlier FineTuneJob of this name left it behind (kubectl delete --cascade=orphan, or a restore)."
+    raise RefusedError(
+        Reason.NAME_TAKEN,
+        f"{kind} {metadata['name']} is there already, and is not this job's. {whose} It is neither changed nor "
+        f"deleted. If nobody needs it, delete it (kubectl delete {kind.lower()} {metadata['name']} -n "
+        f"{metadata['namespace']}); otherwise give the FineTuneJob another name.",
+    )
 
 
 def _reason(error: ApiException) -> str:

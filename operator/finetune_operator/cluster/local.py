@@ -262,11 +262,11 @@ class LocalCluster:
         else:
             folder.put(made)
 
-    def delete(self, kind: str, namespace: str, name: str, *, force: bool = False) -> None:
+    def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
         """Delete an object and what it owns: SIGTERM, the grace period, SIGKILL."""
         for folder in self._in(namespace):
             found = folder.get(kind, name)
-            if found is None:
+            if found is None or found["metadata"]["uid"] != uid:
                 continue
             key = (namespace, folder.path.name)
             if kind == "Job":
