@@ -180,6 +180,7 @@ def line(state: State, conditions: Iterable[ConditionStatus]) -> str:
     told = (
         words(Condition.COMPLETE, "True")
         or words(Condition.FAILED, "True")
+        or words(Condition.STALLED, "True")
         or words(Condition.ACCEPTED, "False")
         or words(Condition.SUSPENDED, "True")
         or words(Condition.INPUTS_READY, "False")
