@@ -20,6 +20,7 @@ STATE_COLOURS = {
     "Starting": BLUE,
     "Running": GREEN,
     "Restarting": YELLOW,
+    "Finishing": GREEN,
     "Suspending": PURPLE,
     "Suspended": PURPLE,
     "Succeeded": "dark-green",

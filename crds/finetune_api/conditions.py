@@ -60,6 +60,7 @@ class Reason(StrEnum):
     LOADING = "Loading"
     TRAINING = "Training"
     SAVING = "Saving"
+    READING_RESULT = "ReadingResult"
     RESTARTING = "Restarting"
     BACKING_OFF = "BackingOff"
     NOT_RUNNING = "NotRunning"
@@ -78,6 +79,7 @@ class Reason(StrEnum):
     RESTARTS_EXHAUSTED = "RestartsExhausted"
     NOT_RETRYABLE = "NotRetryable"
     NOT_FAILED = "NotFailed"
+    RESULT_NOT_READ = "ResultNotRead"
     # Stalled
     NO_PROGRESS = "NoProgress"
 
@@ -92,6 +94,7 @@ class State(StrEnum):
     STARTING = "Starting"
     RUNNING = "Running"
     RESTARTING = "Restarting"
+    FINISHING = "Finishing"
     SUSPENDING = "Suspending"
     SUSPENDED = "Suspended"
     SUCCEEDED = "Succeeded"

@@ -132,8 +132,8 @@ class FineTuneJobStatus(KubeModel):
     observed_generation: int | None = None
     """The metadata.generation this status was made for; -1: not seen yet."""
     state: str = ""
-    """Pending, Invalid, Waiting, Queued, Starting, Running, Restarting, Suspending, Suspended, Succeeded, Failed:
-    for people; programs read the conditions."""
+    """Pending, Invalid, Waiting, Queued, Starting, Running, Restarting, Finishing, Suspending, Suspended, Succeeded,
+    Failed: for people; programs read the conditions."""
     message: str = ""
     """What it does or waits for, or how it ended, in a line; the conditions say more."""
     conditions: list[ConditionStatus] = Field(

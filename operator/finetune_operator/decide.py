@@ -22,9 +22,9 @@ from finetune_api.mistakes import Mistake
 from finetune_api.run import HTTP_PORT, TRAINER_CONTAINER, Progress, Termination
 from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import AttemptStatus, FineTuneJobStatus
-from finetune_operator.failures import ECHO_PATIENCE, WAITING_FOR_EVER, Failure, judge, taken_back
+from finetune_operator.failures import ECHO_PATIENCE, WAITING_FOR_EVER, Failure, explain_exit, judge, taken_back
 from finetune_operator.manifests import job_name
-from finetune_operator.observe import GangJob, Leaving, News, Observed, Pod, format_time, parse_time
+from finetune_operator.observe import GangJob, Leaving, News, Observed, Pod, Reader, format_time, parse_time
 from finetune_operator.plan import Plan, changed_fields
 from finetune_operator.status import (
     ATTEMPTS_KEPT,
@@ -64,6 +64,8 @@ STUCK_FOR_GOOD = timedelta(minutes=5)
 """How long before a person is needed."""
 SILENT_AFTER = timedelta(minutes=3)
 """How long a trainer may run without an answer to the operator; its imports take up to one."""
+READ_AGAIN = 300.0
+"""Seconds from one try to read what a run wrote to the next."""
 REFUSAL_POLL = 2.0
 """Seconds between looks at a Job without its pods: that they cannot be made wakes nobody."""
 
@@ -133,6 +135,8 @@ class Decision:
     without_attempt: FineTuneJobStatus | None = None
     """The status where that is refused."""
     excluded_nodes: tuple[str, ...] = ()
+    read_attempt: int | None = None
+    """Make the Job that reads what this attempt wrote, before the status is written."""
     delete: tuple[Delete, ...] = ()
     """After the status is written."""
     delete_job: bool = False
@@ -151,7 +155,7 @@ def decide(facts: Facts) -> Decision:
         return _between_attempts(facts, _with_parting_word(facts, status))
     job, pods = facts.observed.job(current.number), facts.observed.pods_of(current.number)
     if _succeeded(job, pods):
-        return _succeed(facts, status, current, pods)
+        return _result(facts, status, current, pods)
     failure = judge(job, pods, facts.dead_nodes, facts.now)
     # Its pods may be gone already: that they all ran in this attempt is known from the condition.
     if failure is None and job is not None and job.suspended and is_true(status, Condition.PODS_READY):
@@ -463,8 +467,83 @@ def _jobs_with_pods(facts: Facts) -> tuple[Delete, ...]:
     )
 
 
-def _succeed(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, pods: tuple[Pod, ...]) -> Decision:
+def _result(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, pods: tuple[Pod, ...]) -> Decision:
+    """The workers are done: what they wrote is told by their pods or, where these are gone, by one that reads it."""
     last = _last_word(pods)
+    if not _lost(pods):
+        return _succeed(facts, status, current, last)
+    reader = facts.observed.reader(current.number)
+    word = reader.word if reader else None
+    if word is not None and word.outputs:
+        return _succeed(facts, status, current, word)
+    if word is not None and word.cause is Cause.DATA_NOT_FOUND:
+        return _succeed(facts, status, current, last, unknown=word.message)
+    return _read(facts, status, current, reader)
+
+
+def _lost(pods: tuple[Pod, ...]) -> bool:
+    """The word of the worker that tells what was written is gone with its pod, or the kubelet cut that part off."""
+    first = next((p for p in pods if p.index == 0), None)
+    if first is None:
+        return True
+    return any(
+        not e.termination.outputs and e.termination.cut if e.termination else e.text.startswith("{")
+        for e in first.exits_of(TRAINER_CONTAINER)
+    )
+
+
+def _read(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, reader: Reader | None) -> Decision:
+    """Have it read, and again after a while where that fails: the run is not over before it is known what it wrote."""
+    delete: tuple[Delete, ...] = ()
+    make, wait, trouble = None, PENDING_POLL, _trouble(reader) if reader else ""
+    age = (facts.now - (reader.job.created or facts.now)).total_seconds() if reader else 0.0
+    if reader is None:
+        make = current.number if facts.plan else None
+        trouble = "" if facts.plan else "The spec is not accepted, see the condition Accepted."
+    elif reader.job.deleting:
+        wait = REFUSAL_POLL
+    elif reader.job.succeeded or (reader.job.failed and age >= READ_AGAIN):
+        delete, wait = (Delete("Job", reader.job.name, reader.job.uid),), REFUSAL_POLL
+    message = "The workers have finished, and their pods are gone: what they wrote is read from the storage."
+    told = f"{message} {trouble}".strip()
+    findings = [
+        Finding(Condition.PODS_READY, False, Reason.NO_PODS),
+        Finding(Condition.PROGRESSING, True, Reason.READING_RESULT, told),
+    ]
+    if trouble and (reader is None or reader.job.failed or age >= READ_AGAIN):
+        remedy = " It is tried again until it succeeds; the outputs themselves are complete."
+        findings.append(Finding(Condition.STALLED, True, Reason.RESULT_NOT_READ, told + remedy))
+    written = _written(facts, status, State.FINISHING, *findings, *_not_finished())
+    return Decision(written, read_attempt=make, delete=delete, requeue=wait)
+
+
+def _trouble(reader: Reader) -> str:
+    """What keeps the result from being read; empty where nothing does."""
+    pod = reader.pods[-1] if reader.pods else None
+    if reader.word is not None:
+        return f"{reader.word.cause}: {reader.word.message}"
+    if reader.job.suspended:
+        return f"The queue holds Job {reader.job.name} back."
+    if reader.job.refusal:
+        return f"No pod can be made for it: {reader.job.refusal}"
+    if pod is not None and pod.unschedulable:
+        return f"No node for {pod.name}: {pod.unschedulable}"
+    if pod is not None and pod.waiting:
+        return f"{pod.name} waits: {pod.waiting} {pod.waiting_message}".strip()
+    ended = next((e for e in pod.exits if e.code), None) if pod is not None else None
+    return explain_exit(ended)[1] if ended else ""
+
+
+def _readers_left(observed: Observed) -> tuple[Delete, ...]:
+    return tuple(
+        Delete("Job", reader.job.name, reader.job.uid) for reader in observed.readers if not reader.job.deleting
+    )
+
+
+def _succeed(
+    facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, last: Termination | None, unknown: str = ""
+) -> Decision:
+    """``unknown``: why it is not known what was written."""
     update: dict[str, Any] = {"completion_time": format_time(facts.now)}
     message = "The run has finished."
     step = current.last_step
@@ -490,6 +569,12 @@ def _succeed(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, po
         message = f"The run has finished after {step} steps; its output is in " + (
             ", ".join(o.uri for o in last.outputs) or "spec.output.uri"
         )
+    if unknown:
+        where = facts.plan.config.output_uri if facts.plan else "spec.output.uri"
+        message = (
+            f"The run has finished, but what it wrote is not known: {unknown} Look into {where}; another job starts "
+            "from it by that URI, not by job://."
+        )
     ended = attempt_ended(current, facts.now, cause=str(Cause.SUCCEEDED), exit_code=0, last_step=step)
     update["attempts"] = [*status.attempts[:-1], ended]
     return Decision(
@@ -504,6 +589,7 @@ def _succeed(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, po
             Finding(Condition.READY, True, Reason.FINISHED, message),
             Finding(Condition.STALLED, False, Reason.FINISHED),
         ),
+        delete=_readers_left(facts.observed),
         requeue=_sooner(SIDECAR_PATIENCE.total_seconds() if _jobs_with_pods(facts) else None, _ttl(facts, facts.now)),
     )
 
@@ -516,9 +602,11 @@ def _finished(facts: Facts, status: FineTuneJobStatus) -> Decision:
     running = _jobs_with_pods(facts)
     patience = 0.0 if is_true(status, Condition.FAILED) else SIDECAR_PATIENCE.total_seconds()
     patience -= (facts.now - ended).total_seconds()
+    readers = _readers_left(facts.observed)
     if running and patience > 0:
-        return Decision(_written(facts, status, State(status.state)), requeue=_sooner(patience, left))
-    return Decision(_written(facts, status, State(status.state)), delete=running, requeue=left)
+        written = _written(facts, status, State(status.state))
+        return Decision(written, delete=readers, requeue=_sooner(patience, left))
+    return Decision(_written(facts, status, State(status.state)), delete=running + readers, requeue=left)
 
 
 def _sooner(*waits: float | None) -> float | None:

@@ -22,6 +22,8 @@ ANNOTATION_GPUS = f"{GROUP}/gpus"
 """Of a worker pod: its GPUs, whatever resource or claim they are asked for by."""
 MADE_FROM = f"{GROUP}/made-from"
 """Annotation of a Job: what of the spec it was made from (:func:`plan.steering`), as JSON."""
+LABEL_READS = f"{GROUP}/reads-attempt"
+"""Of the Job, and its pod, that reads what an attempt wrote: which attempt's."""
 MANAGED_BY = {"app.kubernetes.io/managed-by": "finetune-operator"}
 QUEUE_LABELS = ("kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class")
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
@@ -48,6 +50,11 @@ def service_name(name: str) -> str:
 def job_name(name: str, attempt: int) -> str:
     """Name of the Job of one attempt. Fixed by the number, so that no attempt can exist twice."""
     return f"{name}-a{attempt}"
+
+
+def reader_name(name: str, attempt: int) -> str:
+    """Name of the Job that reads what an attempt wrote."""
+    return f"{job_name(name, attempt)}-word"
 
 
 def labels(plan: Plan) -> dict[str, str]:
@@ -205,6 +212,41 @@ def _with_room(own: Manifest, trainer: Manifest) -> Manifest:
         for kind in ("requests", "limits")
     }
     return {**own, **{kind: {**(own.get(kind) or {}), **more} for kind, more in given.items() if more}}
+
+
+def reader(plan: Plan, attempt: int) -> Manifest:
+    """A Job of one small pod that says again what an attempt wrote, where its own pods are gone. The worker's pod with
+    its credentials, volumes and place, without what trains: no GPUs, no fetching."""
+    template = pod_template(plan, attempt, ())
+    spec = {key: value for key, value in template["spec"].items() if key not in ("subdomain", "resourceClaims")}
+    spec["initContainers"] = [c for c in spec.get("initContainers") or [] if c["name"] != run.FETCH_CONTAINER]
+    spec["containers"] = [_reading(c) if c["name"] == run.TRAINER_CONTAINER else c for c in spec["containers"]]
+    queue = {key: plan.owner.labels[key] for key in QUEUE_LABELS if key in plan.owner.labels}
+    reads = {LABEL_READS: str(attempt)}
+    known = {key: value for key, value in template["metadata"]["labels"].items() if key != LABEL_ATTEMPT}
+    known |= {"app.kubernetes.io/component": "reader", **reads}
+    notes = {key: value for key, value in template["metadata"]["annotations"].items() if key != ANNOTATION_GPUS}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(plan, reader_name(plan.owner.name, attempt), **reads, **queue),
+        "spec": {
+            "completions": 1,
+            "parallelism": 1,
+            "backoffLimit": 3,
+            "podReplacementPolicy": "Failed",
+            "template": {"metadata": {**template["metadata"], "labels": known, "annotations": notes}, "spec": spec},
+        },
+    }
+
+
+def _reading(trainer: Manifest) -> Manifest:
+    small = {"cpu": "500m", "memory": "512Mi"}
+    kept = {key: value for key, value in trainer.items() if key not in ("args", "ports", "lifecycle")}
+    probes = ("livenessProbe", "readinessProbe", "startupProbe")
+    kept = {key: value for key, value in kept.items() if key not in probes}
+    command = ["python", "-m", "finetune_trainer.recall"]
+    return {**kept, "command": command, "resources": {"requests": small, "limits": small}}
 
 
 def _kept_off(spec: Manifest, nodes: tuple[str, ...]) -> Manifest:

@@ -16,6 +16,7 @@ from finetune_operator.manifests import (
     INDEX_LABEL,
     KIND,
     LABEL_ATTEMPT,
+    LABEL_READS,
     MADE_FROM,
     QUEUE_LABELS,
     config_name,
@@ -200,6 +201,20 @@ class News:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """What reads from the storage what an attempt wrote."""
+
+    job: GangJob
+    pods: tuple[Pod, ...]
+
+    @property
+    def word(self) -> Termination | None:
+        """The word of the attempt, or else the reader's own, why it has none."""
+        words = [e.termination for pod in self.pods for e in pod.exits if e.termination]
+        return next((word for word in words if word.outputs), words[-1] if words else None)
+
+
+@dataclass(frozen=True)
 class Observed:
     """Everything made for one FineTuneJob, as it is now."""
 
@@ -213,10 +228,15 @@ class Observed:
     """What of all that is on its way out, and of the above."""
     strangers: tuple[str, ...] = ()
     """Pods with the label of this FineTuneJob that are not its own and have not ended."""
+    readers: tuple[Reader, ...] = ()
 
     def job(self, attempt: int) -> GangJob | None:
         """The Job of one attempt."""
         return next((j for j in self.jobs if j.attempt == attempt), None)
+
+    def reader(self, attempt: int) -> Reader | None:
+        """What reads the result of one attempt."""
+        return next((r for r in self.readers if r.job.attempt == attempt), None)
 
     def pods_of(self, attempt: int) -> tuple[Pod, ...]:
         """The pods of one attempt, by index."""
@@ -270,8 +290,12 @@ def observe(name: str, children: Iterable[dict[str, Any]], uid: str = "") -> Obs
     whose = Whose(everything, uid)
     gangs, pods = [], []
     config, spec = None, None
-    for child in filter(whose.ours, everything):
+    own = list(filter(whose.ours, everything))
+    reading = [c for c in own if _reads(c)]
+    for child in own:
         kind = child["kind"]
+        if _reads(child):
+            continue
         if kind == "Job":
             gangs.append(_job(child, [c for c in everything if c["kind"] == "Event"]))
         elif kind == "Pod":
@@ -291,7 +315,18 @@ def observe(name: str, children: Iterable[dict[str, Any]], uid: str = "") -> Obs
         earlier=bool(earlier),
         leaving=tuple(_leaving(c) for c in leaving),
         strangers=tuple(p.name for p in strangers if p.phase not in ("Succeeded", "Failed")),
+        readers=tuple(_readers(reading, [c for c in everything if c["kind"] == "Event"])),
     )
+
+
+def _reads(child: Object) -> bool:
+    return LABEL_READS in (child["metadata"].get("labels") or {})
+
+
+def _readers(reading: list[dict[str, Any]], events: list[dict[str, Any]]) -> Iterable[Reader]:
+    pods = [_pod(child) for child in reading if child["kind"] == "Pod"]
+    for job in (_job(child, events) for child in reading if child["kind"] == "Job"):
+        yield Reader(job, tuple(pod for pod in pods if pod.attempt == job.attempt))
 
 
 def controller_of(child: Object) -> Object:
@@ -337,7 +372,8 @@ def _leaving(child: Object) -> Leaving:
 
 
 def _attempt(child: Object) -> int:
-    return int((child["metadata"].get("labels") or {}).get(LABEL_ATTEMPT, "0"))
+    labels = child["metadata"].get("labels") or {}
+    return int(labels.get(LABEL_ATTEMPT) or labels.get(LABEL_READS) or "0")
 
 
 def _gpus(pod: Object) -> int | None:
@@ -480,20 +516,3 @@ def _node_lost(pod: Object) -> bool:
         return True
     conditions = (pod.get("status") or {}).get("conditions") or []
     return any(c["type"] == "Ready" and c["status"] == "False" and not c.get("reason") for c in conditions)
-
-
-def _exits(containers: Iterable[Mapping[str, Any]]) -> Iterable[Exit]:
-    for container in containers:
-        ended = (container.get("state") or {}).get("terminated")
-        if not ended or container["name"] not in (TRAINER_CONTAINER, FETCH_CONTAINER):
-            continue
-        message = ended.get("message") or ""
-        termination = Termination.from_message(message)
-        yield Exit(
-            container=container["name"],
-            code=ended.get("exitCode", 0),
-            reason=ended.get("reason", ""),
-            finished=parse_time(ended.get("finishedAt")),
-            termination=termination,
-            text="" if termination else message,
-        )

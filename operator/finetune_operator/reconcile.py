@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.base import seconds
-from finetune_api.conditions import Condition
+from finetune_api.conditions import Condition, State
 from finetune_api.mistakes import Mistake, read
 from finetune_api.run import Progress
 from finetune_api.spec import FineTuneJobSpec, ModelSource
@@ -24,7 +24,7 @@ from finetune_operator.decide import Decision, Facts, Inputs, decide, refused
 from finetune_operator.observe import News, Observed, news, observe, unexplained
 from finetune_operator.plan import ADAPTER, DATA, Owner, Plan, make_plan, not_a_base, waited_for, with_adapter
 from finetune_operator.settings import Profile, Settings
-from finetune_operator.status import events, failed_pass, is_true
+from finetune_operator.status import condition, events, failed_pass, is_true
 
 log = logging.getLogger(__name__)
 
@@ -162,13 +162,18 @@ def _output(cluster: Cluster, namespace: str, uri: str, kinds: tuple[str, ...], 
     if is_true(status, Condition.FAILED):
         return Inputs(waiting=f"FineTuneJob {name} has failed; this job waits for its output.", failed=True)
     if not is_true(status, Condition.COMPLETE):
-        return Inputs(waiting=f"Waiting for FineTuneJob {name} ({status.state or 'Pending'}).")
+        reading = condition(status, Condition.PROGRESSING) if status.state == State.FINISHING else None
+        told = f" {reading.message}" if reading else ""
+        return Inputs(waiting=f"Waiting for FineTuneJob {name} ({status.state or 'Pending'}).{told}")
     written = {o.kind: o.uri for o in status.outputs}
     output = next((written[kind] for kind in kinds if kind in written), None)
     if output is not None:
         return Inputs(resolved={uri: output})
     told = f"FineTuneJob {name} "
-    if kinds == DATA:
+    if not written:
+        complete = condition(status, Condition.COMPLETE)
+        told += f"has finished, and names no output: {complete.message if complete else ''}"
+    elif kinds == DATA:
         told += (
             "wrote no rows; accepted in spec.data: an output of kind data, of a job that makes some (spec.stage: "
             "rlaif). Name its model in spec.model.uri."
@@ -259,6 +264,8 @@ def _do(cluster: Cluster, raw: Object, facts: Facts, decision: Decision) -> bool
     if decision.create_attempt is not None and facts.plan is not None:
         for manifest in attempt_manifests(facts.plan, decision, facts.observed):
             cluster.apply(manifest)
+    if decision.read_attempt is not None and facts.plan is not None:
+        cluster.apply(manifests.reader(facts.plan, decision.read_attempt))
     new = _dump(decision.status)
     if new != (raw.get("status") or {}) and not cluster.patch_status(raw, new):
         return False

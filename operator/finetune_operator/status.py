@@ -250,6 +250,7 @@ def _state_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]
         State.WAITING: (Condition.INPUTS_READY, "Normal"),
         State.QUEUED: (Condition.PODS_READY, "Normal"),
         State.SUSPENDED: (Condition.SUSPENDED, "Normal"),
+        State.FINISHING: (Condition.PROGRESSING, "Normal"),
         State.SUCCEEDED: (Condition.COMPLETE, "Normal"),
         State.FAILED: (Condition.FAILED, "Warning"),
     }

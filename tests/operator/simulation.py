@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from finetune_api.causes import Cause
 from finetune_api.conditions import Reason
 from finetune_api.run import CheckpointInfo, OutputInfo, Progress, Termination
 from finetune_api.schema import UNSEEN
@@ -69,6 +70,10 @@ class Simulation:
     unreachable: bool = False
     """The operator cannot reach any trainer."""
     output_kind: str = "model"
+    kept: dict[str, Termination] = field(default_factory=dict)
+    """Last words in the storage, by attempt's Job."""
+    cannot_read: Termination | None = None
+    """What a pod says that is to read a last word and cannot."""
     calls_until_killed: int | None = None
     fail_calls: set[str] = field(default_factory=set)
     refuse: dict[str, tuple[Reason, str]] = field(default_factory=dict)
@@ -138,7 +143,7 @@ class Simulation:
         alive = {
             w.raw["metadata"]["labels"][manifests.LABEL_ATTEMPT]
             for w in self.workers.values()
-            if w.raw["status"]["phase"] == "Running"
+            if w.raw["status"]["phase"] == "Running" and manifests.LABEL_READS not in w.raw["metadata"]["labels"]
         }
         self.most_gangs = max(self.most_gangs, len(alive))
 
@@ -183,6 +188,9 @@ class Simulation:
             if kind != "Job":
                 continue
             gang = [w for w in self.workers.values() if w.raw["metadata"]["labels"]["job-name"] == name]
+            if reads := job["metadata"]["labels"].get(manifests.LABEL_READS):
+                self._read(gang, manifests.job_name(job["metadata"]["labels"][manifests.LABEL_JOB], int(reads)))
+                continue
             if len(gang) < job["spec"]["parallelism"] or any(
                 w.raw["status"]["phase"] != "Running"
                 or w.raw["metadata"]["name"] in self.frozen
@@ -198,6 +206,12 @@ class Simulation:
             if step >= self.steps:
                 for worker in gang:
                     self.exit(worker.raw["metadata"]["name"], 0)
+
+    def _read(self, pods: list[Worker], attempt: str) -> None:
+        word = self.cannot_read or self.kept.get(attempt) or Termination(cause=Cause.DATA_NOT_FOUND, message="Gone.")
+        for pod in pods:
+            if pod.raw["status"]["phase"] == "Running" and pod.exit_code is None:
+                pod.exit_code, pod.termination = (0 if word.outputs else 64), word
 
     def _job_controller(self) -> None:
         for (kind, name), job in list(self.children_of.items()):
@@ -273,6 +287,8 @@ class Simulation:
                 outputs=[OutputInfo(uri=f"s3://team/{owner}", kind=self.output_kind, digest="sha256:1", size=2048)],
                 last_checkpoint=CheckpointInfo(step=self.steps, uri="s3://c", digest="sha256:2", size=1024),
             )
+            if termination.rank == 0:
+                self.kept[labels["job-name"]] = termination
         worker.termination = termination
 
     def pods(self) -> list[str]:

@@ -41,6 +41,90 @@ def test_a_job_runs_and_succeeds(sim: Simulation) -> None:
     ]
 
 
+def finished_unseen(sim: Simulation, gone: str = "") -> None:
+    """The run ends while no operator is there, and pods are taken away before one is: all, or those of an index."""
+    sim.run("tune", until="Running")
+    while not sim.children_of["Job", "tune-a1"]["status"].get("conditions"):
+        sim.tick()
+    for name in [pod for pod in sim.pods() if pod.startswith(f"tune-a1-{gone}")]:
+        del sim.workers[name]
+
+
+@pytest.mark.parametrize("gone", ["", "0"])
+def test_what_a_run_wrote_is_read_from_its_storage_where_its_pods_are_gone(sim: Simulation, gone: str) -> None:
+    finished_unseen(sim, gone)
+    sim.reconcile("tune")
+    assert sim.status("tune")["state"] == "Finishing"
+    assert sim.reason("tune", "Progressing") == ("True", "ReadingResult")
+    assert sim.reason("tune", "Complete") == ("False", "NotFinished")
+    status = sim.run("tune")
+    assert status["state"] == "Succeeded"
+    assert status["outputs"] == [{"uri": "s3://team/tune", "kind": "model", "digest": "sha256:1", "size": "2.0Ki"}]
+    assert status["progress"]["percent"] == "100 %"
+    assert [(a["cause"], a["lastStep"]) for a in status["attempts"]] == [("Succeeded", 10)]
+    for _ in range(5):
+        sim.tick()
+        sim.reconcile("tune")
+    assert not any("word" in name for _, name in sim.children_of), "what read it is taken away"
+
+
+@pytest.mark.parametrize("killed_after", range(12))
+def test_an_operator_killed_while_a_result_is_read_reads_it_in_its_next_life(
+    sim: Simulation, killed_after: int
+) -> None:
+    finished_unseen(sim)
+    sim.calls_until_killed = killed_after
+    for _ in range(20):
+        try:
+            sim.reconcile("tune")
+        except OperatorKilled:
+            sim.calls_until_killed = None
+        sim.tick()
+    assert sim.status("tune")["outputs"][0]["digest"] == "sha256:1"
+    assert not any("word" in name for _, name in sim.children_of)
+
+
+@pytest.mark.parametrize("length", [1, 150, 260])
+def test_a_success_whose_word_was_cut_loses_no_output(sim: Simulation, length: int) -> None:
+    """As a kubelet cuts it in a pod of many containers."""
+    sim.run("tune", until="Running")
+    while not sim.children_of["Job", "tune-a1"]["status"].get("conditions"):
+        sim.tick()
+    for worker in sim.workers.values():
+        ended = worker.raw["status"]["containerStatuses"][0]["state"]["terminated"]
+        ended["message"] = ended["message"][:length]
+    assert sim.run("tune")["outputs"][0]["digest"] == "sha256:1"
+
+
+def test_a_result_that_cannot_be_read_is_said_and_tried_again(sim: Simulation) -> None:
+    finished_unseen(sim)
+    sim.cannot_read = Termination(cause=Cause.STORAGE_UNAVAILABLE, message="No answer. Check DNS.", exit_code=1)
+    sim.run("tune", ticks=30)
+    assert sim.status("tune")["state"] == "Finishing"
+    assert sim.reason("tune", "Stalled") == ("True", "ResultNotRead")
+    assert "StorageUnavailable: No answer. Check DNS. It is tried again" in sim.message("tune", "Stalled")
+    sim.submit("next", {**GOOD_SPEC, "model": {"uri": "job://tune"}})
+    sim.reconcile("next")
+    assert "Waiting for FineTuneJob tune (Finishing). The workers have finished" in sim.message("next", "InputsReady")
+    sim.cannot_read = None
+    assert sim.run("tune", ticks=400)["outputs"][0]["digest"] == "sha256:1"
+    sim.reconcile("next")
+    assert sim.reason("next", "InputsReady") == ("True", "InputsFound")
+
+
+def test_a_run_that_left_no_word_anywhere_says_so_and_so_does_who_waits_for_it(sim: Simulation) -> None:
+    finished_unseen(sim)
+    sim.kept.clear()
+    status = sim.run("tune")
+    assert (status["state"], status.get("outputs", [])) == ("Succeeded", [])
+    told = "what it wrote is not known: Gone. Look into s3://team/out; another job starts from it by that URI"
+    assert told in sim.message("tune", "Complete")
+    sim.submit("next", {**GOOD_SPEC, "model": {"uri": "job://tune"}})
+    sim.reconcile("next")
+    assert sim.reason("next", "InputsReady") == ("False", "InputJobFailed")
+    assert told in sim.message("next", "InputsReady")
+
+
 def test_a_finished_job_is_left_alone(sim: Simulation) -> None:
     before = sim.run("tune")
     for _ in range(5):

@@ -92,6 +92,31 @@ def test_a_gang_is_never_patched_up_in_place() -> None:
     assert "--nproc-per-node=8" in command
 
 
+def test_what_reads_a_result_is_a_small_pod_with_what_the_workers_reach_it_by() -> None:
+    sidecar = {"name": "proxy", "image": "proxy:1"}
+    claim = {"name": "gpus", "resourceClaimTemplateName": "gpus"}
+    trainer = {"name": "trainer", "resources": {"claims": [{"name": "gpus"}], "limits": {"memory": "500Gi"}}}
+    template = {"spec": {"resourceClaims": [claim], "containers": [trainer, sidecar], "nodeSelector": {"pool": "a"}}}
+    made = plan(
+        output={"uri": "pvc://results/x"},
+        credentials={"secretName": "keys"},
+        workers={"replicas": 2, "gpusPerWorker": 8, "template": template},
+    )
+    worker, reader = (maker(made, 3)["spec"]["template"]["spec"] for maker in (manifests.job, manifests.reader))
+    assert "resourceClaims" not in reader
+    assert reader["initContainers"] == []
+    assert reader["nodeSelector"] == {"pool": "a"}
+    first, second = reader["containers"]
+    assert second == sidecar
+    assert first["command"] == ["python", "-m", "finetune_trainer.recall"]
+    assert first["resources"]["limits"] == first["resources"]["requests"] == {"cpu": "500m", "memory": "512Mi"}
+    for same in ("env", "envFrom", "volumeMounts", "image", "securityContext"):
+        assert first[same] == worker["containers"][0][same]
+    labels = manifests.reader(made, 3)["spec"]["template"]["metadata"]["labels"]
+    assert (labels["finetune.dev/job"], labels["finetune.dev/reads-attempt"]) == ("tune", "3")
+    assert "finetune.dev/attempt" not in labels
+
+
 def test_pods_fit_the_restricted_standard() -> None:
     spec = manifests.job(plan(), 1)["spec"]["template"]["spec"]
     assert spec["securityContext"]["runAsNonRoot"] is True

@@ -17,6 +17,8 @@ import pytest
 
 from finetune_api.causes import Cause
 from finetune_api.run import EXIT_STOPPED, EXIT_USER, Progress, TrainerConfig
+from finetune_trainer.fence import last_word
+from finetune_trainer.storage import Store
 from tests import PATIENCE, gate
 from tests.gate import Gate
 from tests.trainer import tiny
@@ -178,6 +180,8 @@ def test_the_last_word_of_a_good_run(whole: dict[str, Any]) -> None:
         ("adapter", f"file://{whole['output']}"),
         ("merged", f"file://{whole['output']}/merged"),
     ]
+    folder = Store((whole["output"].parent / "checkpoints").as_uri())
+    assert last_word(folder, attempt=1, run="") == word, "it is kept there, too"
 
 
 def test_outputs_are_sealed_by_digests(whole: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ from finetune_trainer.stopping import Stop, leave
 from finetune_trainer.telemetry import Pulse, Telemetry, now
 from finetune_trainer.world import rank, world_size
 
+RESULT_PATIENCE = 120.0
+"""Seconds that the word of a success is tried to be kept with the checkpoints."""
+
 
 def failed(error: BaseException, attempt: "Attempt | None") -> int:
     """Leave the last word of a failure; its exit code."""
@@ -129,20 +132,22 @@ class Attempt:
         self.end_attempt(word)
 
     def end_attempt(self, word: Termination) -> None:
-        """Write down beside the claim how this attempt ended, for the report of a later one; for 5 s at most.
+        """Write the last word down beside the claim, for the report of a later attempt, and for an operator that finds
+        no pod any more: for 5 s at most, and longer where it tells what was written.
 
         A process that dies of another one's death leaves the telling to that one, if it comes to it.
         """
         if self.fence is None or (word.cause in ECHOES and word.exit_code != EXIT_STOPPED):
             return
-        facts = {"cause": word.cause.value, "message": word.message, "step": word.step, "ended": now()}
-        writing = threading.Thread(target=self._note_end, args=(facts,), daemon=True)
+        writing = threading.Thread(target=self._note_end, args=(word,), daemon=True)
         writing.start()
-        writing.join(5.0)
+        writing.join(RESULT_PATIENCE if word.cause is Cause.SUCCEEDED else 5.0)
 
-    def _note_end(self, facts: dict[str, Any]) -> None:
-        with suppress(RunError):
-            self.fence.note("ended", facts)
+    def _note_end(self, word: Termination) -> None:
+        try:
+            self.fence.end(word, now())
+        except RunError as error:
+            print(f"the last word is not kept with the checkpoints: {error.message}", file=sys.stderr, flush=True)
 
     def _lost(self, silent: int, seconds: float) -> None:
         """From the pulse's thread: a peer is silent, and the main thread may wait for it without end."""

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api.causes import Cause
-from finetune_api.run import ENV_ATTEMPT
+from finetune_api.run import ENV_ATTEMPT, Termination
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store
 
@@ -46,6 +46,10 @@ class Fence:
     def note(self, what: str, facts: dict[str, Any]) -> None:
         """Write something down beside the claim (``attempts/000007.began``), for the report of a later attempt."""
         self.store.put(f"{name_of(self.number)}.{what}", json.dumps(facts).encode())
+
+    def end(self, word: Termination, when: str) -> None:
+        """Keep the attempt's last word: what the pod's termination message says, uncut. See :func:`last_word`."""
+        self.note("ended", {**json.loads(word.model_dump_json()), "ended": when})
 
     def attempts(self) -> list[dict[str, Any]]:
         """Every claim of this job so far, oldest first, with what was noted beside it."""
@@ -101,6 +105,19 @@ def claim(store: Store, attempt: int | None = None, run: str | None = None) -> F
         created = store.put_if_absent(name_of(number), json.dumps(word).encode())
         if created or read(store, name_of(number)).get("id") == word["id"]:  # the answer to a create can get lost
             return Fence(store, number, word["attempt"], run)  # type: ignore[arg-type]
+
+
+def last_word(store: Store, attempt: int, run: str | None = None) -> Termination | None:
+    """How an attempt ended, as it told in its checkpoint folder; None where it told nothing there.
+
+    ``run`` as in :func:`claim`: with one, the attempt of another job of the same name is passed over.
+    """
+    run = os.environ.get(ENV_RUN, "") if run is None else run
+    for number in reversed(claims(store)):
+        claimed = read(store, name_of(number))
+        if claimed.get("attempt") == attempt and claimed.get("run", "") == run:
+            return Termination.from_message(json.dumps(read(store, f"{name_of(number)}.ended")))
+    return None
 
 
 def read(store: Store, path: str) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     start = time.monotonic()
     try:
-        fetched = fetch(_config(), Path(os.environ[ENV_CACHE]), refresh=True)
+        fetched = fetch(configuration(), Path(os.environ[ENV_CACHE]), refresh=True)
     except Exception as error:
         cause, message = diagnose(error, phase="fetching model and data")
         log.error("%s: %s", cause, message)
@@ -193,7 +193,8 @@ def main() -> int:
     return 0
 
 
-def _config() -> TrainerConfig:
+def configuration() -> TrainerConfig:
+    """The run's configuration. RunError where the environment names none that can be read."""
     path = os.environ.get(ENV_CONFIG, "")
     try:
         return TrainerConfig.model_validate_json(Path(path).read_bytes())
