@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.cluster import images
 from tests.e2e.conftest import upload
 from tests.e2e.product import BUCKET, ROOT, Product
 
@@ -33,6 +34,11 @@ def pipeline(model: str) -> list[dict[str, Any]]:
             spec["evaluation"]["max_new_tokens"] = 4
         spec["training"] |= {"num_train_epochs": 1, "max_steps": 3}
         spec["output"]["uri"] = f"s3://{BUCKET}/models/{job['metadata']['name']}"
+    # The first one has sidecars of both kinds, as a mesh or a log shipper puts them there: neither ends by itself.
+    sidecar = {"image": images.BASE, "command": ["sleep", "inf"]}
+    beside = [{"name": "shipper", **sidecar}]
+    before = [{"name": "mesh", "restartPolicy": "Always", **sidecar}]
+    jobs[0]["spec"]["workers"]["template"] = {"spec": {"initContainers": before, "containers": beside}}
     return jobs
 
 
@@ -61,6 +67,8 @@ def test_a_pipeline_of_seven_stages_by_one_apply(
     seen = printed("Succeeded")
     for stage in STARTS_FROM:
         assert any(f"pipeline-{stage} " in line and "Waiting" in line for line in seen.splitlines()), stage
+    # The sidecars of the first one have been ended, and what they held is free.
+    cluster.wait_gone("pods", selector="finetune.dev/job=pipeline-pretrain", namespace=team)
     # What each has learned from: the digests of the adapters below it stand in its own manifest.
     for stage, below in {"ppo": ("pretrain", "sft", "reward"), "dpo": ("pretrain", "sft")}.items():
         body = product.s3().get_object(Bucket=BUCKET, Key=f"models/pipeline-{stage}/manifest.json")["Body"].read()

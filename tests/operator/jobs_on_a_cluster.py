@@ -73,6 +73,20 @@ def end(cluster: Cluster, pod: Object, code: int, reason: str = "", word: Termin
     cluster.kubectl("annotate", "pod", name, "-n", namespace, *(f"{key}={value}" for key, value in said.items()))
 
 
+def end_trainer(
+    cluster: Cluster, pod: Object, word: Termination, others: Object | None = None, phase: str = "Running"
+) -> None:
+    """The pod's trainer ends with 0 and this word; the other containers are in this state, by default they run on."""
+    name, namespace, now = pod["metadata"]["name"], pod["metadata"]["namespace"], pod["status"]["startTime"]
+    ended = {"exitCode": 0, "reason": "Completed", "message": word.to_message(), "startedAt": now, "finishedAt": now}
+    statuses = [
+        {**c, "state": {"terminated": ended}} if c["name"] == "trainer" else {**c, "state": others or c["state"]}
+        for c in pod["status"]["containerStatuses"]
+    ]
+    patch = json.dumps({"status": {"phase": phase, "containerStatuses": statuses}})
+    cluster.kubectl("patch", "pod", name, "-n", namespace, "--subresource=status", "--type=merge", "-p", patch)
+
+
 def change(cluster: Cluster, namespace: str, name: str, **spec: Any) -> None:
     """kubectl edit."""
     patch = json.dumps({"spec": spec})

@@ -11,6 +11,7 @@ from kubernetes.client import ApiClient
 from prometheus_client import generate_latest
 
 from finetune_operator.cluster import kubernetes
+from finetune_operator.cluster.kubernetes import LINE_LENGTH, LOG_BYTES, end_of_log
 from finetune_operator.handlers import Operator
 from finetune_operator.metrics import OperatorMetrics
 from finetune_operator.queue import WorkQueue
@@ -126,6 +127,20 @@ def test_a_worker_is_asked_directly_whatever_proxy_the_environment_names(monkeyp
         assert cluster.progress({"metadata": {"name": "p"}, "status": {"podIP": "127.0.0.1"}}) == {"step": 3}
         worker.shutdown()
     assert asked == ["/progress"]
+
+
+def test_of_a_log_its_end_is_kept() -> None:
+    """A server that is asked for so many lines and so many bytes at once keeps the first bytes of the last lines."""
+    bars = [b"\r".join(b"%3d%% of a long line" % n for n in range(100)) for _ in range(40)]
+    text = b"\n".join([*bars, b"Traceback (most recent call last):", "ValueError: größer".encode() + b"!" * 500, b""])
+    for size in (1, 7, LOG_BYTES, len(text)):
+        parts = [text[at : at + size] for at in range(0, len(text), size)]
+        lines = end_of_log(parts, 20)
+        assert len(lines) == 20
+        assert lines[-2:] == ["Traceback (most recent call last):", ("ValueError: größer" + "!" * 500)[:LINE_LENGTH]]
+    assert end_of_log([], 20) == []
+    assert end_of_log([b"x" * (3 * LOG_BYTES)], 20) == ["x" * LINE_LENGTH]
+    assert end_of_log([b"a\nb\n", b"c"], 2) == ["b", "c"]
 
 
 def scrape(sim: Simulation, leading: bool) -> str:

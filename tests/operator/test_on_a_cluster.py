@@ -22,6 +22,7 @@ from tests.operator.jobs_on_a_cluster import (
     change,
     condition,
     end,
+    end_trainer,
     fine_tune_job,
     result,
     shown,
@@ -96,6 +97,20 @@ def test_a_job_runs_on_two_nodes_and_succeeds(cluster: Cluster, namespace: str, 
     change(cluster, namespace, "tune", ttlSecondsAfterFinished=3600)
     for kind in ("Complete", "Ready", "Failed=false"):
         cluster.kubectl("wait", "ftj", "tune", "-n", namespace, f"--for=condition={kind}", "--timeout=30s")
+
+
+def test_a_sidecar_neither_holds_up_nor_spoils_the_end_of_a_run(cluster: Cluster, namespace: str) -> None:
+    """One that a webhook might have put there runs on in the first pod, and fails the second one with its Job."""
+    mesh = {"name": "mesh", "image": "proxy:1"}
+    template = {"spec": {"containers": [mesh]}}
+    cluster.apply(fine_tune_job("tune", workers={"replicas": 2, "template": template}), namespace=namespace)
+    pods = workers(cluster, namespace, "tune")
+    failed = {"terminated": {"exitCode": 1, "reason": "Error", "finishedAt": pods[1]["status"]["startTime"]}}
+    end_trainer(cluster, pods[0], result("tune"))
+    end_trainer(cluster, pods[1], Termination(cause=Cause.SUCCEEDED, rank=1), others=failed, phase="Failed")
+    done = cluster.wait_for_condition(JOBS, "tune", "Complete", namespace=namespace)["status"]
+    assert (done["state"], done["restarts"], [a["cause"] for a in done["attempts"]]) == ("Succeeded", 0, ["Succeeded"])
+    assert [output["uri"] for output in done["outputs"]] == ["s3://team/tune"]
 
 
 # --- failures of the run ---
@@ -190,6 +205,19 @@ def test_a_killed_pod_costs_no_restart(cluster: Cluster, namespace: str) -> None
     assert [a["cause"] for a in status["attempts"]] == ["Terminated", ""]
 
 
+def test_a_node_that_cannot_start_containers_is_left_and_the_job_goes_on(cluster: Cluster, namespace: str) -> None:
+    cluster.apply(fine_tune_job("tune", recovery={"maxRestarts": 1}), namespace=namespace)
+    pods = workers(cluster, namespace, "tune")
+    said = "failed to create shim task: nvidia-container-cli: initialization error: driver/library version mismatch"
+    end(cluster, pods[1], 128, reason="StartError", word=said)
+    again = workers(cluster, namespace, "tune", attempt=2)
+    broken = pods[1]["spec"]["nodeName"]
+    assert broken not in {pod["spec"]["nodeName"] for pod in again}
+    first = cluster.get(JOBS, "tune", namespace=namespace)["status"]["attempts"][0]
+    assert (first["cause"], first["node"], first["nodeSuspect"]) == ("GPUError", broken, True)
+    assert said in first["message"]
+
+
 # --- failures of nodes ---
 
 
@@ -264,6 +292,8 @@ def test_what_was_decided_of_a_job_is_not_done_to_the_next_of_its_name(cluster: 
     assert not client.patch_status(before, {"state": "Failed"})
     client.delete_job(before)
     assert cluster.get(JOBS, "tune", namespace=namespace)["status"] == status
+    assert client.events_of(before) == []  # field selectors of events, too, go by the uid
+    assert {event["involvedObject"]["uid"] for event in client.events_of(there)} == {there["metadata"]["uid"]}
     with pytest.raises(ClusterError, match=r"Could not write the status of FineTuneJob .*/tune: 422 .*restarts"):
         client.patch_status(there, {"restarts": "many"})
     assert client.patch_status(there, status)

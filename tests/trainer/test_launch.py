@@ -1,5 +1,6 @@
 """How endings are told apart: exceptions, exit codes, whose word stands, and when a stop gives up waiting."""
 
+import errno
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,8 @@ def torch_errors() -> list[tuple[BaseException, Cause, str]]:
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), Cause.OUT_OF_MEMORY, "memory"),
         (MemoryError(), Cause.OUT_OF_MEMORY, "host's memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "/work/x"), Cause.OUT_OF_DISK, "cache.sizeLimit"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), Cause.OUT_OF_DISK, "A disk is full while"),
         (RunError(Cause.INVALID_DATA, "line 7 is no JSON"), Cause.INVALID_DATA, "line 7"),
         (ZeroDivisionError("division by zero"), Cause.TRAINER_ERROR, "ZeroDivisionError while training: division"),
         (ConnectionResetError("Connection reset by peer"), Cause.TRAINER_ERROR, "ConnectionResetError"),

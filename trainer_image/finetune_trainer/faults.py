@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune_api.causes import RETRY, Cause, Retry
 from finetune_api.run import ENV_TERMINATION_LOG, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Termination
-from finetune_trainer.outcome import RunError
+from finetune_trainer.outcome import RunError, disk_is_full
 
 ECHOES = frozenset({Cause.COMMUNICATION_ERROR, Cause.TERMINATED})
 """Causes that are often only the echo of what happened in another process."""
@@ -55,6 +55,11 @@ def diagnose(error: BaseException, *, phase: str = "", batch: str = "") -> tuple
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in lower or "cannot allocate memory" in lower:
         return Cause.OUT_OF_MEMORY, f"The host's memory is full{during}. {first} Give the workers more memory."
+    if disk_is_full(error):
+        return Cause.OUT_OF_DISK, (
+            f"A disk is full{during}: {first} Give the job's profile a larger cache (cache.sizeLimit, "
+            "cache.claimName), or the pods a node or claim with more room."
+        )
     if isinstance(error, KeyboardInterrupt):
         return Cause.TERMINATED, "Interrupted from the keyboard."
     if torch is not None and _is_communication(error, lower):

@@ -3,6 +3,8 @@
 Raised anywhere in the package; turned into a termination message by ``run.py`` only.
 """
 
+import errno
+
 from finetune_api.causes import Cause
 
 
@@ -13,3 +15,9 @@ class RunError(Exception):
         super().__init__(message)
         self.cause = cause
         self.message = message
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """No room is left on a disk, or none by its quota; as Python says it, or a library that has only words for it."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(words in str(error).lower() for words in ("no space left on device", "disk quota exceeded"))

@@ -31,7 +31,7 @@ from obstore.exceptions import (
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from finetune_api.causes import Cause
-from finetune_trainer.outcome import RunError
+from finetune_trainer.outcome import RunError, disk_is_full
 
 log = logging.getLogger(__name__)
 
@@ -325,9 +325,8 @@ class Store:
                 if self._scheme == "file"
                 else f"Tried for up to {self._patience:g} s. Check the endpoint, DNS and network policies."
             )
-            raise RunError(
-                Cause.STORAGE_UNAVAILABLE, f"cannot {verb} {where}{self._through()}: {reason}. {remedy}"
-            ) from error
+            cause = Cause.OUT_OF_DISK if disk_is_full(error) else Cause.STORAGE_UNAVAILABLE
+            raise RunError(cause, f"cannot {verb} {where}{self._through()}: {reason}. {remedy}") from error
 
     def _denied(self, verb: str, where: str, why: str) -> str:
         return (

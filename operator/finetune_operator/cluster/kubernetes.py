@@ -309,7 +309,7 @@ class KubernetesCluster:
                 _preload_content=False,
                 _request_timeout=TIMEOUT,
             )
-            return _end_of(answer.stream(LOG_BYTES), lines)
+            return end_of_log(answer.stream(LOG_BYTES), lines)
         except (ApiException, urllib3.exceptions.HTTPError):
             return []
 
@@ -347,7 +347,7 @@ class KubernetesCluster:
             raise ClusterError(f"Could not {what}: the API server cannot be reached ({error}).") from error
 
 
-def _end_of(parts: Iterable[bytes], lines: int) -> list[str]:
+def end_of_log(parts: Iterable[bytes], lines: int) -> list[str]:
     """The last lines of a text, out of its last LOG_BYTES. The server's own limit of bytes keeps the beginning of the
     last lines, and a progress bar is one line without end; why a process ended stands at the end."""
     end, cut = b"", False

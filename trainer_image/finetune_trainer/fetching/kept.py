@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.causes import Cause
-from finetune_trainer.outcome import RunError
+from finetune_trainer.outcome import RunError, disk_is_full
 from finetune_trainer.storage import file_digest
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def lock(home: Path) -> Iterator[None]:
 def cache_broken(cache: Path, error: OSError) -> RunError:
     """The error for a cache that cannot be written to."""
     return RunError(
-        Cause.STORAGE_UNAVAILABLE,
+        Cause.OUT_OF_DISK if disk_is_full(error) else Cause.STORAGE_UNAVAILABLE,
         f"cannot write to the cache {cache}: {error}. Check its free space and permissions (the profile's cache, "
         "or the pods' ephemeral storage).",
     )
