@@ -4,6 +4,8 @@ Called by ``reconcile.py``; both clusters run what is written here.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from finetune_api import run
@@ -25,7 +27,16 @@ MADE_FROM = f"{GROUP}/made-from"
 LABEL_READS = f"{GROUP}/reads-attempt"
 """Of the Job, and its pod, that reads what an attempt wrote: which attempt's."""
 MANAGED_BY = {"app.kubernetes.io/managed-by": "finetune-operator"}
-QUEUE_LABELS = ("kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class")
+KUEUE = "kueue.x-k8s.io"
+KUEUE_QUEUE = f"{KUEUE}/queue-name"
+VOLCANO = "volcano.sh"
+VOLCANO_QUEUE = f"scheduling.{VOLCANO}/queue-name"
+POD_GROUPS = {
+    "kubernetes": "scheduling.k8s.io/v1alpha2",
+    "coscheduling": "scheduling.x-k8s.io/v1alpha1",
+    "volcano": f"scheduling.{VOLCANO}/v1beta1",
+}
+"""The API of the PodGroups by which each of them is told of a gang. (Kueue finds it in the Job.)"""
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 CONFIG_DIR = "/etc/finetune"
@@ -55,6 +66,11 @@ def job_name(name: str, attempt: int) -> str:
 def reader_name(name: str, attempt: int) -> str:
     """Name of the Job that reads what an attempt wrote."""
     return f"{job_name(name, attempt)}-word"
+
+
+def pod_group_name(plan: Plan) -> str:
+    """Name of the PodGroup. With the number of workers, because in Kubernetes' own that number cannot be changed."""
+    return f"{plan.owner.name}-x{plan.workers}"
 
 
 def labels(plan: Plan) -> dict[str, str]:
@@ -129,13 +145,13 @@ def network_policy(plan: Plan) -> Manifest:
 def job(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...] = ()) -> Manifest:
     """The gang of one attempt: an Indexed Job that never replaces a pod. The operator makes a new Job instead."""
     name = job_name(plan.owner.name, attempt)
-    queue = {key: plan.owner.labels[key] for key in QUEUE_LABELS if key in plan.owner.labels}
-    metadata = _metadata(plan, name, **{LABEL_ATTEMPT: str(attempt)}, **queue)
+    metadata = _metadata(plan, name, **{LABEL_ATTEMPT: str(attempt)}, **_queue(plan))
     made_from = {MADE_FROM: json.dumps(plan.steering, sort_keys=True)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {**metadata, "annotations": made_from},
+        # Kueue reads some of its annotations here, and some at the pods.
+        "metadata": {**metadata, "annotations": {**made_from, **_of_domain(plan.owner.annotations, KUEUE)}},
         "spec": {
             "completionMode": "Indexed",
             "completions": plan.workers,
@@ -147,12 +163,62 @@ def job(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...] = ()) -> Manif
     }
 
 
+def _of_domain(given: Mapping[str, str], domain: str) -> dict[str, str]:
+    """Labels or annotations of a domain, and of those below it (provreq.kueue.x-k8s.io)."""
+    return {key: value for key, value in given.items() if f".{key.partition('/')[0]}".endswith(f".{domain}")}
+
+
+def _queue(plan: Plan) -> dict[str, str]:
+    """Labels of a Job that Kueue reads."""
+    queue = {KUEUE_QUEUE: plan.profile.queue} if plan.profile.gang_scheduling == "kueue" else {}
+    return queue | _of_domain(plan.owner.labels, KUEUE)
+
+
+def _alone(plan: Plan) -> Plan:
+    """For a pod that belongs to no gang: what is said of one, to its scheduler or to Kueue, does not hold for it."""
+    profile = plan.profile.model_copy(update={"gang_scheduling": ""})
+    return replace(plan, profile=profile, owner=replace(plan.owner, annotations={}))
+
+
+def pod_groups(plan: Plan) -> list[Manifest]:
+    """The object that tells the profile's scheduler of gangs how many pods belong together; none where there is none.
+    The job's attempts share it: there is one at a time."""
+    scheduler = plan.profile.gang_scheduling
+    if scheduler not in POD_GROUPS:
+        return []
+    metadata = _metadata(plan, pod_group_name(plan))
+    spec: Manifest = {"minMember": plan.workers}
+    if scheduler == "kubernetes":
+        spec = {"schedulingPolicy": {"gang": {"minCount": plan.workers}}}
+    if scheduler == "volcano":
+        asked = {**plan.owner.labels, **plan.owner.annotations}
+        spec["queue"] = asked.get(VOLCANO_QUEUE, plan.profile.queue)
+        if priority := pod_template(plan, 1, ())["spec"].get("priorityClassName"):
+            spec["priorityClassName"] = priority
+        metadata["annotations"] = _of_domain(plan.owner.annotations, VOLCANO)
+    return [{"apiVersion": POD_GROUPS[scheduler], "kind": "PodGroup", "metadata": metadata, "spec": spec}]
+
+
+def _member(plan: Plan) -> Manifest:
+    """What in a pod tells the profile's scheduler of gangs to which one it belongs."""
+    group = pod_group_name(plan)
+    members: Mapping[str, Manifest] = {
+        "kubernetes": {"spec": {"schedulingGroup": {"podGroupName": group}}},
+        "coscheduling": {"metadata": {"labels": {"scheduling.x-k8s.io/pod-group": group}}},
+        "volcano": {
+            "metadata": {"annotations": {"scheduling.k8s.io/group-name": group}},
+            "spec": {"schedulerName": "volcano"},
+        },
+    }
+    return members.get(plan.profile.gang_scheduling, {})
+
+
 def pod_template(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...]) -> Manifest:
     """The worker pod: the operator's fields, the profile's over them, the user's over those."""
     base: Manifest = {
         "metadata": {
             "labels": {**labels(plan), "app.kubernetes.io/component": "worker", LABEL_ATTEMPT: str(attempt)},
-            "annotations": {ANNOTATION_GPUS: str(plan.gpus_per_worker)},
+            "annotations": {ANNOTATION_GPUS: str(plan.gpus_per_worker), **_of_domain(plan.owner.annotations, KUEUE)},
         },
         "spec": {
             "restartPolicy": "Never",
@@ -183,7 +249,7 @@ def pod_template(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...]) -> M
             "volumes": _volumes(plan),
         },
     }
-    template: Manifest = merge(merge(base, plan.profile.template), plan.template)
+    template: Manifest = merge(merge(merge(base, _member(plan)), plan.profile.template), plan.template)
     spec = _with_room_to_fetch(template["spec"])
     return {**template, "spec": _kept_off(spec, excluded_nodes) if excluded_nodes else spec}
 
@@ -217,11 +283,10 @@ def _with_room(own: Manifest, trainer: Manifest) -> Manifest:
 def reader(plan: Plan, attempt: int) -> Manifest:
     """A Job of one small pod that says again what an attempt wrote, where its own pods are gone. The worker's pod with
     its credentials, volumes and place, without what trains: no GPUs, no fetching."""
-    template = pod_template(plan, attempt, ())
+    template = pod_template(_alone(plan), attempt, ())
     spec = {key: value for key, value in template["spec"].items() if key not in ("subdomain", "resourceClaims")}
     spec["initContainers"] = [c for c in spec.get("initContainers") or [] if c["name"] != run.FETCH_CONTAINER]
     spec["containers"] = [_reading(c) if c["name"] == run.TRAINER_CONTAINER else c for c in spec["containers"]]
-    queue = {key: plan.owner.labels[key] for key in QUEUE_LABELS if key in plan.owner.labels}
     reads = {LABEL_READS: str(attempt)}
     known = {key: value for key, value in template["metadata"]["labels"].items() if key != LABEL_ATTEMPT}
     known |= {"app.kubernetes.io/component": "reader", **reads}
@@ -229,7 +294,7 @@ def reader(plan: Plan, attempt: int) -> Manifest:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(plan, reader_name(plan.owner.name, attempt), **reads, **queue),
+        "metadata": _metadata(plan, reader_name(plan.owner.name, attempt), **reads, **_queue(plan)),
         "spec": {
             "completions": 1,
             "parallelism": 1,
@@ -270,7 +335,8 @@ def _kept_off(spec: Manifest, nodes: tuple[str, ...]) -> Manifest:
 
 
 def _trainer_container(plan: Plan, attempt: int) -> Manifest:
-    gpus = {plan.profile.gpu_resource: str(plan.gpus_per_worker)} if plan.gpus_per_worker else {}
+    by_resource = plan.gpus_per_worker and plan.profile.gpu_resource
+    gpus = {plan.profile.gpu_resource: str(plan.gpus_per_worker)} if by_resource else {}
     master = f"{job_name(plan.owner.name, attempt)}-0.{service_name(plan.owner.name)}"
     return {
         "name": run.TRAINER_CONTAINER,

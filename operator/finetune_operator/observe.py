@@ -15,10 +15,10 @@ from finetune_operator.manifests import (
     ANNOTATION_GPUS,
     INDEX_LABEL,
     KIND,
+    KUEUE_QUEUE,
     LABEL_ATTEMPT,
     LABEL_READS,
     MADE_FROM,
-    QUEUE_LABELS,
     config_name,
 )
 
@@ -402,7 +402,7 @@ def _job(child: Object, events: list[dict[str, Any]]) -> GangJob:
         attempt=_attempt(child),
         created=parse_time(child["metadata"].get("creationTimestamp")),
         suspended=bool(child.get("spec", {}).get("suspend")),
-        queue=(child["metadata"].get("labels") or {}).get(QUEUE_LABELS[0], ""),
+        queue=(child["metadata"].get("labels") or {}).get(KUEUE_QUEUE, ""),
         succeeded=bool(succeeded),
         failed=bool(failed),
         failure_reason=failed.get("reason", ""),

@@ -8,7 +8,7 @@ begun) is handed in.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api.base import seconds
@@ -31,6 +31,7 @@ class Owner:
     name: str
     uid: str
     labels: Mapping[str, str]
+    annotations: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

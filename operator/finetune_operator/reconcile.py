@@ -103,7 +103,8 @@ def gather(cluster: Cluster, settings: Settings, raw: Object, status: FineTuneJo
         inputs = _inputs(cluster, namespace, spec)
     plan: Plan | None = None
     if spec is not None and profile is not None and not inputs.waiting:
-        owner = Owner(namespace, name, metadata["uid"], metadata.get("labels") or {})
+        given = (metadata.get("labels") or {}, metadata.get("annotations") or {})
+        owner = Owner(namespace, name, metadata["uid"], *given)
         plan = make_plan(owner, spec, profile, inputs.resolved, observed.frozen_config, inputs.model)
     over = is_true(status, Condition.COMPLETE) or is_true(status, Condition.FAILED)
     return Facts(
@@ -283,6 +284,7 @@ def attempt_manifests(plan: Plan, decision: Decision, observed: Observed) -> lis
     made.append(manifests.service(plan))
     if plan.profile.network_policy:
         made.append(manifests.network_policy(plan))
+    made += manifests.pod_groups(plan)
     made.append(manifests.job(plan, decision.create_attempt, decision.excluded_nodes))
     return made
 

@@ -30,7 +30,13 @@ class Profile(KubeModel):
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When the image is pulled."""
     gpu_resource: str = "nvidia.com/gpu"
-    """Name of the extended resource a GPU is."""
+    """Name of the extended resource a GPU is. Empty: none is asked for; GPUs come by `resourceClaims` in the template
+    (dynamic resource allocation)."""
+    gang_scheduling: Literal["", "kubernetes", "kueue", "coscheduling", "volcano"] = ""
+    """What gives all workers of a job their nodes at once, or none of them; see [Gang scheduling](#gang-scheduling).
+    Empty: nobody does, and a job that got only some of its nodes gives them back after `recovery.pendingTimeout`."""
+    queue: str = "default"
+    """With `gangScheduling: kueue` or `volcano`: the queue of the jobs that name none."""
     cache: Cache = Cache()
     """Where fetched models and data are kept."""
     credentials_secret: str = ""

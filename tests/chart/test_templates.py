@@ -154,6 +154,20 @@ def test_pods_proxy_only_where_progress_goes_through_it() -> None:
     assert may(("--set", "settings.progressThrough=apiserver"))
 
 
+def test_pod_groups_only_of_those_that_a_profile_asks_for() -> None:
+    def groups(*schedulers: str) -> list[str]:
+        chosen = [f"profiles.p{n}.gangScheduling={one}" for n, one in enumerate(schedulers)]
+        found = rules(template("--set", ",".join([*chosen, "profiles.cpu=null", "profiles.plain.shmSize=1Gi"])))
+        assert all(rule["verbs"] == ["get", "create", "patch"] for rule in found if "podgroups" in rule["resources"])
+        return [group for rule in found if "podgroups" in rule["resources"] for group in rule["apiGroups"]]
+
+    assert groups() == groups("kueue") == groups("") == []
+    assert groups("kubernetes", "kubernetes", "kueue") == ["scheduling.k8s.io"]
+    assert sorted(groups("volcano", "coscheduling")) == ["scheduling.volcano.sh", "scheduling.x-k8s.io"]
+    wrong = helm("template", "x", CHART, "--set", "profiles.default.gangScheduling=yunikorn")
+    assert "'kubernetes', 'kueue', 'coscheduling', 'volcano'" in wrong.stderr
+
+
 def test_no_rights_where_they_are_managed_elsewhere() -> None:
     objects = template("--set", "rbac.create=false,rbac.userRoles=never")
     assert not {kind for kind in kinds(objects) if "Role" in kind}

@@ -17,6 +17,8 @@ from tests.cluster.sandbox import Sandbox, answers
 SERVICES = "10.96.0.0/16"
 API = "10.96.0.1"
 STAGES = Path(__file__).with_name("stages.yaml")
+GANGS = "--feature-gates=GenericWorkload=true,GangScheduling=true"
+"""Kubernetes' own gang scheduling, which is off by default: without a PodGroup it changes nothing."""
 
 
 def start(sandbox: Sandbox, bin: Path) -> Path:
@@ -51,6 +53,8 @@ def start(sandbox: Sandbox, bin: Path) -> Path:
         "--allow-privileged",
         "--kubelet-preferred-address-types=InternalIP",
         "--shutdown-delay-duration=0s",
+        "--runtime-config=scheduling.k8s.io/v1alpha2=true",
+        GANGS,
     )
     inside = write_kubeconfig(state / "kubeconfig-inside", API, 443, certificate, token)
     host, port = sandbox.forward(API, 443)
@@ -72,6 +76,7 @@ def start(sandbox: Sandbox, bin: Path) -> Path:
         # A dead node is noticed after 16 s instead of 40: the tests of faults wait for it.
         "--node-monitor-period=2s",
         "--node-monitor-grace-period=16s",
+        GANGS,
     )
     sandbox.start(
         "kube-scheduler",
@@ -79,6 +84,7 @@ def start(sandbox: Sandbox, bin: Path) -> Path:
         f"--kubeconfig={inside}",
         "--bind-address=127.0.0.1",
         "--leader-elect=false",
+        GANGS,
     )
     return outside
 

@@ -49,6 +49,9 @@ def operator(cluster: Cluster, own: str, tmp_path_factory: pytest.TempPathFactor
         "default": profile(own),
         "done": profile(own, **{EXIT: "0"}),
         "on-silent-nodes": profile(own, **{"simulate.finetune.dev/silent": "true"}),
+        "gangs": {**profile(own), "gangScheduling": "kubernetes"},
+        "dra": {**profile(own), "gpuResource": ""},
+        "coscheduling": {**profile(own), "gangScheduling": "coscheduling"},
     }
     with account(cluster, own, folder) as kubeconfig:
         # Nobody takes its place: a slow moment of the machine must not end its leadership.

@@ -138,15 +138,22 @@ def profile(own: str, **annotations: str) -> Object:
     return {"terminationGracePeriod": "1s", "template": pods}
 
 
+CHART_VALUES = (
+    "--set",
+    "settings.progressThrough=apiserver,profiles.gangs.gangScheduling=kubernetes,"
+    "profiles.coscheduling.gangScheduling=coscheduling",
+)
+
+
 def chart_role() -> Object:
     """What the chart lets the operator do."""
-    return only(template("--set", "settings.progressThrough=apiserver"), "ClusterRole", "finetune-operator")
+    return only(template(*CHART_VALUES), "ClusterRole", "finetune-operator")
 
 
 @contextlib.contextmanager
 def account(cluster: Cluster, own: str, folder: Path) -> Iterator[Path]:
     """A kubeconfig of a service account with the rights of the chart and no others."""
-    objects = template("--set", "settings.progressThrough=apiserver")
+    objects = template(*CHART_VALUES)
     leader = only(objects, "Role", "finetune-operator-leader")
     subjects = [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": own}]
     rbac = {"apiVersion": "rbac.authorization.k8s.io/v1"}

@@ -21,7 +21,7 @@ from finetune_operator.plan import (
 from finetune_operator.settings import Cache, Profile
 from tests.operator.simulation import GOOD_SPEC
 
-OWNER = Owner("team", "tune", "uid-1", {"kueue.x-k8s.io/queue-name": "gpus", "team": "nlp"})
+OWNER = Owner("team", "tune", "uid-1", {})
 
 
 def plan(profile: Profile | None = None, **spec: Any) -> Plan:
@@ -77,10 +77,103 @@ def test_claims_are_mounted_and_named_as_files() -> None:
     assert {"name": "claim-models", "mountPath": "/mnt/claims/models"} in mounts
 
 
-def test_queue_labels_reach_the_job_and_others_do_not() -> None:
-    labels = manifests.job(plan(), 1)["metadata"]["labels"]
-    assert labels["kueue.x-k8s.io/queue-name"] == "gpus"
-    assert "team" not in labels
+def of(labels: dict[str, str], annotations: dict[str, str], **profile: Any) -> Plan:
+    """The plan of a job with these labels and annotations."""
+    owner = Owner("team", "tune", "uid-1", labels, annotations)
+    return make_plan(owner, FineTuneJobSpec.model_validate(GOOD_SPEC), Profile(**profile), {})
+
+
+def test_what_is_said_to_kueue_reaches_the_job_and_its_pods_and_nothing_else_does() -> None:
+    labels = {
+        "kueue.x-k8s.io/queue-name": "gpus",
+        "kueue.x-k8s.io/priority-class": "high",
+        "kueue.x-k8s.io/max-exec-time-seconds": "3600",
+    }
+    annotations = {
+        "kueue.x-k8s.io/podset-required-topology": "rack",
+        "provreq.kueue.x-k8s.io/maxRunDurationSeconds": "600",
+    }
+    others = {"team": "nlp", "notkueue.x-k8s.io/queue-name": "x", "example.com/kueue.x-k8s.io": "x"}
+    job = manifests.job(of(labels | others, annotations | others), 1)
+    ours = manifests.job(of({}, {}), 1)
+    assert job["metadata"]["labels"] == ours["metadata"]["labels"] | labels
+    pods, plain = (made["spec"]["template"]["metadata"] for made in (job, ours))
+    assert pods["labels"] == plain["labels"]  # its queue would make Kueue queue the pods themselves
+    for told, before in ((job["metadata"], ours["metadata"]), (pods, plain)):
+        assert told["annotations"] == before.get("annotations", {}) | annotations
+
+
+def test_a_profile_with_kueue_gives_a_queue_to_jobs_that_name_none() -> None:
+    queue = "kueue.x-k8s.io/queue-name"
+    for labels, profile, found in (
+        ({}, {}, "default"),
+        ({}, {"queue": "gpus"}, "gpus"),
+        ({queue: "mine"}, {"queue": "gpus"}, "mine"),
+    ):
+        made = of(labels, {}, gang_scheduling="kueue", **profile)
+        assert manifests.job(made, 1)["metadata"]["labels"][queue] == found
+        assert manifests.pod_groups(made) == []
+    assert queue not in manifests.job(of({}, {}, queue="gpus"), 1)["metadata"]["labels"]
+
+
+def test_kubernetes_own_gang_scheduling_is_told_of_the_gang() -> None:
+    made = of({}, {}, gang_scheduling="kubernetes")
+    (group,) = manifests.pod_groups(made)
+    assert (group["apiVersion"], group["kind"]) == ("scheduling.k8s.io/v1alpha2", "PodGroup")
+    assert group["spec"] == {"schedulingPolicy": {"gang": {"minCount": 2}}}
+    assert group["metadata"]["ownerReferences"][0]["uid"] == "uid-1"
+    assert pod_of(made)["schedulingGroup"] == {"podGroupName": group["metadata"]["name"]}
+
+
+def test_coscheduling_is_told_of_the_gang() -> None:
+    made = of({}, {}, gang_scheduling="coscheduling", template={"spec": {"schedulerName": "second"}})
+    (group,) = manifests.pod_groups(made)
+    assert (group["apiVersion"], group["spec"]) == ("scheduling.x-k8s.io/v1alpha1", {"minMember": 2})
+    template = manifests.job(made, 1)["spec"]["template"]
+    assert template["metadata"]["labels"]["scheduling.x-k8s.io/pod-group"] == group["metadata"]["name"]
+    assert template["spec"]["schedulerName"] == "second"
+
+
+def test_volcano_is_told_of_the_gang_its_queue_and_its_priority() -> None:
+    annotations = {"volcano.sh/preemptable": "true", "team": "nlp"}
+    template = {"spec": {"priorityClassName": "high"}}
+    made = of({}, annotations, gang_scheduling="volcano", queue="gpus", template=template)
+    (group,) = manifests.pod_groups(made)
+    assert group["apiVersion"] == "scheduling.volcano.sh/v1beta1"
+    assert group["spec"] == {"minMember": 2, "queue": "gpus", "priorityClassName": "high"}
+    assert group["metadata"]["annotations"] == {"volcano.sh/preemptable": "true"}
+    pods = manifests.job(made, 1)["spec"]["template"]
+    assert pods["metadata"]["annotations"]["scheduling.k8s.io/group-name"] == group["metadata"]["name"]
+    assert pods["spec"]["schedulerName"] == "volcano"
+    own = of({"scheduling.volcano.sh/queue-name": "mine"}, {}, gang_scheduling="volcano")
+    assert manifests.pod_groups(own)[0]["spec"] == {"minMember": 2, "queue": "mine"}
+
+
+@pytest.mark.parametrize("scheduler", ["kubernetes", "kueue", "coscheduling", "volcano"])
+def test_the_pod_that_reads_what_a_gang_wrote_is_no_part_of_it(scheduler: str) -> None:
+    made = of({}, {"kueue.x-k8s.io/podset-slice-size": "2"}, gang_scheduling=scheduler)
+    reader, plain = manifests.reader(made, 1), manifests.reader(of({}, {}), 1)
+    assert reader["spec"] == plain["spec"]
+    queue = {"kueue.x-k8s.io/queue-name": "default"} if scheduler == "kueue" else {}
+    assert reader["metadata"]["labels"] == plain["metadata"]["labels"] | queue
+
+
+def test_nobody_is_told_of_a_gang_where_no_profile_asks_for_it() -> None:
+    made = of({}, {})
+    assert manifests.pod_groups(made) == []
+    assert "schedulingGroup" not in pod_of(made)
+    with pytest.raises(ValueError, match="'kubernetes', 'kueue', 'coscheduling' or 'volcano'"):
+        Profile.model_validate({"gangScheduling": "yunikorn"})
+
+
+def test_gpus_that_are_claimed_are_not_asked_for_as_a_resource() -> None:
+    claim = {"name": "gpus", "resourceClaimTemplateName": "eight-gpus"}
+    trainer = {"name": "trainer", "resources": {"claims": [{"name": "gpus"}]}}
+    template = {"spec": {"resourceClaims": [claim], "containers": [trainer]}}
+    spec = pod_of(of({}, {}, gpu_resource="", template=template))
+    assert spec["resourceClaims"] == [claim]
+    assert spec["containers"][0]["resources"] == {"claims": [{"name": "gpus"}]}
+    assert "--nproc-per-node=8" in spec["containers"][0]["command"]
 
 
 def test_a_gang_is_never_patched_up_in_place() -> None:

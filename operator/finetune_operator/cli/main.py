@@ -254,12 +254,14 @@ def plan(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool, profile_fi
     made: list[Object] = []
     for document in documents:
         namespace, name = document.key
-        labels = document.job["metadata"].get("labels") or {}
-        owner = Owner(namespace, name, "00000000-0000-0000-0000-000000000000", labels)
+        metadata = document.job["metadata"]
+        given = (metadata.get("labels") or {}, metadata.get("annotations") or {})
+        owner = Owner(namespace, name, "00000000-0000-0000-0000-000000000000", *given)
         inputs = {uri: f"(output of {uri})" for uri in waited_for(document.spec)}
         found = make_plan(owner, document.spec, settings.profiles[document.spec.profile], inputs)
         made += [manifests.config_map(found), manifests.service(found)]
         made += [manifests.network_policy(found)] if found.profile.network_policy else []
+        made += manifests.pod_groups(found)
         made.append(manifests.job(found, 1))
     click.echo(yaml.dump_all(made, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120), nl=False)
 

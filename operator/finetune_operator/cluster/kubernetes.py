@@ -137,7 +137,7 @@ class KubernetesCluster:
 
     def apply(self, manifest: Object) -> None:
         kind, metadata = manifest["kind"], manifest["metadata"]
-        there = self._there(kind, metadata["namespace"], metadata["name"])
+        there = self._there(kind, metadata["namespace"], metadata["name"], manifest["apiVersion"])
         if there is None:
             return self._make(manifest)
         _check_whose(there, manifest)
@@ -158,9 +158,9 @@ class KubernetesCluster:
             _content_type="application/apply-patch+yaml",
         )
 
-    def _there(self, kind: str, namespace: str, name: str) -> Object | None:
+    def _there(self, kind: str, namespace: str, name: str, api: str = "") -> Object | None:
         try:
-            found = self._json(f"read {kind} {namespace}/{name}", self._call("read", kind), name, namespace)
+            found = self._json(f"read {kind} {namespace}/{name}", self._call("read", kind, api), name, namespace)
         except _NotFoundError:
             return None
         return {**found, "kind": kind}
@@ -170,14 +170,15 @@ class KubernetesCluster:
         self._write("create", manifest)
 
     def _write(self, verb: str, manifest: Object, *name: str, **how: Any) -> None:
-        kind, metadata = manifest["kind"], manifest["metadata"]
+        kind, metadata, api = manifest["kind"], manifest["metadata"], manifest["apiVersion"]
         # Strict: what is misspelt in a pod template would be dropped without a word.
         how |= {"field_manager": FIELD_MANAGER, "field_validation": "Strict"}
         try:
             what = f"apply {kind} {metadata['namespace']}/{metadata['name']}"
-            self._json(what, self._call(verb, kind), *name, metadata["namespace"], manifest, **how)
+            self._json(what, self._call(verb, kind, api), *name, metadata["namespace"], manifest, **how)
         except _NotFoundError as error:
-            raise ClusterError(error.message) from error
+            needed = f". The cluster serves no PodGroup of {api}, which gangScheduling of the job's profile needs."
+            raise ClusterError(error.message + (needed if kind == "PodGroup" else "")) from error
         except ClusterError as error:
             answer = error.__cause__
             if not isinstance(answer, ApiException) or (reason := _refusal(answer.status, error.message)) is None:
@@ -186,9 +187,10 @@ class KubernetesCluster:
             wrong = reason is Reason.INVALID_SPEC and kind != "Job"
             raise RefusedError(Reason.REFUSED if wrong else reason, error.message) from error
 
-    def _call(self, verb: str, kind: str) -> Callable[..., Any]:
+    def _call(self, verb: str, kind: str, api: str = "") -> Callable[..., Any]:
         snake = re.sub(r"(?<!^)([A-Z])", r"_\1", kind).lower()
-        call: Callable[..., Any] = getattr(self._groups[kind], f"{verb}_namespaced_{snake}")
+        group = _PodGroups(self._custom, api) if kind == "PodGroup" else self._groups[kind]
+        call: Callable[..., Any] = getattr(group, f"{verb}_namespaced_{snake}")
         return call
 
     def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
@@ -358,6 +360,26 @@ def end_of_log(parts: Iterable[bytes], lines: int) -> list[str]:
     found = end.decode(errors="replace").splitlines()
     whole = found[1:] if cut and len(found) > 1 else found
     return [line[:LINE_LENGTH] for line in whole[-lines:]]
+
+
+class _PodGroups:
+    """The PodGroups of one API, called like the kinds that the client knows."""
+
+    def __init__(self, custom: client.CustomObjectsApi, api: str) -> None:
+        self._custom = custom
+        self._group, _, self._version = api.partition("/")
+
+    def read_namespaced_pod_group(self, name: str, namespace: str, **how: Any) -> Any:
+        place = (self._group, self._version, namespace, "podgroups")
+        return self._custom.get_namespaced_custom_object(*place, name, **how)
+
+    def create_namespaced_pod_group(self, namespace: str, body: Object, **how: Any) -> Any:
+        place = (self._group, self._version, namespace, "podgroups")
+        return self._custom.create_namespaced_custom_object(*place, body, **how)
+
+    def patch_namespaced_pod_group(self, name: str, namespace: str, body: Object, **how: Any) -> Any:
+        place = (self._group, self._version, namespace, "podgroups")
+        return self._custom.patch_namespaced_custom_object(*place, name, body, **how)
 
 
 class _NotFoundError(ClusterError):
