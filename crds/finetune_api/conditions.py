@@ -26,6 +26,8 @@ class Condition(StrEnum):
     """For kstatus (Flux, Argo CD, ``helm --wait``): the output is there."""
     STALLED = "Stalled"
     """For kstatus: it does not get on by itself; a person has to act."""
+    HEALTHY = "Healthy"
+    """Nothing makes the result doubtful. False does not end a run: it says what to look at. Judged by the trainer."""
 
 
 class Reason(StrEnum):
@@ -82,6 +84,17 @@ class Reason(StrEnum):
     RESULT_NOT_READ = "ResultNotRead"
     # Stalled
     NO_PROGRESS = "NoProgress"
+    # Healthy
+    NO_DOUBT = "NoDoubt"
+    LOSS_AT_CHANCE = "LossAtChance"
+    LOSS_ABOVE_START = "LossAboveStart"
+    ZERO_GRADIENTS = "ZeroGradients"
+    EMPTY_ANSWERS = "EmptyAnswers"
+    IDENTICAL_ANSWERS = "IdenticalAnswers"
+    ROWS_TRUNCATED = "RowsTruncated"
+    HELD_OUT_ROWS_IN_TRAINING = "HeldOutRowsInTraining"
+    TOO_FEW_STEPS = "TooFewSteps"
+    OTHER_DOUBT = "OtherDoubt"
 
 
 class State(StrEnum):

@@ -239,6 +239,9 @@ class Progress(_Told):
     checkpoint_failures: int = 0
     evaluation: dict[str, float] = {}
     """Last evaluation figures: loss, perplexity, and the same per source as loss/NAME."""
+    unhealthy: dict[str, str] | None = None
+    """What makes the result doubtful: reasons of the condition Healthy (``health.py``), each with a figure. None: it
+    was not judged yet."""
     message: str = ""
     """What the run is doing, one line for people."""
 
@@ -271,6 +274,8 @@ class Termination(_Told):
     outputs: list[OutputInfo] = []
     last_checkpoint: CheckpointInfo | None = None
     loss: float | None = None
+    unhealthy: dict[str, str] | None = None
+    """As in :class:`Progress`."""
     message: str = Field("", max_length=2000)
     """For the user: what happened, the value, what is accepted, the remedy."""
     kept: list[int] = []

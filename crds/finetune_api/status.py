@@ -9,7 +9,8 @@ class ConditionStatus(KubeModel):
     """One condition, as in Kubernetes' own objects."""
 
     type: str = Field(max_length=316)
-    """Accepted, InputsReady, PodsReady, Progressing, Suspended, Reconciled, Complete, Failed, Ready, Stalled."""
+    """Accepted, InputsReady, PodsReady, Progressing, Suspended, Reconciled, Complete, Failed, Ready, Stalled,
+    Healthy."""
     status: str = Field(pattern="^(True|False|Unknown)$")
     """True, False or Unknown."""
     reason: str = Field(max_length=1024)

@@ -34,6 +34,7 @@ from finetune_operator.status import (
     checkpoint_status,
     duration,
     gpu_status,
+    healthy,
     is_true,
     line,
     merge_conditions,
@@ -588,6 +589,7 @@ def _succeed(
             Finding(Condition.PODS_READY, False, Reason.NO_PODS),
             Finding(Condition.READY, True, Reason.FINISHED, message),
             Finding(Condition.STALLED, False, Reason.FINISHED),
+            *healthy(last.unhealthy if last else None),
         ),
         delete=_readers_left(facts.observed),
         requeue=_sooner(SIDECAR_PATIENCE.total_seconds() if _jobs_with_pods(facts) else None, _ttl(facts, facts.now)),
@@ -638,7 +640,8 @@ def _running(
         poll = ECHO_PATIENCE.total_seconds()
     if due := _gives_back_at(facts, current, job, pods):
         poll = min(poll, (due - facts.now).total_seconds())
-    return Decision(_written(facts, status, state, pods_ready, progressing, *_not_finished()), requeue=poll)
+    judged = healthy(facts.progress.unhealthy if facts.progress else None)
+    return Decision(_written(facts, status, state, pods_ready, progressing, *judged, *_not_finished()), requeue=poll)
 
 
 def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Finding:

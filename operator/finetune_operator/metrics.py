@@ -66,6 +66,11 @@ class _Jobs(Collector):
             "finetune_job_info", "What a job is.", labels=[*_JOB, "stage", "method", "model", "profile"]
         )
         state = GaugeMetricFamily("finetune_job_state", "1 for the state a job is in.", labels=[*_JOB, "state"])
+        doubtful = GaugeMetricFamily(
+            "finetune_job_unhealthy_since_timestamp_seconds",
+            "Since when the condition Healthy is False, with its reason.",
+            labels=[*_JOB, "reason"],
+        )
         gauges = {name: GaugeMetricFamily(f"finetune_job_{name}", text, labels=_JOB) for name, text in _GAUGES.items()}
         for job in jobs:
             spec, key = job.get("spec") or {}, [job["metadata"]["namespace"], job["metadata"]["name"]]
@@ -73,11 +78,15 @@ class _Jobs(Collector):
             model = (spec.get("model") or {}).get("uri", "")
             info.add_metric([*key, spec.get("stage", "sft"), method, model, spec.get("profile", "default")], 1)
             state.add_metric([*key, (job.get("status") or {}).get("state") or State.PENDING], 1)
+            for found in (job.get("status") or {}).get("conditions") or []:
+                if found["type"] == Condition.HEALTHY and found["status"] == "False":
+                    doubtful.add_metric([*key, found["reason"]], _timestamp(found["lastTransitionTime"]) or 0)
             for name, value in figures(job, self._settings).items():
                 if value is not None:
                     gauges[name].add_metric(key, value)
         yield info
         yield state
+        yield doubtful
         yield from gauges.values()
 
 

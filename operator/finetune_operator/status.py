@@ -3,11 +3,12 @@
 Called by ``decide.py``, which puts the pieces together, and by ``reconcile.py`` for the events a change is worth.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_api.conditions import Condition, Reason, State
+from finetune_api.health import gravest, sentences
 from finetune_api.run import CheckpointInfo, OutputInfo, Progress
 from finetune_api.status import (
     AttemptStatus,
@@ -33,6 +34,13 @@ class Finding:
     holds: bool | None
     reason: Reason
     message: str = ""
+
+
+def healthy(unhealthy: Mapping[str, str] | None) -> list[Finding]:
+    """What the trainer finds doubtful, as a condition; none where it has not judged yet."""
+    if unhealthy is None:
+        return []
+    return [Finding(Condition.HEALTHY, not unhealthy, gravest(unhealthy), " ".join(sentences(unhealthy)))]
 
 
 def merge_conditions(
@@ -232,6 +240,9 @@ def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     if new.state != old.state:
         told += _state_events(old, new)
     told += _trouble_events(old, new)
+    doubt, known = (condition(status, Condition.HEALTHY) for status in (new, old))
+    if doubt and doubt.status == "False" and not (known and known.reason == doubt.reason):
+        told.append(Event("Warning", doubt.reason, doubt.message))
     newest = max((c.step for c in new.checkpoints), default=0)
     if newest > max((c.step for c in old.checkpoints), default=0):
         told.append(Event("Normal", "CheckpointSaved", f"Checkpoint of step {newest} is complete."))

@@ -26,6 +26,7 @@ OPERATOR: dict[str, tuple[str, ...]] = {
     "finetune_job_start_timestamp_seconds": JOB,
     "finetune_job_running_timestamp_seconds": JOB,
     "finetune_job_completion_timestamp_seconds": JOB,
+    "finetune_job_unhealthy_since_timestamp_seconds": (*JOB, "reason"),
     "finetune_job_gpus": JOB,
     "finetune_job_gpus_wanted": JOB,
     "finetune_job_cost_per_hour": JOB,

@@ -74,6 +74,8 @@ class Simulation:
     """Last words in the storage, by attempt's Job."""
     cannot_read: Termination | None = None
     """What a pod says that is to read a last word and cannot."""
+    unhealthy: dict[str, str] | None = None
+    """What the trainers find doubtful."""
     calls_until_killed: int | None = None
     fail_calls: set[str] = field(default_factory=set)
     refuse: dict[str, tuple[Reason, str]] = field(default_factory=dict)
@@ -284,6 +286,7 @@ class Simulation:
                 step=self.steps,
                 max_steps=self.steps,
                 loss=0.5,
+                unhealthy=self.unhealthy,
                 outputs=[OutputInfo(uri=f"s3://team/{owner}", kind=self.output_kind, digest="sha256:1", size=2048)],
                 last_checkpoint=CheckpointInfo(step=self.steps, uri="s3://c", digest="sha256:2", size=1024),
             )
@@ -397,6 +400,7 @@ class Simulation:
             loss=1.0 / (step + 1),
             tokens_per_second=1000.0 if step else None,
             eta_seconds=float(self.steps - step) if step else None,
+            unhealthy=self.unhealthy if step else None,
             last_step_time=getattr(self, "_last_step_time", "") if step else "",
             checkpoints=[CheckpointInfo(step=saved, uri=f"s3://c/step-{saved}")] if saved else [],
             trainable_parameters=7,

@@ -165,6 +165,27 @@ def test_figures_of_jobs_come_from_their_statuses() -> None:
     assert "finetune_job_checkpoint_timestamp_seconds" in text
 
 
+def test_a_doubtful_result_is_told_while_the_job_runs_and_when_it_has_succeeded() -> None:
+    sim = Simulation(unhealthy={})
+    sim.submit("tune")
+    sim.run("tune", until="Running")
+    assert sim.reason("tune", "Healthy") == ("True", "NoDoubt")
+    assert "finetune_job_unhealthy_since" not in "".join(
+        line for line in scrape(sim, leading=True).splitlines() if not line.startswith("#")
+    )
+    sim.unhealthy = {"LossAboveStart": "3.81 → 10.83"}
+    for state in ("Running", "Succeeded"):
+        sim.tick()
+        sim.run("tune", until=state)
+        sim.reconcile("tune")
+        assert sim.status("tune")["state"] == state
+        assert sim.reason("tune", "Healthy") == ("False", "LossAboveStart")
+        assert "(3.81 → 10.83)" in sim.message("tune", "Healthy")
+        labels = 'finetunejob="tune",namespace="team",reason="LossAboveStart"'
+        assert f"finetune_job_unhealthy_since_timestamp_seconds{{{labels}}} 1.767" in scrape(sim, leading=True)
+    assert [reason for reason, _ in sim.events].count("LossAboveStart") == 1
+
+
 def test_only_the_leader_tells_of_jobs() -> None:
     sim = Simulation()
     sim.submit("tune")

@@ -72,6 +72,67 @@ def make_model(
     return directory
 
 
+def make_gguf(path: Path, seed: int = 0) -> Path:
+    """A Llama of the same size in one GGUF file, a part of its weights in blocks of 4 bits; tokens are bytes."""
+    import gguf
+    import numpy as np
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    hidden, inner, layers = 64, 128, 2
+    tokens = ["<pad>", "<s>", "<end>", *bytes_to_unicode().values(), "he", "ll"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(256)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(hidden // 4)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["h e", "l l"])
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    draw = np.random.default_rng(seed)
+
+    def add(name: str, *shape: int, packed: bool = False) -> None:
+        values = (draw.standard_normal(shape) * 0.05).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q4_1
+        if packed:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, np.ones(shape, np.float32) if "norm" in name else values)
+
+    add("token_embd.weight", len(tokens), hidden)
+    add("output_norm.weight", hidden)
+    add("output.weight", len(tokens), hidden)
+    for layer in range(layers):
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{layer}.{name}.weight", hidden)
+        for name, rows, columns in (
+            ("attn_q", hidden, hidden),
+            ("attn_k", hidden // 2, hidden),
+            ("attn_v", hidden // 2, hidden),
+            ("attn_output", hidden, hidden),
+            ("ffn_gate", inner, hidden),
+            ("ffn_up", inner, hidden),
+            ("ffn_down", hidden, inner),
+        ):
+            add(f"blk.{layer}.{name}.weight", rows, columns, packed=name.startswith("ffn"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def make_rows(path: Path, count: int, seed: int = 0, tasks: tuple[str, ...] = ()) -> Path:
     """Alpaca rows of differing lengths, of each task in turn."""
     import random

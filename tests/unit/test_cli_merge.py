@@ -37,6 +37,15 @@ def test_adapters_have_weights_and_paths_become_uris(monkeypatch: pytest.MonkeyP
     assert config.output_uri == f"file://{tmp_path}/out"
 
 
+@pytest.mark.parametrize(("base", "gguf_file"), [("models/x.Q4.gguf", ""), ("models", "x.Q4.gguf")])
+def test_a_base_in_gguf_is_named_by_its_file(
+    base: str, gguf_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configuration(base, "main", ["./a"], "./out", gguf_file, **PLAIN)
+    assert (config.model.uri, config.model.gguf_file) == (f"file://{tmp_path}/models", "x.Q4.gguf")
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

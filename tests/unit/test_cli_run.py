@@ -87,15 +87,26 @@ def test_success_tells_where_everything_lies(bench: Bench) -> None:
     assert bench.output.exists()
 
 
+def test_a_doubtful_success_is_told_as_one(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.script(unhealthy={"EmptyAnswers": "2 of 2", "TooFewSteps": "3 steps"})
+    result = finetune("run", bench.file, "--state-dir", bench.state)
+    assert result.exit_code == 0, "the run itself went well"
+    told = result.output[result.output.index("tiny: Succeeded after") :].splitlines()
+    assert told[1].startswith("  Doubtful (EmptyAnswers): The model answers nothing any more (2 of 2 prompts;")
+    assert "The run has 3 steps: too few to learn from." in told[1]
+
+
 def test_failure_tells_why_with_the_last_lines_of_the_log(bench: Bench) -> None:
     bench.write(job(bench.home, recovery={"maxRestarts": 0}))
-    bench.script(exit_at=3)
+    bench.script(exit_at=3, reports=True)
     result = finetune("run", bench.file, "--state-dir", bench.state)
     assert result.exit_code == 1
     assert "tiny: Failed after" in result.output
     assert "recovery.maxRestarts = 0 is used up. Last: TrainerError" in result.output
     assert "    Traceback: worker 0 fails on request" in result.output
     assert f"  log         {bench.state}/default/tiny/logs/tiny-a1-0/trainer.log" in result.output
+    assert f"  report      {bench.output}/report.html" in result.output
     assert "tries again from the newest checkpoint" in result.output
 
 

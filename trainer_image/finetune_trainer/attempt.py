@@ -57,6 +57,7 @@ class Attempt:
         self.last_checkpoint: CheckpointInfo | None = None
         self.kept: list[CheckpointInfo] = []
         self.outputs: list[OutputInfo] = []
+        self.unhealthy: dict[str, str] | None = None
         self.fence: Any = None
         self.work = Path(os.environ.get(ENV_WORK) or tempfile.mkdtemp(prefix="finetune-"))
         self.cache = Path(os.environ.get(ENV_CACHE) or self.work / "cache")
@@ -94,14 +95,15 @@ class Attempt:
         self.fence = self._on_first("claim", lambda: claim(self.checkpoints))
         self.fetched = self.world.in_turn("adapters", lambda: earlier.stacked(config, self.fetched))
 
-    def _attempts(self) -> list[dict[str, Any]]:
-        """Every start of this run and what became of it, as far as it was written down."""
+    def _attempts(self, cause: Cause | None = Cause.SUCCEEDED, message: str = "") -> list[dict[str, Any]]:
+        """Every start of this run and what became of it, as far as it was written down. ``cause``: how this one has
+        ended; None: it runs."""
         try:
             attempts = list(self.fence.attempts()) if self.fence is not None else []
         except RunError:
             return []
-        if attempts:
-            attempts[-1] |= {"cause": Cause.SUCCEEDED.value, "message": f"{self.step} steps"}
+        if attempts and cause is not None:
+            attempts[-1] |= {"cause": cause.value, "message": message or f"{self.step} steps"}
         return attempts
 
     # Words
@@ -118,6 +120,7 @@ class Attempt:
             loss=self.loss,
             evaluation=self.tally.evaluation,
             outputs=self.outputs,
+            unhealthy=self.unhealthy,
             last_checkpoint=self.last_checkpoint,
             kept=[info.step for info in self.kept],
         )

@@ -7,7 +7,9 @@ same folder: a run that was stopped here does it again.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finetune_api.compatibility import COMPATIBILITY
@@ -20,7 +22,12 @@ MANIFEST = "manifest.json"
 
 
 def write_weights(
-    model: Any, tokenizer: Any, weights: dict[str, Any] | None, config: TrainerConfig, directory: Path
+    model: Any,
+    tokenizer: Any,
+    weights: dict[str, Any] | None,
+    config: TrainerConfig,
+    directory: Path,
+    unhealthy: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """The adapter or model, its tokenizer and its card into an empty directory."""
     from finetune_trainer.card import card
@@ -30,16 +37,24 @@ def write_weights(
     directory.mkdir(parents=True)
     METHODS[config.method.type].save(model, tokenizer, directory, weights, config)
     whole = COMPATIBILITY[config.method.type].whole_model
-    (directory / "README.md").write_text(card(config, whole=whole), encoding="utf-8")
+    (directory / "README.md").write_text(card(config, whole=whole, unhealthy=unhealthy), encoding="utf-8")
 
 
-def merge(config: TrainerConfig, model_path: Path, adapter: Path, directory: Path) -> None:
-    """The base model, freshly loaded, with the adapter merged into it."""
+def merge(
+    config: TrainerConfig,
+    model_path: Path,
+    adapter: Path,
+    directory: Path,
+    unhealthy: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """The base model, freshly loaded, with the adapter merged into it, and its card."""
+    from finetune_trainer.card import card
     from finetune_trainer.methods import METHODS
 
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     METHODS[config.method.type].merge(model_path, adapter, directory, config)
+    (directory / "README.md").write_text(card(config, whole=True, merged=True, unhealthy=unhealthy), encoding="utf-8")
 
 
 def upload(directory: Path, uri: str, kind: str, facts: dict[str, Any]) -> OutputInfo:

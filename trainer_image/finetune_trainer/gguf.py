@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
 
 from finetune_api.run import ENV_CACHE, ENV_WORK
 from finetune_trainer.fetching.kept import lock
@@ -50,15 +51,22 @@ def converted(folder: Path, name: str, dtype: torch.dtype) -> Path:
     return entry
 
 
+def dense_options() -> dict[str, Any]:
+    """What ``from_pretrained`` must be told, lest the weights stay packed in blocks: such are not trained, nor merged
+    into."""
+    return (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
+
+
 def _convert(folder: Path, name: str, dtype: torch.dtype, to: Path) -> None:
-    options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # packed blocks cannot be trained
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype, local_files_only=True, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=dtype, local_files_only=True, **dense_options()
+    )
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with transformers.initialization.no_init_weights():
+    with no_init_weights():
         model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()

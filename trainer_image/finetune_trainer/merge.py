@@ -22,11 +22,13 @@ from finetune_api.causes import Cause
 from finetune_api.run import MergeConfig, OutputInfo
 from finetune_api.spec import ModelSource
 from finetune_trainer.adapter_files import described
+from finetune_trainer.card import merged_card
 from finetune_trainer.command import carried_out
 from finetune_trainer.export import upload
 from finetune_trainer.fetch import fetch_model
+from finetune_trainer.gguf import converted
 from finetune_trainer.methods.adapters import merged_into
-from finetune_trainer.model import KINDS, LANGUAGE_MODEL, save_model
+from finetune_trainer.model import KINDS, LANGUAGE_MODEL, Kind, save_model
 from finetune_trainer.outcome import RunError
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -157,6 +159,14 @@ class _explained:  # noqa: N801
             ) from error
 
 
+def ordinary(path: Path, source: ModelSource, dtype: str) -> Path:
+    """The folder to load model and tokenizer from: of a GGUF file a converted copy, as a run makes it; auto: in
+    bfloat16, which holds what such files hold."""
+    if not source.gguf_file:
+        return path
+    return converted(path, source.gguf_file, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+
+
 def load(path: Path, source: ModelSource, dtype: str, adapter: Part) -> Any:
     """The model, of the kind that the adapter was trained for, on the CPU; auto: in the format it was published in."""
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=source.trust_remote_code)
@@ -165,8 +175,7 @@ def load(path: Path, source: ModelSource, dtype: str, adapter: Part) -> Any:
             Cause.INVALID_CONFIGURATION,
             f"{source.uri} is quantised; what is merged into it would be rounded away. Name the unquantised model.",
         )
-    task = described(adapter.folder, adapter.uri).get("task_type")
-    kind = next((kind for kind in KINDS.values() if kind.task == task), LANGUAGE_MODEL)
+    kind = kind_for(adapter)
     if kind.new_head and (adapter.folder / "config.json").is_file():  # it knows the labels
         config = AutoConfig.from_pretrained(adapter.folder, local_files_only=True)
     return getattr(transformers, kind.auto).from_pretrained(
@@ -177,6 +186,12 @@ def load(path: Path, source: ModelSource, dtype: str, adapter: Part) -> Any:
         local_files_only=True,
         trust_remote_code=source.trust_remote_code,
     )
+
+
+def kind_for(adapter: Part) -> Kind:
+    """What kind of model an adapter was trained for."""
+    task = described(adapter.folder, adapter.uri).get("task_type")
+    return next((kind for kind in KINDS.values() if kind.task == task), LANGUAGE_MODEL)
 
 
 def write(model: Any, model_path: Path, directory: Path, max_shard_size: str) -> None:
@@ -190,6 +205,7 @@ def run(config: MergeConfig, cache: Path) -> OutputInfo:
     """Fetch, merge, write."""
     digests: dict[str, str] = {}
     model_path, folders = fetch_model(config.model, cache, digests)
+    model_path = ordinary(model_path, config.model, config.dtype)
     parts = [
         Part(source.uri, folder, weight)
         for source, folder, weight in zip(config.model.adapters, folders, config.weights, strict=True)
@@ -209,6 +225,7 @@ def run(config: MergeConfig, cache: Path) -> OutputInfo:
                 seed=config.seed,
             )
             write(model, model_path, Path(scratch), config.max_shard_size)
+            (Path(scratch) / "README.md").write_text(merged_card(config, kind_for(parts[0])), encoding="utf-8")
             return upload(Path(scratch), config.output_uri, "merged", facts)
         for part in parts:
             _check(part, weighted=True)
@@ -223,6 +240,7 @@ def run(config: MergeConfig, cache: Path) -> OutputInfo:
                 path.rename(folder / path.name)
             (folder / name).rmdir()
         AutoTokenizer.from_pretrained(model_path, local_files_only=True).save_pretrained(folder)
+        (folder / "README.md").write_text(merged_card(config, kind_for(parts[0])), encoding="utf-8")
         return upload(folder, config.output_uri, "adapter", facts)
 
 

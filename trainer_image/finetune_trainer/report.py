@@ -1,7 +1,8 @@
 """The report of a run: ``loss.png`` and one self-contained ``report.html``.
 
-Called by ``run.py`` at the end. Pure but for the file it writes: everything shown is handed in as :class:`Report`.
-No asset is loaded from anywhere; the page is readable without scripts, in light and dark, and on paper.
+Called by ``run.py``, through ``publishing.py`` while the run goes on, is stopped or fails. Pure but for the
+file it writes: everything shown is handed in as :class:`Report`. No
+asset is loaded from anywhere; the page is readable without scripts, in light and dark, and on paper.
 """
 
 import html
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune_api.causes import Cause
+from finetune_api.health import sentences
 from finetune_api.run import Answer, CheckpointInfo, OutputInfo, TrainerConfig
 
 Points = Sequence[tuple[float, float]]
@@ -26,6 +29,14 @@ class Report:
     config: TrainerConfig
     records: list[dict[str, Any]]
     """The lines of metrics.jsonl."""
+    cause: Cause | None = Cause.SUCCEEDED
+    """How this attempt ended; None: it runs."""
+    message: str = ""
+    """What is said of that."""
+    step: int = 0
+    max_steps: int = 0
+    written: str = ""
+    """When, where the run has not ended."""
     evaluation: dict[str, float] = field(default_factory=dict)
     labels: Sequence[str] = ()
     """Of a classifier."""
@@ -40,6 +51,8 @@ class Report:
     skipped: list[CheckpointInfo] = field(default_factory=list)
     checkpoint_failures: int = 0
     outputs: list[OutputInfo] = field(default_factory=list)
+    unhealthy: dict[str, str] = field(default_factory=dict)
+    """What makes the result doubtful: reasons, each with a figure (``finetune_api/health.py``)."""
     trainable_parameters: int = 0
     total_parameters: int = 0
     world_size: int = 1
@@ -60,16 +73,12 @@ def curve(records: Iterable[dict[str, Any]], name: str) -> list[tuple[float, flo
 
 def write_plot(report: Report, path: Path) -> None:
     """``loss.png``: loss, evaluation loss and learning rate over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which belongs to the main thread
 
     loss, held_out = curve(report.records, "loss"), curve(report.records, "eval_loss")
     rate = curve(report.records, "learning_rate")
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(9, 6), sharex=True, height_ratios=[3, 1], layout="constrained", dpi=120
-    )
+    figure = Figure(figsize=(9, 6), layout="constrained", dpi=120)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     marker = {"marker": "o", "markersize": 3} if len(loss) < 3 else {}
     if len(loss) > 40:
         top.plot(*zip(*loss, strict=True), color="#9db8e8", linewidth=0.8, label="loss")
@@ -86,7 +95,7 @@ def write_plot(report: Report, path: Path) -> None:
             label="evaluation loss",
         )
     top.set_ylabel("loss (nats per token)")
-    top.set_title(f"{report.config.namespace}/{report.config.name}", loc="left")
+    top.set_title(f"{report.config.namespace}/{report.config.name}{_state(report)}", loc="left")
     if loss or held_out:
         top.legend(frameon=False)
     if rate:
@@ -97,7 +106,6 @@ def write_plot(report: Report, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def smooth(points: Points, share: float = 0.04) -> list[tuple[float, float]]:
@@ -131,10 +139,11 @@ def page(report: Report) -> str:
         _section("What happened", attempts_table(report.attempts)),
         _section("Checkpoints", _checkpoints(report)),
         _section("Data", _data(report.data)) if report.data else "",
-        _section("Result", _outputs(report.outputs)) if report.outputs else "",
+        _section("Result", _outputs(report)) if report.outputs else "",
         _section("Configuration", _configuration(report)),
     ]
-    return _page(f"{config.namespace}/{config.name}", "Fine-tuning report", _lead(report), _tiles(report), sections)
+    title = f"{config.namespace}/{config.name}"
+    return _page(title, "Fine-tuning report", _lead(report), _tiles(report), sections, _banners(report))
 
 
 def document(
@@ -144,14 +153,46 @@ def document(
     return _page(title, kind, lead, _tiled(tiles), [_section(*section) for section in sections])
 
 
-def _page(title: str, kind: str, lead: str, tiles: str, sections: Iterable[str]) -> str:
+def _page(title: str, kind: str, lead: str, tiles: str, sections: Iterable[str], banners: str = "") -> str:
     title = html.escape(title)
     body = "\n".join(section for section in sections if section)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><main>\n<header><p class=kind>{html.escape(kind)}</p><h1>{title}</h1>"
-        f"<p class=lead>{html.escape(lead)}</p>{tiles}</header>\n{body}\n</main></body></html>\n"
+        f"{banners}<p class=lead>{html.escape(lead)}</p>{tiles}</header>\n{body}\n</main></body></html>\n"
+    )
+
+
+_STOPPED = (Cause.TERMINATED, Cause.SUSPENDED)
+"""Ends that somebody asked for."""
+
+
+def _state(report: Report) -> str:
+    if report.cause is Cause.SUCCEEDED:
+        return ""
+    at = f" at step {report.step} of {report.max_steps}"
+    if report.cause is None:
+        return f", running{at}"
+    return (", stopped" if report.cause in _STOPPED else f", failed ({report.cause})") + at
+
+
+def _banners(report: Report) -> str:
+    """What must be known before anything else: that there is no result (yet), or that it is doubtful."""
+    told = []
+    where = f"Step {report.step} of {report.max_steps}"
+    newest = report.checkpoints[-1] if report.checkpoints else None
+    kept = f" The newest checkpoint is that of step {newest.step}, in {newest.uri}." if newest else ""
+    if report.cause is None:
+        told.append(("", "Still running.", f"{where} when this was written ({report.written}).{kept}"))
+    elif report.cause in _STOPPED:
+        told.append(("", "Stopped, not finished.", f"{where}. {report.message}{kept} The run goes on from there."))
+    elif report.cause is not Cause.SUCCEEDED:
+        text = f"{where}. {report.message}{kept or ' No checkpoint is kept.'} No result was written by this attempt."
+        told.append(("bad", f"Failed: {report.cause}.", text))
+    told += [("bad", "Doubtful.", text) for text in sentences(report.unhealthy)]
+    return "".join(
+        f'<p class="banner {kind}"><b>{html.escape(head)}</b> {html.escape(text)}</p>' for kind, head, text in told
     )
 
 
@@ -182,7 +223,10 @@ def _tiles(report: Report) -> str:
         tiles.append(("MFU", f"{_median(shares):.1%}"))
     if report.seconds:
         tiles.append(("Training time", duration(report.seconds)))
-    tiles.append(("Restarts", str(max(0, len(report.attempts) - 1))))
+    ends = [attempt.get("cause") in _STOPPED for attempt in report.attempts[:-1]]
+    tiles.append(("Restarts", str(ends.count(False))))
+    if any(ends):
+        tiles.append(("Stopped and continued", str(ends.count(True))))
     return _tiled(tiles)
 
 
@@ -212,7 +256,7 @@ def chart(title: str, lines: Sequence[tuple[str, str, Points]], marks: Sequence[
     points = [point for _, _, line in lines for point in line]
     if not points:
         return ""
-    width, height, left, right, top, bottom = 560, 240, 58, 12, 12, 28
+    width, height, left, right, top, bottom = 400, 190, 50, 12, 10, 24
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x0, x1 = min(xs), max(xs)
     y0, y1 = min(ys), max(ys)
@@ -363,7 +407,8 @@ def attempts_table(attempts: Sequence[dict[str, Any]]) -> str:
             began += "; passed over " + ", ".join(
                 f"step {skipped['step']} ({skipped['problem']})" for skipped in attempt["skipped"]
             )
-        cause = attempt.get("cause", "ended without a word (killed, or its node was lost)")
+        silent = "runs" if attempt is attempts[-1] else "without a word: it was killed, or its node was lost"
+        cause = attempt.get("cause", silent)
         end = f"{cause}: {attempt['message']}" if attempt.get("message") else cause
         rows.append(
             (str(attempt.get("attempt", "")), attempt.get("time", ""), str(attempt.get("world_size", "")), began, end)
@@ -401,8 +446,10 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _outputs(outputs: list[OutputInfo]) -> str:
-    return table(("What", "Where", "Size", "Digest"), [(o.kind, o.uri, size(o.size), o.digest[:19]) for o in outputs])
+def _outputs(report: Report) -> str:
+    """The folder that this report is a part of has no digest yet."""
+    rows = [(o.kind, o.uri, size(o.size), o.digest[:19] or "in manifest.json") for o in report.outputs]
+    return table(("What", "Where", "Size", "Digest"), rows) + "<p class=note>README.md says how it is loaded.</p>"
 
 
 def _configuration(report: Report) -> str:
@@ -423,11 +470,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     ]
     mark = [" class=n" if right else "" for right in numeric]
     top = "".join(f"<th{mark[i]}>{html.escape(cell)}</th>" for i, cell in enumerate(head))
+    names = [f'"{html.escape(cell)}"' for cell in head]  # on a narrow screen each cell says what it is
     lines = "".join(
-        "<tr>" + "".join(f"<td{mark[i]}>{html.escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{mark[i]} data-of={names[i]}>{html.escape(cell)}</td>" for i, cell in enumerate(row))
+        + "</tr>"
         for row in rows
     )
-    return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
+    return f"<div class=scroll><table class=rows><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
 def _section(title: str, content: str) -> str:
@@ -484,8 +534,8 @@ font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));gap:14px}
 figure{margin:0;background:var(--card);border-radius:10px;padding:12px 14px}
 figcaption{font-size:13px;color:var(--soft);margin-bottom:6px}svg{width:100%;height:auto;display:block}
-svg text{fill:var(--soft);font-size:11px}.grid{stroke:var(--line)}.mark{stroke:var(--soft);stroke-dasharray:2 4}
-.line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round}.dot{fill:currentColor}
+svg text{fill:var(--soft);font-size:9px}.grid{stroke:var(--line)}.mark{stroke:var(--soft);stroke-dasharray:2 4}
+.line{fill:none;stroke:currentColor;stroke-width:1.5;stroke-linejoin:round}.dot{fill:currentColor}
 .a{color:var(--a)}.b{color:var(--b)}.c{color:var(--c)}.d{color:var(--d)}.faint{opacity:.3;stroke-width:1}
 .key{margin-left:14px}.key:before{content:"";display:inline-block;width:14px;height:3px;border-radius:2px;
 background:currentColor;margin-right:5px;vertical-align:middle}
@@ -496,7 +546,15 @@ overflow-wrap:anywhere}th{color:var(--soft);font-weight:600;font-size:12px;white
 .answers{display:grid;gap:14px}.answers article{background:var(--card);border-radius:10px;padding:14px 16px}
 .answers h3{margin:0 0 10px}.pair{display:grid;grid-template-columns:1fr 1fr;gap:18px}
 .pair p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}.after h4{color:var(--a)}
-@media(max-width:640px){.pair{grid-template-columns:1fr}}
+.banner{margin:0 0 12px;padding:10px 14px;border-left:4px solid var(--a);background:var(--card);border-radius:6px;
+max-width:110ch;overflow-wrap:anywhere}.banner.bad{border-color:var(--b)}
+@media(max-width:640px){main{padding:22px 14px 60px}h1{font-size:24px;overflow-wrap:anywhere}
+.pair{grid-template-columns:1fr}svg text{font-size:13px}figure{padding:10px 6px}
+.rows thead{display:none}.rows,.rows tbody,.rows tr,.rows td{display:block;text-align:left}
+.rows tr{padding:8px 0;border-bottom:1px solid var(--line)}
+.rows td{display:grid;grid-template-columns:38% 1fr;gap:10px;padding:3px 0;border:0;white-space:normal}
+.rows td:before{content:attr(data-of);color:var(--soft);font-size:12px;overflow-wrap:anywhere}
+.rows td:empty{display:none}.rows td[data-of=""]{display:block;font-weight:600}}
 pre{background:var(--card);padding:14px;border-radius:10px;overflow:auto;font-size:12.5px}
 .note{color:var(--soft);font-size:13px}summary{cursor:pointer}
 @media print{main{padding:0;max-width:none}section{break-inside:avoid}}

@@ -10,26 +10,31 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_api.causes import Cause
 from finetune_api.compatibility import COMPATIBILITY
+from finetune_api.health import sentences
 from finetune_api.run import (
     ENV_CONFIG,
     ENV_SAVE_STEPS,
     ENV_SAVE_TOTAL_LIMIT,
     EXIT_STOPPED,
     Answer,
+    OutputInfo,
+    Termination,
     TrainerConfig,
 )
 from finetune_api.stages import STAGES
 from finetune_trainer.attempt import Attempt, device_name, failed, versions
 from finetune_trainer.best import exhausted, judge, watched
+from finetune_trainer.faults import ECHOES, last_word
+from finetune_trainer.health import Course, Evidence, symptoms
 from finetune_trainer.logbook import Logbook, Step, Tally, for_people, mean_loss
 from finetune_trainer.outcome import RunError
 from finetune_trainer.profiling import Profile
@@ -37,6 +42,11 @@ from finetune_trainer.stopping import Stop, leave
 from finetune_trainer.telemetry import History, Telemetry, now
 from finetune_trainer.world import local_rank, rank
 
+if TYPE_CHECKING:
+    from finetune_trainer.publishing import Publisher
+
+LAST_REPORT = 15.0
+"""Seconds that a run which ends without a result takes at most to tell so in its report."""
 ENV_TRACE = "FINETUNE_TRACE"
 """A folder: each process writes the data rows of every step there (for tests)."""
 
@@ -87,6 +97,9 @@ class Job(Attempt):
     def __init__(self, config: TrainerConfig, telemetry: Telemetry, stop: Stop) -> None:
         super().__init__(config, telemetry, stop)
         self.result_step = 0
+        self.course = Course()
+        self.ending: Termination | None = None
+        self.publisher: Publisher | None = None
         self.improved = self.exhausted = False
         self.parts: Any = None
         self.rollouts: Any = None
@@ -136,6 +149,7 @@ class Job(Attempt):
         from finetune_trainer.feed import draw_seed
         from finetune_trainer.flops import model_cost
         from finetune_trainer.methods import METHODS, hooks, switched_off
+        from finetune_trainer.publishing import Publisher
         from finetune_trainer.saving import Saver
         from finetune_trainer.schedule import learning_rate, sequences_wanted, steps_for
         from finetune_trainer.state import TrainableState
@@ -155,6 +169,7 @@ class Job(Attempt):
         trained = METHODS[config.method.type].prepare(base, config.method, config)
         if adapter := earlier.trained_on(config, self.fetched):
             earlier.begin_with(trained, config, adapter)
+        self.vocabulary = getattr(base.config.get_text_config(), "vocab_size", None)
         self.trainable, self.total = model.parameter_counts(trained)
         self.telemetry.update(trainable_parameters=self.trainable, total_parameters=self.total)
         added = hooks(trained, config, self.max_steps)
@@ -175,8 +190,10 @@ class Job(Attempt):
         if world.first:
             self.history.restore(self.resumed.metrics, self.step)
             self.tally = Tally.of(self.resumed.run)
-            lines = reversed(self.history.records())
-            self.loss = next((line["loss"] for line in lines if "loss" in line), None)
+            lines = self.history.records()
+            self.loss = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
+            for line in lines:
+                self.course.add(line)
             self._say_resumed()
         self._begin_rollouts()
         self.log = Logbook(
@@ -203,6 +220,8 @@ class Job(Attempt):
         )
         if config.training.load_best_model_at_end:
             self.saver.best = self.tally.best.step
+        if world.first:
+            self.publisher = Publisher(config.output_uri, self.work / "published", self.fence, self._draw)
 
     def _furnish(self, trained: Any, can_switch_off: bool) -> None:
         """What stands beside the policy, where the stage learns from what the model writes."""
@@ -300,6 +319,7 @@ class Job(Attempt):
     def train(self) -> bool:
         """The steps. False: stopped on request, saved."""
         world, engine = self.world, self.engine
+        self._judge()
         self._answer_before()
         self._evaluate_before()
         self._phase("training", f"training from step {self.step} to {self.max_steps}")
@@ -418,7 +438,34 @@ class Job(Attempt):
     def _tell(self, line: dict[str, Any]) -> None:
         if self.world.first:
             self.history.add(line)
+            self.course.add(line)
             self._print(for_people(line, self.max_steps))
+            self._judge()
+            if self.course.count == 1:
+                self._publish()
+
+    def _judge(self, answers: Sequence[Answer] = (), *, done: bool = False) -> None:
+        """Whether the figures so far speak for the result; what does not is told once, and to the operator."""
+        if not self.world.first:
+            return
+        evidence = Evidence(
+            self.config,
+            self.course,
+            self.max_steps,
+            self.prepared.report,
+            vocabulary=self.vocabulary,
+            answers=answers,
+            taught=lambda answer: self.prepared.train.holds(self._tokens(answer)),
+            done=done,
+        )
+        before, self.unhealthy = self.unhealthy or {}, symptoms(evidence)
+        for text in sentences({reason: told for reason, told in self.unhealthy.items() if reason not in before}):
+            self._print(f"doubtful: {text}")
+        self.telemetry.update(unhealthy=self.unhealthy)
+
+    def _tokens(self, text: str) -> list[int]:
+        """A text's tokens but the first one, which depends on what stands before it."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])[1:]
 
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate now; the figures as they stand in metrics.jsonl. Collective."""
@@ -526,6 +573,7 @@ class Job(Attempt):
             self._print(f"step {saved.step} could not be saved, training goes on: {saved.problem}")
         self.kept = list(self.saver.kept)
         self.telemetry.checkpoints(self.kept, self.saver.failures)
+        self._publish()
 
     def leave_stopped(self) -> int:
         """All processes agreed to stop: save what was done since the last save, and leave."""
@@ -552,6 +600,7 @@ class Job(Attempt):
         self.result_step = self.step
         self._take_best()
         answers = self._answers()
+        self._judge(answers, done=True)
         if self.rollouts is not None:
             self.parts.detach()
         weights = self.engine.weights(only_trainable=not self._whole_model)
@@ -575,13 +624,28 @@ class Job(Attempt):
             for prompt, text in zip(wanted.prompts, after, strict=True)
         ]
 
-    def _export(self, weights: dict[str, Any] | None, answers: list[Answer]) -> None:
-        from finetune_trainer import export, report
+    def _publish(self) -> None:
+        if self.publisher is not None:
+            self.publisher.renew()
 
+    def end_attempt(self, word: Termination) -> None:
+        """Also in the report, where there is no result to be told of."""
+        super().end_attempt(word)
+        if self.publisher is not None and word.cause is not Cause.SUCCEEDED:
+            # What another process of this pod died of, this one only heard the echo of.
+            first = last_word() if word.cause in ECHOES else None
+            self.ending = first if first is not None and first.cause not in ECHOES else word
+            self.publisher.end(LAST_REPORT)
+
+    def _export(self, weights: dict[str, Any] | None, answers: list[Answer]) -> None:
+        from finetune_trainer import export
+
+        assert self.publisher is not None
+        self.publisher.close()
         config = self.config
         folder = self.work / "output"
         kind = "model" if self._whole_model else "adapter"
-        export.write_weights(self.engine.module, self.tokenizer, weights, config, folder)
+        export.write_weights(self.engine.module, self.tokenizer, weights, config, folder, self.unhealthy or {})
         facts = {
             "namespace": config.namespace,
             "name": config.name,
@@ -595,22 +659,48 @@ class Job(Attempt):
         if config.merge and kind == "adapter":
             self._phase("exporting", "merging the adapter into the model")
             merged = self.work / "merged"
-            export.merge(config, self.fetched.model, folder, merged)
+            export.merge(config, self.fetched.model, folder, merged, self.unhealthy or {})
             self.outputs.append(export.upload(merged, f"{config.output_uri.rstrip('/')}/merged", "merged", facts))
         self.stop.beat()
+        said = json.dumps([answer.model_dump() for answer in answers], ensure_ascii=False, indent=1)
+        (folder / "answers.json").write_text(said, encoding="utf-8")
+        weigh = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        here = OutputInfo(uri=config.output_uri, kind=kind, size=weigh)
+        self._draw(folder, Cause.SUCCEEDED, answers, [here, *self.outputs])
+        self.outputs.insert(0, export.upload(folder, config.output_uri, kind, facts))
+        with suppress(RunError):
+            self.publisher.clear()
+
+    def _draw(
+        self,
+        folder: Path,
+        cause: Cause | None = None,
+        answers: Sequence[Answer] = (),
+        outputs: Sequence[OutputInfo] = (),
+    ) -> None:
+        """Metrics, plot and report as the run stands now. ``cause``: how it has ended, where it has."""
+        from finetune_trainer import report
+
+        cause, message = (self.ending.cause, self.ending.message) if self.ending else (cause, "")
         page = report.Report(
-            config=config,
+            config=self.config,
             records=self.history.records(),
+            cause=cause,
+            message=message,
+            step=self.step,
+            max_steps=self.max_steps,
+            written=now(),
             evaluation=self.tally.evaluation,
             labels=self.objective.labels,
             confusion=self.tally.confusion,
-            answers=answers,
+            answers=list(answers),
             data=self.prepared.report,
-            attempts=self._attempts(),
-            checkpoints=list(self.saver.kept),
+            attempts=self._attempts(cause, message),
+            unhealthy=self.unhealthy or {},
+            checkpoints=list(self.kept),
             skipped=self.resumed.skipped,
             checkpoint_failures=self.saver.failures,
-            outputs=list(self.outputs),
+            outputs=list(outputs),
             trainable_parameters=self.trainable,
             total_parameters=self.total,
             world_size=self.world.size,
@@ -619,14 +709,11 @@ class Job(Attempt):
             versions=versions(),
         )
         (folder / "metrics.jsonl").write_bytes(self.history.content())
-        said = json.dumps([answer.model_dump() for answer in answers], ensure_ascii=False, indent=1)
-        (folder / "answers.json").write_text(said, encoding="utf-8")
         try:
             report.write_plot(page, folder / "loss.png")
             report.write_page(page, folder / "report.html")
         except Exception as error:  # a result without its report is still the result
             traceback.print_exception(error)
-        self.outputs.insert(0, export.upload(folder, config.output_uri, kind, facts))
 
     @property
     def _whole_model(self) -> bool:

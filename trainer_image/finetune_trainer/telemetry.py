@@ -338,8 +338,9 @@ class History:
             file.write(json.dumps(record) + "\n")
 
     def content(self) -> bytes:
-        """The whole file."""
-        return self.path.read_bytes()
+        """The whole lines; another thread may be writing one."""
+        content = self.path.read_bytes()
+        return content[: content.rfind(b"\n") + 1]
 
     def records(self) -> list[dict[str, Any]]:
         """All lines."""

@@ -284,6 +284,7 @@ def methods(name: str | None) -> None:
 @main.command(name="merge")
 @click.option("--base", required=True, metavar="URI", help="The model the adapters were trained on.")
 @click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of an hf:// base.")
+@click.option("--gguf-file", default="", metavar="NAME", help="Of a base in GGUF; or name the file in --base.")
 @click.option(
     "--adapter", "adapters", multiple=True, required=True, metavar="URI[=WEIGHT]",
     help="An adapter; several are added up by their weights (LoRA only). A negative weight takes it away.",
@@ -307,7 +308,12 @@ def methods(name: str | None) -> None:
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest safetensors file.")
 @click.option("--seed", type=int, default=42, show_default=True, help="Of the dare combinations.")
 def merge_(
-    base: str, revision: str, adapters: tuple[str, ...], output: str, **options: str | float | int | None
+    base: str,
+    revision: str,
+    adapters: tuple[str, ...],
+    output: str,
+    gguf_file: str,
+    **options: str | float | int | None,
 ) -> None:
     """Merge adapters into the model they were trained on, or into one adapter.
 
@@ -320,7 +326,7 @@ def merge_(
     URIs are hf:// s3:// gs:// az:// file://, or a path of this machine. It is done on the CPU, in memory for the whole
     model. Exit code 64 where what was given does not fit together.
     """
-    config = merging.configuration(base, revision, adapters, output, **options)
+    config = merging.configuration(base, revision, adapters, output, gguf_file, **options)
     needs_trainer()
     sys.exit(merging.run(config))
 

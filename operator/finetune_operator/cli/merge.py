@@ -17,11 +17,14 @@ from finetune_operator.cli.files import RefusedError
 _WEIGHTED = re.compile(r"(?P<uri>.+)=(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)
 
 
-def configuration(base: str, revision: str, adapters: Sequence[str], output: str, **options: Any) -> MergeConfig:
+def configuration(
+    base: str, revision: str, adapters: Sequence[str], output: str, gguf_file: str = "", **options: Any
+) -> MergeConfig:
     """The configuration of one merge. RefusedError where something of it is not accepted, all of it at once.
 
     ``adapters``: URI or URI=WEIGHT. A path without ``://`` is one of this machine.
     """
+    base, gguf_file = with_gguf_file(base, gguf_file)
     sources, weights = [], []
     for adapter in adapters:
         found = _WEIGHTED.fullmatch(adapter)
@@ -42,7 +45,7 @@ def configuration(base: str, revision: str, adapters: Sequence[str], output: str
     if options["kind"] == "adapter" and options["modules"]:
         problems.append("--modules: accepted with --as model; an adapter is written whole.")
     document = {
-        "model": {"uri": uri(base), "revision": revision, "adapters": sources},
+        "model": {"uri": uri(base), "revision": revision, "gguf_file": gguf_file, "adapters": sources},
         "weights": weights,
         "output_uri": uri(output).rstrip("/"),
         **options,
@@ -65,6 +68,14 @@ def configuration(base: str, revision: str, adapters: Sequence[str], output: str
             [f"--output {output}: it is not empty, and nothing is written over; accepted: a new or empty folder."]
         )
     return config
+
+
+def with_gguf_file(model: str, gguf_file: str) -> tuple[str, str]:
+    """The folder and the file of a model that was named by its GGUF file."""
+    if gguf_file or not model.endswith(".gguf"):
+        return model, gguf_file
+    folder, _, name = model.rpartition("/")
+    return folder or ".", name
 
 
 def uri(text: str) -> str:

@@ -27,10 +27,14 @@ def tell(
     """The summary of one job."""
     say("")
     say(f"{name}: {_headline(status)}")
+    if (doubt := condition(status, Condition.HEALTHY)) is not None and doubt.status == "False":
+        say(f"  Doubtful ({doubt.reason}): {doubt.message}")
     if status.state == State.SUCCEEDED:
         _succeeded(spec, status, say)
     elif status.state == State.FAILED:
         _failed(status, folder, say)
+        for label, path in _files(spec):
+            say(f"  {label:<12}{path}")
 
 
 def _headline(status: FineTuneJobStatus) -> str:
@@ -52,8 +56,7 @@ def _headline(status: FineTuneJobStatus) -> str:
 def _succeeded(spec: FineTuneJobSpec, status: FineTuneJobStatus, say: Callable[[str], None]) -> None:
     rows = [(output.kind, f"{output.uri} ({output.size}B)" if output.size else output.uri) for output in status.outputs]
     folder = _local(spec.output.uri)
-    if folder is not None:
-        rows += [(label, str(folder / name)) for label, name in FILES if (folder / name).exists()]
+    rows += _files(spec)
     if status.checkpoints:
         newest = status.checkpoints[-1]
         rows.append(("checkpoints", f"{_shown(newest.uri.rsplit('/', 1)[0])} (steps {_steps(status)})"))
@@ -65,6 +68,14 @@ def _succeeded(spec: FineTuneJobSpec, status: FineTuneJobStatus, say: Callable[[
             say(f"  {answer['prompt']}")
             say(f"    before  {_one_line(answer.get('before', ''))}")
             say(f"    after   {_one_line(answer.get('after', ''))}")
+
+
+def _files(spec: FineTuneJobSpec) -> list[tuple[str, str]]:
+    """What a run on this machine tells of itself in files, whether it has finished or not."""
+    output = _local(spec.output.uri)
+    unfinished = output / "unfinished" if output else None
+    folder = unfinished if unfinished and unfinished.is_dir() else output
+    return [(label, str(folder / name)) for label, name in FILES if (folder / name).exists()] if folder else []
 
 
 def _failed(status: FineTuneJobStatus, folder: Folder, say: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from finetune_api.conditions import State
 from finetune_api.run import ENV_CACHE, ChatConfig, EvaluateConfig, UseConfig
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cli.files import RefusedError
-from finetune_operator.cli.merge import uri
+from finetune_operator.cli.merge import uri, with_gguf_file
 from finetune_operator.cluster.local import default_cache
 from finetune_operator.cluster.store import Folder
 
@@ -47,6 +47,8 @@ def configuration(
             problems.extend(refused.mistakes)
             return "file:///nowhere"
 
+    base, gguf_file = with_gguf_file(base, gguf_file)
+    model, gguf_file = with_gguf_file(model, gguf_file)
     source = {"uri": known(model), "adapters": [{"uri": known(one, ("adapter",))} for one in adapters]}
     below = {"uri": known(base, ("merged", "model"))} if base else None
     # A branch, and a file of a GGUF repository, are the base's where there is one.

@@ -166,6 +166,9 @@ class Item:
         return sum(len(sequence) for sequence in self.sequences)
 
 
+_PIECE = 2**20  # tokens looked at together
+
+
 class Stream:
     """The items of a run, epoch by epoch.
 
@@ -203,6 +206,17 @@ class Stream:
         first, last = plan.bounds[index], plan.bounds[index + 1]
         places = tuple((int(s), int(r)) for s, r in zip(plan.sources[first:last], plan.rows[first:last], strict=True))
         return self._assemble(places)
+
+    def holds(self, tokens: list[int]) -> bool:
+        """Whether these tokens stand anywhere in the rows, one after the other. Of none: they do."""
+        wanted = np.array(tokens, np.int32)
+        for rows in self.rows if tokens else []:
+            for begin in range(0, len(rows.ids), _PIECE):  # of a large source little is in memory
+                piece = rows.ids[begin : begin + _PIECE + len(wanted) - 1]
+                for start in np.flatnonzero(piece == wanted[0]):
+                    if np.array_equal(piece[start : start + len(wanted)], wanted):
+                        return True
+        return not tokens
 
     def locate(self, position: int) -> tuple[int, int]:
         """(epoch, index) of the item at a position counted over all epochs from 0."""

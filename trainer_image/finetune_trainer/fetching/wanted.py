@@ -91,7 +91,7 @@ def no_safetensors(uri: str, names: Iterable[str]) -> RunError:
     if gguf:
         return RunError(
             Cause.INVALID_CONFIGURATION,
-            f"{uri} holds GGUF files: name one in spec.model.gguf_file ({some(gguf)})",
+            f"{uri} holds GGUF files: name one in spec.model.gguf_file, or by --gguf-file ({some(gguf)})",
         )
     return RunError(
         Cause.MODEL_NOT_FOUND,

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
+from finetune_api.spec import ModelSource
 from finetune_trainer.model import enable_gradient_checkpointing, head_of, kind_of, load_for_merge, save_model
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import local_path
@@ -114,7 +115,7 @@ def attach(model: PreTrainedModel, kind: type[PeftConfig], chosen: dict[str, Any
         if p.requires_grad and p.is_floating_point() and not hasattr(p, "ds_id"):
             p.data = p.data.float()
     written = adapted.peft_config["default"]
-    written.base_model_name_or_path = base_name(config)
+    written.base_model_name_or_path = base_name(config.model)
     if config.model.uri.startswith("hf://"):
         written.revision = config.model.revision
     return adapted
@@ -169,9 +170,9 @@ def merged_into(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
     return merged
 
 
-def base_name(config: TrainerConfig) -> str:
-    """How the adapter names its base: what ``from_pretrained`` understands, where there is such a name."""
-    uri = config.model.uri
+def base_name(model: ModelSource) -> str:
+    """How an adapter names its base: what ``from_pretrained`` understands, where there is such a name."""
+    uri = model.uri
     if uri.startswith("hf://"):
         return uri.removeprefix("hf://").removeprefix("models/").strip("/")
     return str(local_path(uri)) if uri.startswith("file://") else uri

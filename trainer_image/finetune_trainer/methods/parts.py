@@ -385,7 +385,7 @@ def write(
     method = config.method.model_dump(mode="json")
     described = {
         "finetune_method": method | ({"prefix_projection": False} if "prefix_projection" in method else {}),
-        "base_model_name_or_path": base_name(config),
+        "base_model_name_or_path": base_name(config.model),
         "revision": config.model.revision if config.model.uri.startswith("hf://") else None,
         "modules_to_save": head_of(model),
         "load_with": "finetune_trainer.methods.load_adapter(model, directory)",

@@ -63,7 +63,7 @@ def prepare(model: PreTrainedModel, method: Any, config: TrainerConfig) -> nn.Mo
             network.forward = torch.autocast(model.device.type, enabled=False)(network.forward)
     if text:  # where the model lay in this pod is of no use to whoever loads the adapter
         written: Any = adapted.peft_config["default"]
-        written.tokenizer_name_or_path, written.tokenizer_kwargs = base_name(config), None
+        written.tokenizer_name_or_path, written.tokenizer_kwargs = base_name(config.model), None
     return adapted
 
 

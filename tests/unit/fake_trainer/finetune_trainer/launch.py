@@ -26,6 +26,8 @@ SCRIPT = {
     "worker": 0,
     "every": False,
     "deaf": False,  # SIGTERM is ignored
+    "reports": False,  # a failure stands in the report
+    "unhealthy": {},  # what the trainer finds doubtful
 }
 
 
@@ -57,6 +59,7 @@ class Worker:
             "resumed_from_step": self.step or None,
             "max_steps": self.script["steps"],
             "tokens_per_second": 100.0,
+            "unhealthy": self.script["unhealthy"],
             "checkpoints": [self._info(step) for step in found],
         }
 
@@ -72,6 +75,8 @@ class Worker:
         while self.step < self.script["steps"]:
             if mine and self.step == self.script["exit_at"]:
                 self._wait_until_saved()
+                if self.script["reports"]:
+                    (self.output / "report.html").write_text("<html>")
                 print("Traceback: worker", self.index, "fails on request", flush=True)
                 return 1
             if mine and self.step == self.script["hang_at"]:
@@ -140,6 +145,7 @@ class Worker:
             "max_steps": self.script["steps"],
             "loss": self.progress.get("loss"),
             "last_checkpoint": saved[-1] if saved else None,
+            "unhealthy": self.script["unhealthy"],
             "outputs": [] if code else [{"uri": self.config["output_uri"], "kind": "model", "size": 2048}],
         }
         Path(os.environ["FINETUNE_TERMINATION_LOG"]).write_text(json.dumps(word))
