@@ -231,3 +231,39 @@ def test_a_broken_file_is_named(tmp_path, name, content, complaint):
     with pytest.raises(RunError, match=complaint) as error:
         lines(tmp_path / name)
     assert error.value.cause is Cause.INVALID_DATA
+
+
+# --- what a file's own form puts into its rows ------------------------------------------------------------------------
+
+PADDED = [
+    {"calls": [{"name": "a", "arguments": {"city": "Rome", "days": None}}], "note": None},
+    {"calls": [{"name": "b", "arguments": {"city": None, "days": 2}}], "note": "x"},
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_file_gives_an_object_no_fields_of_others(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    table, file = pyarrow.Table.from_pylist(PADDED), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(table, file)
+    else:
+        with pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    assert [row["calls"][0]["arguments"] for _, row in lines(file)] == [{"city": "Rome"}, {"days": 2}]
+    assert [row["note"] for _, row in lines(file)] == [None, "x"], "of the row itself the columns stay"
+
+
+def test_a_null_that_a_row_of_json_lines_has_is_its_own(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, PADDED)))
+    assert [row for _, row in lines(tmp_path / "a.jsonl")] == PADDED
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_character_is_a_bad_row(tmp_path, name):
+    good, bad = {"a": "whole \U0001f600"}, '{"a": ["Hi \\ud83d there"]}'
+    rows = [json.dumps(good), bad, json.dumps({"a": "\\ud83d is six characters"})]
+    (tmp_path / name).write_text("\n".join(rows) if name == "a.jsonl" else "[" + ",\n".join(rows) + "]")
+    [(_, first), (place, second), (_, third)] = lines(tmp_path / name)
+    assert first == good and isinstance(second, BadRowError) and third == {"a": "\\ud83d is six characters"}
+    assert place == f"{name}:2" and "it holds \\ud83d, half a character" in str(second)

@@ -1,9 +1,13 @@
 """Converting rows: every mistake names the field, and says what is accepted."""
 
+import json
+
 import pytest
 
-from finetune_trainer.data.formats import alpaca, messages
-from finetune_trainer.data.records import BadRowError
+from finetune_trainer.data.conversations import sharegpt
+from finetune_trainer.data.fields import Cell
+from finetune_trainer.data.formats import FORMATS, alpaca, messages
+from finetune_trainer.data.records import BadRowError, Conversation, Judged, Preference, Prompt, accepts, as_kind
 
 
 def user(text):
@@ -86,3 +90,126 @@ def test_messages_as_openai_writes_them():
 def test_a_bad_row_names_the_field_and_what_is_accepted(convert, row, complaint):
     with pytest.raises(BadRowError, match=complaint):
         convert(row)
+
+
+# --- what a row says reaches the record -------------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("convert", [messages, sharegpt])
+def test_thoughts_are_kept_by_one_name(convert, name):
+    field, turns = (
+        ("messages", [user("a"), assistant("b") | {name: "hm"}])
+        if convert is messages
+        else ("conversations", [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", name: "hm"}])
+    )
+    assert said(convert, {field: turns})[-1] == assistant("b") | {"reasoning_content": "hm"}
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": "0"}, {"weight": 0.0}, {"train": False}, {"loss": False},
+                                  {"trainable": "false"}])  # fmt: skip
+@pytest.mark.parametrize("convert", [messages, sharegpt])
+def test_an_answer_is_kept_out_of_the_loss_by_any_of_the_known_marks(convert, mark):
+    field, turns = (
+        ("messages", [user("a"), assistant("b") | mark, user("c"), assistant("d") | {"weight": 1, "train": None}])
+        if convert is messages
+        else (
+            "conversations",
+            [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"} | mark,
+             {"from": "human", "value": "c"}, {"from": "gpt", "value": "d", "loss": True}],
+        )
+    )  # fmt: skip
+    assert [m.get("train", True) for m in said(convert, {field: turns}) if m["role"] == "assistant"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("convert", "row"),
+    [
+        (messages, {"messages": [user("a"), assistant("b")]}),
+        (FORMATS["prompt_completion"], {"prompt": "a", "completion": "b"}),
+        (FORMATS["prompt"], {"prompt": [user("a")]}),
+        (FORMATS["preference"], {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        (FORMATS["preference"], {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}),
+        (FORMATS["kto"], {"prompt": [user("a")], "completion": "b", "label": True}),
+        (FORMATS["ranked"], {"prompt": "a", "answers": ["b", "c"]}),
+    ],
+)
+@pytest.mark.parametrize("column", ["tools", "functions"])
+def test_functions_and_a_system_prompt_reach_the_record_of_every_format(convert, row, column):
+    functions = [TOOL] if column == "tools" else json.dumps([TOOL["function"]])
+    [record] = convert(row | {column: functions, "system": "s"})
+    prompt = getattr(record, "prompt", None) or record.messages
+    assert record.tools == [TOOL] and prompt[:2] == [{"role": "system", "content": "s"}, user("a")]
+    for wanted in (Conversation, Prompt, Preference, Judged):
+        if accepts(type(record), wanted):
+            assert all(turned.tools == [TOOL] for turned in as_kind(record, wanted))
+
+
+def test_two_system_prompts_are_refused():
+    row = {"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")]}
+    assert said(messages, row | {"system": "s"}) == row["messages"]
+    with pytest.raises(BadRowError, match="column system and another one"):
+        messages(row | {"system": "t"})
+
+
+TEXT = '["Rome", "Oslo"]'
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "read"),
+    [
+        ("prompt_completion", {"prompt": "a", "completion": TEXT}, lambda r: r.messages[-1]["content"]),
+        ("prompt", {"prompt": TEXT}, lambda r: r.messages[0]["content"]),
+        ("preference", {"prompt": "a", "chosen": TEXT, "rejected": "c"}, lambda r: r.chosen[0]["content"]),
+        ("kto", {"prompt": "a", "completion": TEXT, "label": False}, lambda r: r.completion[0]["content"]),
+    ],
+)
+@pytest.mark.parametrize("kind", [str, Cell])
+def test_a_text_that_is_json_is_a_text(name, row, read, kind):
+    [record] = FORMATS[name]({key: kind(value) if value == TEXT else value for key, value in row.items()})
+    assert read(record) == TEXT
+
+
+def test_a_cell_may_hold_messages_as_json():
+    cells = {"prompt": [user("a")], "completion": [assistant("b")]}
+    [record] = FORMATS["prompt_completion"]({key: Cell(json.dumps(value)) for key, value in cells.items()})
+    assert record.messages == [user("a"), assistant("b")]
+
+
+SHARED = [user("a"), assistant("b"), user("c")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a"},
+        {"prompt": " c "},
+        {"prompt": [user("c")]},
+        {"prompt": SHARED},
+        {},
+    ],
+)
+def test_a_prompt_beside_whole_conversations_is_not_asked_twice(row):
+    sides = {"chosen": [*SHARED, assistant("d")], "rejected": [*SHARED, assistant("e")]}
+    [record] = FORMATS["preference"](row | sides)
+    assert (record.prompt, record.chosen, record.rejected) == (SHARED, [assistant("d")], [assistant("e")])
+
+
+def test_answers_that_both_sides_share_belong_to_the_prompt():
+    sides = {"chosen": [*SHARED[1:], assistant("d")], "rejected": [*SHARED[1:], assistant("e")]}
+    [record] = FORMATS["preference"]({"prompt": "a"} | sides)
+    assert (record.prompt, record.chosen, record.rejected) == (SHARED, [assistant("d")], [assistant("e")])
+
+
+def test_a_prompt_that_whole_conversations_do_not_begin_with_is_refused():
+    sides = {"chosen": [*SHARED, assistant("d")], "rejected": [*SHARED, assistant("e")]}
+    with pytest.raises(BadRowError, match="prompt says 'x', which chosen and rejected do not begin with"):
+        FORMATS["preference"]({"prompt": "x"} | sides)
+
+
+def test_a_value_of_null_in_a_call_is_kept():
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}
+    [_, answer] = said(messages, {"messages": [user("a"), {"role": "assistant", "tool_calls": [call]}]})
+    assert answer["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "unit": None}

@@ -4,7 +4,9 @@ The templates are those of published models, shortened to what matters here; the
 """
 
 import logging
+import re
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune_trainer.data.records import BadRowError, Conversation, Message
 from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary
 from finetune_trainer.outcome import RunError
-from finetune_trainer.templates import use_template
+from finetune_trainer.templates import TEMPLATES, use_template
 
 TEXT = [
     "Who are you? I am a small assistant. What is the capital of France? Paris is the capital of France.",
@@ -241,3 +243,140 @@ def test_tokens_without_an_embedding_are_refused():
     with pytest.raises(RunError, match="token 64, but the model has embeddings for 0 to 63"):
         check_vocabulary(64, 64, "file:///model")
     check_vocabulary(63, 64, "file:///model")
+
+
+# --- nothing that is said is lost -------------------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "days": 2, "wind": None}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALLS_OF_NOTHING = (  # as DeepSeek's: calls are written only where there is no content at all
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and m.content is none %}"
+    "{% for c in m.tool_calls %}{{ 'CALL ' + c.function.name + ' ' + (c.function.arguments | tojson) }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINKS = CHATML.replace("m.content +", "('<think>' + m.NAME + '</think>' if m.NAME else '') + m.content +")
+CUTS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+
+
+def asked(**answer) -> list[Message]:
+    return [{"role": "user", "content": "6*7?"}, {"role": "assistant", "content": "", **answer}]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_are_written_by_whatever_name_the_template_has_for_them(name):
+    tokenizer = byte_level(THINKS.replace("NAME", name))
+    [row] = tokens(tokenizer, asked(content="42", reasoning_content="Six times seven."))
+    assert learned(tokenizer, row) == ["<think>Six times seven.</think>42<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "lost"),
+    [
+        (CHATML, {"content": "42", "reasoning_content": "Six times seven."}, "answer's reasoning_content"),
+        (CUTS, {"content": "<think>\nSix times seven.\n</think>\n\n42"}, "answer's content"),
+        (CHATML + "{# tool_calls #}", {"content": "Wait.", "tool_calls": [CALL]}, "answer's tool_calls"),
+    ],
+    ids=["thoughts beside", "thoughts within", "a call"],
+)
+def test_an_answer_of_which_the_template_leaves_out_a_part_is_refused(template, answer, lost):
+    with pytest.raises(BadRowError, match=rf"does not write all of the {lost}.*data\.chat_template"):
+        tokens(byte_level(template), asked(**answer))
+    # a judge scores what its own template writes
+    assert Renderer(byte_level(template), lossless=False).render(Conversation(asked(**answer)))
+    # and what is not learned may be left out
+    muted = [*asked(**answer, train=False), *conversation("Who?", "I am.")]
+    assert len(tokens(byte_level(template), muted)) == 1
+
+
+def test_thoughts_within_an_answer_may_be_written_with_other_white_space():
+    tokenizer = byte_level(QWEN3)
+    [row] = tokens(tokenizer, asked(content="<think>Six times seven.</think>42"))
+    assert learned(tokenizer, row) == ["<think>\nSix times seven.\n</think>\n\n42<|im_end|>"]
+
+
+def test_a_call_is_written_also_where_the_template_wants_no_content_at_all():
+    tokenizer = byte_level(CALLS_OF_NOTHING)
+    [row] = tokens(tokenizer, asked(tool_calls=[CALL]))
+    assert learned(tokenizer, row) == ['CALL weather {"city": "Rome", "days": 2, "wind": null}<|im_end|>']
+
+
+def test_of_two_templates_the_one_for_tools_writes_calls_also_without_a_list_of_functions():
+    tokenizer = byte_level("x")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": TEMPLATES["qwen"].jinja}
+    for tools in ([], TOOLS):
+        [text] = Renderer(tokenizer).render(Conversation(asked(tool_calls=[CALL]), tools))
+        assert '"name": "weather"' in text.text[slice(*text.spans[0])]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", ["", "Be short."])
+def test_of_a_conversation_that_the_assistant_begins_no_header_is_learned(name, system):
+    tokenizer = byte_level(TEMPLATES[name].jinja)
+    messages = [{"role": "assistant", "content": "Welcome!"}, *conversation("Hi", "Hello")]
+    messages = [{"role": "system", "content": system}, *messages] if system else messages
+    try:
+        rows = tokens(tokenizer, messages)
+    except BadRowError as error:
+        assert "refuses the conversation" in str(error) or "cannot be told" in str(error)
+        return
+    said = [re.sub(r"<[^>]*>", "", text).strip() for row in rows for text in learned(tokenizer, row)]
+    assert said == ["Welcome!", "Hello"]
+
+
+def test_an_answer_that_ends_in_an_added_token_gets_its_end_token_too():
+    tokenizer = byte_level(UNENDED)
+    tokenizer.add_tokens(["</call>"])
+    for answer in ("It rains.", "<call>weather</call>"):
+        [row] = tokens(tokenizer, conversation("Rome?", answer))
+        assert learned(tokenizer, row) == [f" {answer}</s>"]
+
+
+# --- the templates that models are published with, as TRL ships them --------------------------------------------------
+
+CALLED = CALL | {"id": "call00001"}
+SAID = {
+    "one": conversation("Who?", "Nova one."),
+    "two": conversation("Who?", "Nova one.", "And?", "Nova two."),
+    "system": conversation("Who?", "Nova one.", system="Be short."),
+    "answer first": [{"role": "assistant", "content": "Welcome."}, *conversation("Who?", "Nova one.")],
+    "thoughts beside": asked(content="Nova one.", reasoning_content="Six times."),
+    "thoughts within": asked(content="<think>\nSix times.\n</think>\n\nNova one."),
+    "call": asked(tool_calls=[CALLED]),
+    "call and words": [
+        *asked(content="Let me see.", tool_calls=[CALLED]),
+        {"role": "tool", "content": "rain", "name": "weather", "tool_call_id": "call00001"},
+        {"role": "assistant", "content": "Nova two."},
+    ],
+}
+OF_PICTURES = {"idefics3", "smolvlm", "llava_next"}
+"""They take lists of texts and pictures only."""
+
+
+def published() -> dict[str, str]:
+    folder = Path(str(pytest.importorskip("trl").__file__)).parent / "chat_templates"
+    return {file.stem: file.read_text() for file in folder.glob("*.jinja") if not file.stem.endswith("_training")}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_with_published_templates_nothing_said_is_lost_and_nothing_else_is_learned(kind):
+    messages, tools = SAID[kind], TOOLS if "call" in kind else []
+    answers = [message for message in messages if message["role"] == "assistant"]
+    accepted = []
+    for name, template in published().items():
+        try:
+            texts = Renderer(byte_level(template)).render(Conversation(messages, tools))
+        except BadRowError:
+            continue
+        accepted.append(name)
+        spans = [text.text[slice(*span)] for text in texts for span in text.spans]
+        assert len(spans) == len(answers), name
+        for span, answer in zip(spans, answers, strict=True):
+            for word in re.findall(r"\w+", f"{answer['content']} {answer.get('reasoning_content', '')}"):
+                assert word in span, (name, word)
+            assert "tool_calls" not in answer or re.search("weather.*city.*Rome.*days.*2", span, re.DOTALL), name
+            assert not re.search(r"Who|And|6\*7|Be short|rain(?!s)|<\|im_start\|>", span), (name, span)
+        assert spans[-1].endswith("</s>") or re.search(r"<\S*(end|eot|eos|turn|return)\S*>\s*$", spans[-1]), name
+    assert len(accepted) >= (12 if kind in ("thoughts beside", "call and words") else 18), accepted
+    if kind in ("one", "two"):
+        assert set(published()) - set(accepted) == OF_PICTURES

@@ -242,6 +242,14 @@ def test_orpo_is_trl_s(root: Path, pairs: dict[str, Any]) -> None:
     assert found["log_odds"] == pytest.approx(theirs["log_odds_chosen"], abs=1e-5)
 
 
+def test_orpo_of_an_answer_that_is_certain_is_a_number() -> None:
+    value = torch.tensor([0.0, -1e-9, -0.1], requires_grad=True)
+    found = orpo._log1mexp(value)
+    found.sum().backward()
+    assert torch.isfinite(found).all() and torch.isfinite(value.grad).all()
+    assert float(found[2].detach()) == pytest.approx(math.log(1 - math.exp(-0.1)), abs=1e-6)
+
+
 # --- reward ---------------------------------------------------------------------------------------------------------
 
 
@@ -384,3 +392,15 @@ def test_verdicts_come_with_the_answer_of_another_row() -> None:
     sequences = [rows.ids[rows.starts[n] : rows.starts[n + 1]].tolist() for n in range(4)]
     assert sequences == [[1, 2, 3], [1, 2, *[5] * 14], [4, *[5] * 15], [4, 3]]
     assert learned_of(rows) == [[3], [5] * 14, [5] * 15, [3]]
+
+
+def test_the_strange_answer_of_a_verdict_is_one_to_another_prompt() -> None:
+    from finetune_trainer.data.records import Judged, Preference, as_kind
+
+    pair = as_kind(Preference(user("12"), answer("3"), answer("6")), Judged)
+    rows = rows_of("kto", *pair, *as_kind(Preference(user("4"), answer("5"), answer("7")), Judged))
+    sequences = [rows.ids[rows.starts[n] : rows.starts[n + 1]].tolist() for n in range(8)]
+    assert sequences[::2] == [[1, 2, 3], [1, 2, 6], [4, 5], [4, 7]]
+    assert sequences[1::2] == [[1, 2, 5], [1, 2, 5], [4, 3], [4, 3]]
+    same = rows_of("kto", *pair)
+    assert [same.ids[same.starts[n] : same.starts[n + 1]].tolist() for n in (1, 3)] == [[1, 2, 6], [1, 2, 3]]

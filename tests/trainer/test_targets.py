@@ -282,3 +282,27 @@ def test_the_loss_is_transformers_own(name: str, tmp_path: Path) -> None:
         model(**theirs).loss.backward()
         other = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         assert float((ours - other).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_words_of_a_byte_level_tokenizer_stay_apart(prefix: bool) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    raw.decoder = decoders.ByteLevel()
+    raw.post_processor = processors.ByteLevel(trim_offsets=False)
+    raw.train_from_iterator(["Ada visits Paris"] * 3, trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>"]))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
+    encoding = targets.encoding(
+        make_config(NOWHERE, stage="token_classification"), Labels(("B-LOC", "B-PER", "O"), TAGS)
+    )
+    renderer = Renderer(tokenizer)
+    [sketch] = encoding.sketch(renderer, Tagged(["Ada", "visits", "Paris"], ["B-PER", "O", "B-LOC"]))
+    [row] = encoding.tokenise(renderer, [sketch])
+    [whole] = encoding.fit(row, 64)
+    assert whole.sequences[0].ids.tolist() == tokenizer("Ada visits Paris").input_ids
+    tagged = whole.sequences[0].labels
+    assert tagged[tagged != IGNORED].tolist() == [1, 2, 0]
+    [words] = np.nonzero(tagged != IGNORED)
+    assert [tokenizer.decode(whole.sequences[0].ids[n]).strip()[:1] for n in words] == ["A", "v", "P"]

@@ -268,7 +268,7 @@ def _rendered(renderer: Renderer, asked: Asked) -> Rendered:
     try:
         return renderer.render(Conversation([*asked.prompt, {"role": "assistant", "content": asked.answer}]))[-1]
     except BadRowError:  # templates that refuse an empty answer
-        return Rendered(renderer.asking(asked.prompt).text + asked.answer, [])
+        return Rendered(renderer.asking(asked.prompt, []).text + asked.answer, [])
 
 
 def _reward_model(
@@ -296,11 +296,11 @@ def _reward_model(
         _check_classifier(folder, uri)
         own = as_reward.model_copy(update={"method": _unquantised()})
         found = models.load_model(folder, own, device).eval().requires_grad_(False)
-        return found, Renderer(models.load_tokenizer(folder, as_reward)), _nothing
+        return found, Renderer(models.load_tokenizer(folder, as_reward), lossless=False), _nothing
     written = described(folder, uri)
     _check_base(config, written, uri)
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    renderer = Renderer(models.load_tokenizer(folder, as_reward) if has_tokenizer else tokenizer)
+    renderer = Renderer(models.load_tokenizer(folder, as_reward) if has_tokenizer else tokenizer, lossless=False)
     if _can_share(policy, written, folder):
         shared = _beside(policy, folder, device, uri)
         log.info("the reward model %s shares the policy's base in memory", uri)

@@ -37,6 +37,12 @@ _ONLY_TURNS = (
 )
 
 
+_QUESTION_FIRST = (
+    "{%- if system and turns and turns[0]['role'] != 'user' %}{{- raise_exception('this template writes the system "
+    "prompt into the first question, and the conversation begins with an answer') }}{%- endif %}"
+)
+
+
 def _plain(before: str, user: str, assistant: str, after: str = "", system: str = "{{- system + '\\n\\n' }}") -> str:
     """A template of running text. ``assistant`` is what a prompt ends with; the answer follows after one space
     where ``after`` says so."""
@@ -97,6 +103,7 @@ _LLAMA_2 = (
     "{%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{%- set turns = messages[1:] %}"
     "{%- else %}{%- set system = '' %}{%- set turns = messages %}{%- endif %}"
     + _ONLY_TURNS
+    + _QUESTION_FIRST
     + "{%- for m in turns %}{%- if m['role'] == 'user' %}"
     "{{- (bos_token or '') + '[INST] ' + (system if loop.first else '') + m['content'] | trim + ' [/INST]' }}"
     "{%- else %}{{- ' ' + m['content'] | trim + ' ' + eos_token }}{%- endif %}{%- endfor %}"
@@ -109,13 +116,16 @@ _LLAMA_3 = (
 )
 
 _MISTRAL = (  # of Mistral-7B-Instruct v0.1 to v0.3; the system prompt before the first question
-    _SYSTEM_FIRST + _ONLY_TURNS + "{{- bos_token or '' }}{%- for m in turns %}{%- if m['role'] == 'user' %}"
+    _SYSTEM_FIRST
+    + _ONLY_TURNS
+    + _QUESTION_FIRST
+    + "{{- bos_token or '' }}{%- for m in turns %}{%- if m['role'] == 'user' %}"
     "{{- '[INST] ' + (system + '\\n\\n' if system and loop.first else '') + m['content'] + ' [/INST]' }}"
     "{%- else %}{{- ' ' + m['content'] + eos_token }}{%- endif %}{%- endfor %}"
 )
 
 _GEMMA = (  # the system prompt before the first question, as of Gemma 3
-    _SYSTEM_FIRST + _ONLY_TURNS + "{{- bos_token or '' }}{%- for m in turns %}"
+    _SYSTEM_FIRST + _ONLY_TURNS + _QUESTION_FIRST + "{{- bos_token or '' }}{%- for m in turns %}"
     "{{- '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\\n' }}"
     "{{- (system + '\\n\\n' if system and loop.first else '') + m['content'] | trim + '<end_of_turn>\\n' }}"
     "{%- endfor %}"

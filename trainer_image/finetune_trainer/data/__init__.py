@@ -29,7 +29,7 @@ from finetune_trainer.data.encode import Encoding, Sketch, encoding
 from finetune_trainer.data.labels import Labels
 from finetune_trainer.data.records import BadRowError
 from finetune_trainer.data.render import Renderer, Tokens, check_vocabulary
-from finetune_trainer.data.sources import BadRows, records
+from finetune_trainer.data.sources import TASK, BadRows, records
 from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, collate
 from finetune_trainer.fetch import Fetched, source_key
 from finetune_trainer.fetching.wanted import data_kind, split_pattern
@@ -65,11 +65,11 @@ class Prepared:
     eval: dict[str, Stream]
     """By source, in the order of the configuration; their rows are in the order of the file."""
     report: dict[str, dict[str, Any]]
-    """By source (``eval/`` before held-out ones): uri, format, rows, unused (rows that decide nothing), duplicates
-    (left out), bad_rows and bad_examples, sequences, tokens, learned_tokens, truncated (rows cut at max_length) with
-    answers_cut and answers_lost (none of their tokens is left), split (documents in pieces of max_length), dropped
-    (rows with nothing to learn left), longest (tokens, before the cut); of held-out ones contaminated (rows that stand
-    in the training rows)."""
+    """By source (``eval/`` before held-out ones): uri, format, rows, unused (rows that decide nothing), unread
+    (columns), duplicates (left out), bad_rows and bad_examples, sequences, tokens, learned_tokens, truncated (rows cut
+    at max_length) with answers_cut and answers_lost (none of their tokens is left), split (documents in pieces of
+    max_length), dropped (rows with nothing to learn left), longest (tokens, before the cut); of held-out ones
+    contaminated (rows that stand in the training rows)."""
     labels: Labels | None = None
     """What a classifier is to tell apart."""
 
@@ -301,9 +301,9 @@ def _chunks(
 
 def _task(row: dict[str, Any], tasks: list[str]) -> int:
     """The number of the row's task."""
-    if row.get("task") not in tasks:
-        raise BadRowError(f"task is {row.get('task')!r}; accepted: one of method.tasks: {', '.join(tasks)}")
-    return tasks.index(row["task"])
+    if row.get(TASK) not in tasks:
+        raise BadRowError(f"{TASK} is {row.get(TASK)!r}; accepted: one of method.tasks: {', '.join(tasks)}")
+    return tasks.index(row[TASK])
 
 
 def told(counts: dict[str, Any], max_length: int) -> str:
@@ -326,6 +326,10 @@ def told(counts: dict[str, Any], max_length: int) -> str:
     ):
         if counts[key]:
             words.append(f"{counts[key]} {meaning}")
+    if counts["unread"]:
+        shown = counts["unread"][:12]
+        more = f" and {len(counts['unread']) - len(shown)} more" if len(counts["unread"]) > len(shown) else ""
+        words.append(f"nothing read of its columns {', '.join(shown)}{more}")
     return ", ".join(words)
 
 

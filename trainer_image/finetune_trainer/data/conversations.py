@@ -3,10 +3,12 @@
 import json
 from typing import Any
 
-from finetune_trainer.data.fields import Row, decoded, items, kind, shown, text
-from finetune_trainer.data.records import BadRowError, Conversation, Message, Record
+from finetune_trainer.data.fields import Row, decoded, items, kind, of_cell, shown, text
+from finetune_trainer.data.records import THOUGHTS, BadRowError, Conversation, Message, Record
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TOOLS = ("tools", "functions")
+"""Columns of the functions that a model may call."""
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -26,11 +28,13 @@ _SHAREGPT_ROLES = {
 
 
 def messages(row: Row) -> list[Record]:
-    """``messages``: a list of ``role`` and ``content``, as OpenAI's, with ``tool_calls``; optional ``tools``.
+    """``messages``: a list of ``role`` and ``content``, as OpenAI's, with ``tool_calls`` and thoughts
+    (``reasoning_content``, ``reasoning`` or ``thinking``); optional ``tools`` (or OpenAI's older ``functions``) and
+    ``system``.
 
     ``weight: 0`` on an assistant's message keeps it out of the loss. Messages after the last answer are dropped.
     """
-    return [conversation(message_list(row, "messages"), row, tools_of(row))]
+    return [conversation(with_system(message_list(row, "messages"), row), row, tools_of(row))]
 
 
 def sharegpt(row: Row) -> list[Record]:
@@ -40,9 +44,6 @@ def sharegpt(row: Row) -> list[Record]:
     such, as LLaMA-Factory writes it. ``weight: 0`` on a turn keeps it out of the loss.
     """
     turns: list[Message] = []
-    system = text(row, "system", optional=True)
-    if system:
-        turns.append({"role": "system", "content": system})
     for number, turn in enumerate(items(row, "conversations", "a list of {from, value}")):
         where = f"conversations[{number}]"
         if not isinstance(turn, dict):
@@ -58,10 +59,8 @@ def sharegpt(row: Row) -> list[Record]:
             if not isinstance(value, str):
                 raise BadRowError(f"{where}.value is {shown(value)}; accepted: a text")
             message = {"role": role, "content": value}
-        if role == "assistant" and turn.get("weight") == 0:
-            message["train"] = False
-        turns.append(message)
-    return [conversation(turns, row, tools_of(row))]
+        turns.append(message | _of_answer(turn, where) if role == "assistant" else message)
+    return [conversation(with_system(turns, row), row, tools_of(row))]
 
 
 def conversation(turns: list[Message], row: Row, tools: list[dict[str, Any]] | None = None) -> Conversation:
@@ -75,8 +74,28 @@ def conversation(turns: list[Message], row: Row, tools: list[dict[str, Any]] | N
 
 def learnable(message: Message) -> bool:
     """An answer that says something and may be learned."""
-    says = bool(str(message["content"]).strip()) or bool(message.get("tool_calls"))
+    says = any((str(message["content"]).strip(), message.get("tool_calls"), message.get(THOUGHTS[0])))
     return message["role"] == "assistant" and bool(message.get("train", True)) and says
+
+
+def with_system(turns: list[Message], row: Row) -> list[Message]:
+    """The turns, behind the system prompt of the column ``system`` where the row has one."""
+    system = text(row, "system", optional=True)
+    if not system:
+        return turns
+    if turns and turns[0]["role"] in ("system", "developer"):
+        if turns[0]["content"] == system:
+            return turns
+        raise BadRowError("the row has a system prompt in the column system and another one among its messages")
+    return [{"role": "system", "content": system}, *turns]
+
+
+def holds_messages(row: Row, field: str) -> bool:
+    """The field holds a list of messages and no text. The cell of a table may be an answer that is a list of something
+    else."""
+    if not isinstance(found := of_cell(row.get(field)), list):
+        return False
+    return found is row[field] or (found != [] and all(isinstance(one, dict) and "role" in one for one in found))
 
 
 def message_list(row: Row, field: str) -> list[Message]:
@@ -99,12 +118,39 @@ def _message(given: Any, where: str) -> Message:
     message: Message = {"role": role, "content": _content(given.get("content"), role, bool(calls), where)}
     if calls:
         message["tool_calls"] = calls
-    for key in ("name", "tool_call_id", "reasoning_content"):
+    for key in ("name", "tool_call_id"):
         if isinstance(given.get(key), str):
             message[key] = given[key]
-    if role == "assistant" and given.get("weight") == 0:
-        message["train"] = False
-    return message
+    return message | _of_answer(given, where) if role == "assistant" else message
+
+
+def _of_answer(given: dict[str, Any], where: str) -> Message:
+    """What an answer may have beside its content: thoughts, and that it is not to be learned."""
+    more: Message = {}
+    thoughts = {name: given[name] for name in THOUGHTS if given.get(name)}
+    for name, value in thoughts.items():
+        if not isinstance(value, str):
+            raise BadRowError(f"{where}.{name} is {shown(value)}; accepted: a text, the thoughts before the answer")
+    if len(set(thoughts.values())) > 1:
+        raise BadRowError(f"{where} has different thoughts in {' and '.join(thoughts)}; accepted: one of them")
+    if thoughts:
+        more[THOUGHTS[0]] = next(iter(thoughts.values()))
+    if not all(_counts(given[key], f"{where}.{key}") for key in _LEARNED if given.get(key) is not None):
+        more["train"] = False
+    return more
+
+
+_LEARNED = ("weight", "train", "trainable", "loss")
+"""Where a message says whether it is learned: OpenAI's name, and those of other trainers."""
+
+
+def _counts(value: Any, where: str) -> bool:
+    said = str(value).strip().lower() if isinstance(value, bool | int | float | str) else ""
+    if said in ("0", "0.0", "false"):
+        return False
+    if said in ("1", "1.0", "true"):
+        return True
+    raise BadRowError(f"{where} is {shown(value)}; accepted: 1 or true where the answer is learned, 0 or false")
 
 
 def _content(given: Any, role: str, calls: bool, where: str) -> str:
@@ -159,22 +205,18 @@ def _call(given: Any, where: str) -> dict[str, Any]:
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise BadRowError(f"{where}: its arguments are {kind(arguments)} and no JSON object; {accepted}")
-    call = {"type": "function", "function": {"name": function["name"], "arguments": _known(arguments)}}
+    call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": given["id"], **call} if isinstance(given.get("id"), str) else call
 
 
-def _known(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A column of parquet gives every call the arguments of all: those without a value are not this one's."""
-    return {str(key): value for key, value in arguments.items() if value is not None}
-
-
 def tools_of(row: Row) -> list[dict[str, Any]]:
-    """``tools``: OpenAI's list of functions, or its JSON; a bare function is wrapped."""
-    given = decoded(row.get("tools"))
-    if given is None or given == "":
-        return []
+    """``tools``, or OpenAI's older ``functions``: a list of functions, or its JSON; a bare function is wrapped."""
+    field = next((name for name in TOOLS if row.get(name)), "")
+    given = decoded(row[field]) if field else []
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
-        raise BadRowError(f"tools is {shown(given)}; accepted: a list of functions, as OpenAI describes them, or JSON")
+        raise BadRowError(
+            f"{field} is {shown(given)}; accepted: a list of functions, as OpenAI describes them, or JSON"
+        )
     return [
         tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool} for tool in given
     ]

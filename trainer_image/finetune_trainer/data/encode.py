@@ -80,25 +80,25 @@ def conversation(loss_on: str) -> Callable[[Renderer, Conversation], list[Sketch
 
 def preference(renderer: Renderer, record: Preference) -> list[Sketch]:
     """The better answer and the worse one, each with the prompt before it."""
-    texts = tuple(_answered(renderer, record.prompt, answer) for answer in (record.chosen, record.rejected))
+    texts = tuple(_answered(renderer, record, answer) for answer in (record.chosen, record.rejected))
     return [Sketch(texts, {"margin": float(record.margin or 0.0)})]
 
 
 def judged(renderer: Renderer, record: Judged) -> list[Sketch]:
     """The answer, with the prompt before it, and whether it is a good one."""
-    text = _answered(renderer, record.prompt, record.completion)
+    text = _answered(renderer, record, record.completion)
     return [Sketch((text,), {"desirable": int(record.desirable)})]
 
 
 def prompt(renderer: Renderer, record: Prompt) -> list[Sketch]:
     """The prompt up to where the model begins to write. Its messages and columns are kept, for those who judge."""
     note = json.dumps({"messages": record.messages, "fields": record.fields}, ensure_ascii=False, default=str)
-    return [Sketch((renderer.asking(record.messages),), note=note)]
+    return [Sketch((renderer.asking(record.messages, record.tools),), note=note)]
 
 
-def _answered(renderer: Renderer, prompt: list[Message], answer: list[Message]) -> Rendered:
-    muted = [message | {"train": False} if message["role"] == "assistant" else message for message in prompt]
-    return renderer.render(Conversation([*muted, *answer]))[-1]
+def _answered(renderer: Renderer, record: Preference | Judged, answer: list[Message]) -> Rendered:
+    muted = [message | {"train": False} if message["role"] == "assistant" else message for message in record.prompt]
+    return renderer.render(Conversation([*muted, *answer], record.tools))[-1]
 
 
 def _last_answer_only(messages: list[Message]) -> list[Message]:
@@ -149,13 +149,15 @@ def with_room(answer: int) -> Callable[[Draft, int], list[Draft]]:
 
 
 def with_strangers(rows: Rows, max_length: int) -> Rows:
-    """Every row with a second sequence: its prompt and the answer of the next row, the last one's of the first, cut at
-    ``max_length`` (KTO estimates by them how far the model has moved, as TRL does within batches)."""
+    """Every row with a second sequence: its prompt and the answer of the next row with another prompt, behind the last
+    row that of the first, cut at ``max_length`` (KTO estimates by them how far the model has moved, as TRL does within
+    batches). Only where all prompts are the same, the next row's."""
     count = len(rows)
     sequences = []
+    strangers = _next_other_prompt(rows)
     for row in range(count):
         own = slice(rows.starts[row], rows.starts[row + 1])
-        other = slice(rows.starts[(row + 1) % count], rows.starts[(row + 1) % count + 1])
+        other = slice(rows.starts[strangers[row]], rows.starts[strangers[row] + 1])
         prompt = int(np.argmax(rows.learned[own]))
         answer = int(np.argmax(rows.learned[other]))
         sequences.append(Tokens(rows.ids[own], rows.learned[own]))
@@ -168,6 +170,19 @@ def with_strangers(rows: Rows, max_length: int) -> Rows:
     pairs = [Draft(tuple(sequences[2 * row : 2 * row + 2])) for row in range(count)]
     paired = Rows.of(rows.name, pairs)
     return Rows(paired.name, paired.ids, paired.learned, paired.starts, 2, None, rows.numbers) if count else rows
+
+
+def _next_other_prompt(rows: Rows) -> list[int]:
+    """Of each row the next one, in a circle, that does not ask the same."""
+    count = len(rows)
+    prompts = []
+    for start, stop in zip(rows.starts[:-1], rows.starts[1:], strict=True):
+        prompts.append(rows.ids[start : start + int(np.argmax(rows.learned[start:stop]))].tobytes())
+    following = [(row + 1) % count for row in range(count)]
+    for row in reversed(range(2 * count)):  # twice around: what follows the last row is known by then
+        here, there = row % count, (row + 1) % count
+        following[here] = following[there] if prompts[here] == prompts[there] else there
+    return following if len(set(prompts)) > 1 else [(row + 1) % count for row in range(count)]
 
 
 def encoding(config: TrainerConfig) -> Encoding:

@@ -8,6 +8,12 @@ from finetune_trainer.data.records import BadRowError
 Row = dict[str, Any]
 
 
+class Cell(str):
+    """The text of a table's cell (.csv, .tsv), which can hold a list or an object only as JSON."""
+
+    __slots__ = ()
+
+
 def text(row: Row, field: str, optional: bool = False) -> str:
     """The text in a field; "" where an optional one is missing."""
     if row.get(field) is None:
@@ -76,12 +82,36 @@ def truth(row: Row, field: str) -> bool:
 
 
 def decoded(value: Any) -> Any:
-    """A list or an object that was written as JSON text; everything else as it is."""
+    """A list or an object that was written as JSON text; everything else as it is. For fields that never hold a text.
+
+    BadRowError where the JSON holds half a character.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            found = json.loads(value)
         except (ValueError, RecursionError):
             return value
+        return whole_characters(value, found)
+    return value
+
+
+def of_cell(value: Any) -> Any:
+    """The same for fields that may hold a text, which may itself be JSON: only a table's cell is decoded."""
+    return decoded(value) if isinstance(value, Cell) else value
+
+
+def whole_characters(written: str, value: Any) -> Any:
+    """``value``, which was read from the JSON text ``written``. BadRowError where an escape in it stands for half a
+    character (a lone surrogate, U+D800 to U+DFFF): JSON allows that, but it is no text and cannot be tokenised."""
+    if "\\ud" in written or "\\uD" in written:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise BadRowError(
+                f"it holds {half}, half a character (a surrogate without its other half); accepted: whole characters, "
+                "in UTF-8 or as a pair of escapes"
+            ) from None
     return value
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from finetune_api.causes import Cause
-from finetune_trainer.data.fields import kind
+from finetune_trainer.data.fields import Cell, kind, whole_characters
 from finetune_trainer.data.records import BadRowError
 from finetune_trainer.fetching.wanted import DATA_KINDS, data_kind, local_files
 from finetune_trainer.outcome import RunError
@@ -125,7 +125,9 @@ def _read_lines(path: Path, name: str) -> Rows:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
                     continue
-                row = json.loads(text)
+                row = whole_characters(text, json.loads(text))
+            except BadRowError as error:
+                yield place, error
             except UnicodeDecodeError as error:
                 yield place, BadRowError(f"not UTF-8 ({error.reason} at byte {error.start})")
             except (ValueError, RecursionError) as error:
@@ -171,6 +173,7 @@ def _read_array(path: Path, name: str) -> Rows:
                 continue
             if text[position] == "]":
                 return
+            begun = position
             try:
                 row, position = decoder.raw_decode(text, position)
             except RecursionError as error:
@@ -180,7 +183,10 @@ def _read_array(path: Path, name: str) -> Rows:
                     raise _unreadable(place, f"not JSON ({error.args[0].rpartition(': line')[0]})") from error
                 more()
             else:
-                yield place, _an_object(row)
+                try:
+                    yield place, _an_object(whole_characters(text[begun:position], row))
+                except BadRowError as error:
+                    yield place, error
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -220,7 +226,7 @@ def _read_table(path: Path, name: str, reader: Callable[[Any], Any]) -> Rows:
             elif len(cells) != len(header):
                 yield place, BadRowError(f"{len(cells)} cells; accepted: {len(header)}, as the first row names columns")
             else:
-                yield place, dict(zip(header, cells, strict=True))
+                yield place, dict(zip(header, map(Cell, cells), strict=True))
 
 
 def _read_parquet(path: Path, name: str) -> Rows:
@@ -246,11 +252,14 @@ def _read_arrow(path: Path, name: str) -> Rows:
 
 def _batches(name: str, schema: Any, batches: Any) -> Rows:
     names = _class_names(_features(schema))
+    nested = [field.name for field in schema if field.type.num_fields]
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH):
             for row in batch.slice(start, _BATCH).to_pylist():
                 number += 1
+                for column in nested:
+                    row[column] = _unpadded(row[column])
                 yield Place(name, number), _named(row, names)
 
 
@@ -267,7 +276,15 @@ def _read_split(folder: Path, split: str) -> Rows:
         ) from error
     names = _class_names(rows.features.to_dict() if rows.features else {})
     for number, row in enumerate(rows, 1):
-        yield Place(f"split {split}", number), _named(row, names)
+        yield Place(f"split {split}", number), _named({key: _unpadded(value) for key, value in row.items()}, names)
+
+
+def _unpadded(value: Any) -> Any:
+    """Without the empty fields of objects. A column gives every object the fields of all: those without a value are
+    not this one's."""
+    if isinstance(value, dict):
+        return {key: _unpadded(one) for key, one in value.items() if one is not None}
+    return [_unpadded(one) for one in value] if isinstance(value, list) else value
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_trainer.data import preferences, transcripts
-from finetune_trainer.data.conversations import conversation, message_list, messages, sharegpt
-from finetune_trainer.data.fields import Row, answer, decoded, filled, items, kind, missing, shown, text
+from finetune_trainer.data.conversations import (
+    TOOLS,
+    conversation,
+    holds_messages,
+    message_list,
+    messages,
+    sharegpt,
+    tools_of,
+    with_system,
+)
+from finetune_trainer.data.fields import Row, answer, decoded, filled, items, kind, missing, of_cell, shown, text
 from finetune_trainer.data.records import (
     BadRowError,
     Conversation,
@@ -33,10 +42,7 @@ def alpaca(row: Row) -> list[Record]:
 
     Instruction and input are joined by a newline, as in LLaMA-Factory.
     """
-    turns: list[Message] = []
-    system = text(row, "system", optional=True)
-    if system:
-        turns.append({"role": "system", "content": system})
+    turns: list[Message] = with_system([], row)
     history = decoded(row.get("history") or [])
     if not isinstance(history, list):
         raise BadRowError(f"history is {kind(history)}; accepted: a list of [question, answer] pairs")
@@ -53,16 +59,19 @@ def alpaca(row: Row) -> list[Record]:
 
 
 def prompt_completion(row: Row) -> list[Record]:
-    """``prompt`` and ``completion``: texts, or lists of messages; optional ``system``."""
-    prompt = preferences.prompt_of(row, "prompt")
-    if isinstance(decoded(row.get("completion")), list):
-        return [conversation([*prompt, *message_list(row, "completion")], row)]
-    return [Conversation([*prompt, {"role": "assistant", "content": answer(row, "completion")}], fields=row)]
+    """``prompt`` and ``completion``: texts, or lists of messages; optional ``system`` and ``tools``."""
+    prompt, tools = preferences.prompt_of(row, "prompt"), tools_of(row)
+    if holds_messages(row, "completion"):
+        return [conversation([*prompt, *message_list(row, "completion")], row, tools)]
+    return [Conversation([*prompt, {"role": "assistant", "content": answer(row, "completion")}], tools, row)]
 
 
 def prompt(row: Row) -> list[Record]:
-    """``prompt``: a text, or a list of messages; whatever else the row has is at hand for reward functions."""
-    return [Prompt(preferences.prompt_of(row, "prompt"), row)]
+    """``prompt``: a text, or a list of messages; optional ``system`` and ``tools``.
+
+    Whatever else the row has is at hand for reward functions.
+    """
+    return [Prompt(preferences.prompt_of(row, "prompt"), row, tools_of(row))]
 
 
 def plain_text(row: Row) -> list[Record]:
@@ -72,7 +81,7 @@ def plain_text(row: Row) -> list[Record]:
 
 def labelled(row: Row) -> list[Record]:
     """``text``, optional ``text_pair``, and ``label``: a name, a number, or a list of names where several may hold."""
-    label = decoded(row.get("label"))
+    label = of_cell(row.get("label"))
     if label is None:
         raise missing(row, "label", "a name, a number or a list of names")
     parts = label if isinstance(label, list) else [label]
@@ -138,8 +147,8 @@ def _lists(*fields: str) -> Callable[[Row], bool]:
 
 TABLE: dict[str, Format] = {
     "alpaca": Format(alpaca, Conversation, ("instruction", "output"), ("input", "system", "history")),
-    "messages": Format(messages, Conversation, ("messages",), ("tools",), _lists("messages")),
-    "sharegpt": Format(sharegpt, Conversation, ("conversations",), ("system", "tools"), _lists("conversations")),
+    "messages": Format(messages, Conversation, ("messages",), ("system", *TOOLS), _lists("messages")),
+    "sharegpt": Format(sharegpt, Conversation, ("conversations",), ("system", *TOOLS), _lists("conversations")),
     "chatml": Format(
         _transcript(transcripts.chatml, "<|im_start|>user … <|im_end|> <|im_start|>assistant …"),
         Conversation,
@@ -164,15 +173,15 @@ TABLE: dict[str, Format] = {
         ("text",),
         telling=_marked("### Response:", "### Assistant:"),
     ),
-    "prompt_completion": Format(prompt_completion, Conversation, ("prompt", "completion"), ("system",)),
+    "prompt_completion": Format(prompt_completion, Conversation, ("prompt", "completion"), ("system", *TOOLS)),
     "prompt": Format(
-        prompt, Prompt, ("prompt",), ("system",), lambda row: not isinstance(decoded(row["prompt"]), dict)
+        prompt, Prompt, ("prompt",), ("system", *TOOLS), lambda row: not isinstance(of_cell(row["prompt"]), dict)
     ),
     "preference": Format(
         preferences.preference,
         Preference,
         ("chosen", "rejected"),
-        ("prompt", "system", "margin"),
+        ("prompt", "system", "margin", *TOOLS),
         telling=lambda row: not _is_transcript(row.get("prompt") or row["chosen"]),
     ),
     "hh_rlhf": Format(
@@ -200,12 +209,12 @@ TABLE: dict[str, Format] = {
         preferences.oasst,
         Ranked,
         ("prompt",),
-        telling=lambda row: isinstance(decoded(row["prompt"]), dict),
+        telling=lambda row: isinstance(of_cell(row["prompt"]), dict),
     ),
     "ranked": Format(
-        preferences.ranked, Ranked, ("prompt", "answers"), ("system", "ranks", "scores"), _lists("answers")
+        preferences.ranked, Ranked, ("prompt", "answers"), ("system", "ranks", "scores", *TOOLS), _lists("answers")
     ),
-    "kto": Format(preferences.kto, Judged, ("prompt", "completion", "label"), ("system",)),
+    "kto": Format(preferences.kto, Judged, ("prompt", "completion", "label"), ("system", *TOOLS)),
     "text": Format(plain_text, Text, ("text",)),
     "labelled": Format(labelled, Labelled, ("text", "label"), ("text_pair",)),
     "source_target": Format(source_target, SourceTarget, ("source", "target")),

@@ -7,28 +7,45 @@ row: it gives no record, and the reader counts it.
 from typing import Any
 
 from finetune_trainer.data import transcripts
-from finetune_trainer.data.conversations import learnable, message_list
-from finetune_trainer.data.fields import Row, answer, decoded, filled, items, kind, number, shown, text, truth
+from finetune_trainer.data.conversations import holds_messages, learnable, message_list, tools_of, with_system
+from finetune_trainer.data.fields import Row, answer, filled, items, kind, number, of_cell, shown, truth
 from finetune_trainer.data.records import BadRowError, Judged, Message, Preference, Ranked, Record
+
+_SYSTEM = ("system", "developer")
 
 
 def preference(row: Row) -> list[Record]:
     """``prompt``, ``chosen``, ``rejected``: texts, or lists of messages; without prompt, what both begin with.
 
-    Optional ``margin``. As TRL's preference data sets, explicit and implicit.
+    Optional ``margin``, ``system`` and ``tools``. As TRL's preference data sets, explicit and implicit. Where both
+    sides are whole conversations, ``prompt`` only repeats something of what they begin with.
     """
     chosen, rejected = _turns(row, "chosen"), _turns(row, "rejected")
-    if row.get("prompt") is not None:
-        prompt = prompt_of(row, "prompt")
-        # Some repeat the prompt in both answers.
-        if len(chosen) > len(prompt) and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    else:
-        prompt, chosen, rejected = _parted(chosen, rejected)
+    alone = row.get("prompt") is not None and "assistant" in (chosen[0]["role"], rejected[0]["role"])
+    asked = with_system([], row) if row.get("prompt") is None else prompt_of(row, "prompt")
+    prompt, chosen, rejected = _parted(asked if alone else [], chosen, rejected)
+    prompt = prompt if alone else _with_asked(asked, prompt)
     _ends_in_answer(chosen, "chosen")
     _ends_in_answer(rejected, "rejected")
     margin = None if row.get("margin") in (None, "") else number(row, "margin")
-    return _compared(prompt, chosen, rejected, margin)
+    return _compared(prompt, chosen, rejected, margin, tools_of(row))
+
+
+def _with_asked(asked: list[Message], prompt: list[Message]) -> list[Message]:
+    """The messages that whole conversations begin with, behind a system prompt that only ``asked`` has.
+
+    BadRowError where ``asked`` says something else.
+    """
+    if asked and asked[0]["role"] in _SYSTEM and prompt[0]["role"] not in _SYSTEM:
+        prompt = [asked[0], *prompt]
+    there = [str(message["content"]).strip() for message in prompt]
+    for message in asked:
+        if str(message["content"]).strip() not in there:
+            raise BadRowError(
+                f"prompt says {shown(message['content'])}, which chosen and rejected do not begin with though they are "
+                "whole conversations; accepted: the same prompt in all three, or answers alone in chosen and rejected"
+            )
+    return prompt
 
 
 def hh_rlhf(row: Row) -> list[Record]:
@@ -38,7 +55,7 @@ def hh_rlhf(row: Row) -> list[Record]:
         sides[field] = transcripts.claude(filled(row, field))
         if not sides[field]:
             raise BadRowError(f"{field} is no transcript; accepted: a text of Human: … and Assistant: …")
-    prompt, chosen, rejected = _parted(sides["chosen"], sides["rejected"])
+    prompt, chosen, rejected = _parted([], sides["chosen"], sides["rejected"])
     _ends_in_answer(chosen, "chosen")
     _ends_in_answer(rejected, "rejected")
     return _compared(prompt, chosen, rejected)
@@ -77,7 +94,7 @@ def kto(row: Row) -> list[Record]:
     """``prompt``, ``completion`` (texts, or lists of messages) and ``label``: true where the answer is good."""
     completion = _turns(row, "completion")
     _ends_in_answer(completion, "completion")
-    return [Judged(prompt_of(row, "prompt"), completion, truth(row, "label"))]
+    return [Judged(prompt_of(row, "prompt"), completion, truth(row, "label"), tools_of(row))]
 
 
 def ranked(row: Row) -> list[Record]:
@@ -96,7 +113,7 @@ def ranked(row: Row) -> list[Record]:
             if len(found) != len(given):
                 raise BadRowError(f"{field} holds {len(found)} numbers; accepted: {len(given)}, one for each answer")
             ranks = [sign * number({field: one}, field) for one in found]
-    return [_ranked(prompt_of(row, "prompt"), [[_said(one)] for one in given], ranks)]
+    return [_ranked(prompt_of(row, "prompt"), [[_said(one)] for one in given], ranks, tools_of(row))]
 
 
 def oasst(row: Row) -> list[Record]:
@@ -105,7 +122,7 @@ def oasst(row: Row) -> list[Record]:
     Every message of a prompter with answers gives one record, its answers ordered by ``rank``. Deleted messages and
     those below them are left out.
     """
-    root = decoded(row.get("prompt"))
+    root = of_cell(row.get("prompt"))
     if not isinstance(root, dict):
         raise BadRowError(
             f"prompt is {kind(root)}; accepted: a message with text and replies (as the files of trees have it)"
@@ -135,38 +152,36 @@ def oasst(row: Row) -> list[Record]:
 
 
 def prompt_of(row: Row, field: str) -> list[Message]:
-    """The prompt in a field: a text is one message of the user; a list of messages ends with the user or a tool."""
-    given = decoded(row.get(field))
-    if isinstance(given, list):
-        found = message_list(row, field)
-        if found[-1]["role"] not in ("user", "tool"):
-            raise BadRowError(f"{field} ends with {found[-1]['role']}; accepted: messages that end with the user")
-        return found
-    system = text(row, "system", optional=True)
-    return [
-        *([{"role": "system", "content": system}] if system else []),
-        {"role": "user", "content": filled(row, field)},
-    ]
+    """The prompt in a field, behind the row's ``system``: a text is one message of the user; a list of messages ends
+    with the user or a tool."""
+    if not holds_messages(row, field):
+        return with_system([{"role": "user", "content": filled(row, field)}], row)
+    found = message_list(row, field)
+    if found[-1]["role"] not in ("user", "tool"):
+        raise BadRowError(f"{field} ends with {found[-1]['role']}; accepted: messages that end with the user")
+    return with_system(found, row)
 
 
 def _turns(row: Row, field: str) -> list[Message]:
     """The answer in a field, a text or a list of messages."""
-    return message_list(row, field) if isinstance(decoded(row.get(field)), list) else [_said(answer(row, field))]
+    return message_list(row, field) if holds_messages(row, field) else [_said(answer(row, field))]
 
 
 def _said(words: str) -> Message:
     return {"role": "assistant", "content": words}
 
 
-def _parted(left: list[Message], right: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """The common beginning, up to a message of the user; and what follows it on both sides."""
+def _parted(
+    asked: list[Message], left: list[Message], right: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """What is asked with the common beginning, up to a message of the user; and what follows it on both sides."""
     same = next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
     same = min(same, len(left) - 1, len(right) - 1)
     while same > 0 and left[same - 1]["role"] not in ("user", "tool"):
         same -= 1
-    if same <= 0:
+    if same <= 0 and not asked:
         raise BadRowError("chosen and rejected do not begin alike; accepted: the same prompt in both")
-    return left[:same], left[same:], right[same:]
+    return [*asked, *left[:same]], left[same:], right[same:]
 
 
 def _ends_in_answer(turns: list[Message], field: str) -> None:
@@ -177,11 +192,20 @@ def _ends_in_answer(turns: list[Message], field: str) -> None:
 
 
 def _compared(
-    prompt: list[Message], chosen: list[Message], rejected: list[Message], margin: float | None = None
+    prompt: list[Message],
+    chosen: list[Message],
+    rejected: list[Message],
+    margin: float | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[Record]:
-    return [] if chosen == rejected else [Preference(prompt, chosen, rejected, margin)]
+    return [] if chosen == rejected else [Preference(prompt, chosen, rejected, margin, tools or [])]
 
 
-def _ranked(prompt: list[Message], answers: list[list[Message]], ranks: list[float]) -> Ranked:
+def _ranked(
+    prompt: list[Message],
+    answers: list[list[Message]],
+    ranks: list[float],
+    tools: list[dict[str, Any]] | None = None,
+) -> Ranked:
     order = sorted(range(len(answers)), key=lambda place: ranks[place])
-    return Ranked(prompt, [answers[place] for place in order], [ranks[place] for place in order])
+    return Ranked(prompt, [answers[place] for place in order], [ranks[place] for place in order], tools or [])

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
-"""``role`` (system, user, assistant, tool), ``content``, ``"train": False`` on an answer that is not learned, and
-OpenAI's ``tool_calls``, ``tool_call_id`` and ``name`` where the row has them."""
+"""``role`` (system, user, assistant, tool), ``content``, ``"train": False`` on an answer that is not learned, the first
+of ``THOUGHTS``, and OpenAI's ``tool_calls``, ``tool_call_id`` and ``name`` where the row has them."""
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""What data sets and chat templates call the thoughts before an answer. Records have the first name."""
 
 
 class BadRowError(Exception):
@@ -43,6 +46,8 @@ class Prompt:
     messages: list[Message]
     fields: dict[str, Any] = field(default_factory=dict)
     """The row's columns; ``answer`` is the known one, where there is one."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Functions that the model may call, as of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Preference:
     rejected: list[Message]
     margin: float | None = None
     """How much better, where the row says so."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Functions that the model may call, as of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Ranked:
     """Each is what follows the prompt."""
     ranks: list[float]
     """Of each answer, ascending; equal ones decide nothing."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Functions that the model may call, as of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class Judged:
     prompt: list[Message]
     completion: list[Message]
     desirable: bool
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Functions that the model may call, as of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ KIND_NAMES: dict[type, str] = {
 
 def _prompt_of(record: Conversation) -> Prompt:
     *before, answer = record.messages
-    return Prompt(before, {"answer": answer["content"], **record.fields})
+    return Prompt(before, {"answer": answer["content"], **record.fields}, record.tools)
 
 
 def _source_target_of(record: Conversation) -> SourceTarget:
@@ -134,7 +145,7 @@ def _pairs_of(record: Ranked) -> list[Preference]:
     """Every better answer against every worse one (InstructGPT, arXiv:2203.02155, section 3.5)."""
     placed = list(zip(record.ranks, record.answers, strict=True))
     return [
-        Preference(record.prompt, better, worse)
+        Preference(record.prompt, better, worse, tools=record.tools)
         for place, (rank, better) in enumerate(placed)
         for other, worse in placed[place + 1 :]
         if rank < other and better != worse
@@ -144,19 +155,19 @@ def _pairs_of(record: Ranked) -> list[Preference]:
 _TURNED: dict[tuple[type, type], Callable[[Any], list[Any]]] = {
     (Conversation, Prompt): lambda record: [_prompt_of(record)],
     (Conversation, SourceTarget): lambda record: [_source_target_of(record)],
-    (Preference, Conversation): lambda record: [Conversation([*record.prompt, *record.chosen])],
-    (Preference, Prompt): lambda record: [Prompt(record.prompt)],
+    (Preference, Conversation): lambda record: [Conversation([*record.prompt, *record.chosen], record.tools)],
+    (Preference, Prompt): lambda record: [Prompt(record.prompt, tools=record.tools)],
     (Preference, Judged): lambda record: [
-        Judged(record.prompt, record.chosen, True),
-        Judged(record.prompt, record.rejected, False),
+        Judged(record.prompt, record.chosen, True, record.tools),
+        Judged(record.prompt, record.rejected, False, record.tools),
     ],
     (Ranked, Preference): _pairs_of,
-    (Ranked, Conversation): lambda record: [Conversation([*record.prompt, *record.answers[0]])],
-    (Ranked, Prompt): lambda record: [Prompt(record.prompt)],
+    (Ranked, Conversation): lambda record: [Conversation([*record.prompt, *record.answers[0]], record.tools)],
+    (Ranked, Prompt): lambda record: [Prompt(record.prompt, tools=record.tools)],
     (Judged, Conversation): lambda record: (
-        [Conversation([*record.prompt, *record.completion])] if record.desirable else []
+        [Conversation([*record.prompt, *record.completion], record.tools)] if record.desirable else []
     ),
-    (Judged, Prompt): lambda record: [Prompt(record.prompt)],
+    (Judged, Prompt): lambda record: [Prompt(record.prompt, tools=record.tools)],
 }
 
 

@@ -15,12 +15,14 @@ from finetune_trainer.data.fields import Row
 from finetune_trainer.data.files import Place, Rows, TextUnit, head, read_rows
 from finetune_trainer.data.formats import TABLE
 from finetune_trainer.data.recognise import SAMPLE, UnknownFormatError, recognise, recognise_text
-from finetune_trainer.data.records import KIND_NAMES, BadRowError, accepts, as_kind
+from finetune_trainer.data.records import KIND_NAMES, BadRowError, Prompt, accepts, as_kind
 from finetune_trainer.fetching.wanted import data_kind, local_files
 from finetune_trainer.outcome import RunError
 
 log = logging.getLogger(__name__)
 
+TASK = "task"
+"""The column that says which task a row belongs to, for methods that have some."""
 _SHOWN = 5  # bad rows named in one message
 _TRANSCRIPTS = ("chatml", "chatglm", "claude", "guanaco")
 
@@ -69,16 +71,22 @@ def records(
 ) -> Iterator[tuple[Place, Row, Any]]:
     """Every record of a source with its place and its row, as records of the kind ``wanted``.
 
-    Counts rows, and unused (rows that decide or teach nothing). RunError: INVALID_CONFIGURATION where the format is
-    not known, or gives nothing the stage learns from.
+    Counts rows and unused (rows that decide or teach nothing), and names the columns that nobody reads (unread).
+    RunError: INVALID_CONFIGURATION where the format is not known, or gives nothing the stage learns from.
     """
     chosen, rows = _opened(source, path, wanted)
     counts["format"] = bad.format = chosen
+    columns = {TASK, *((*TABLE[chosen].needs, *TABLE[chosen].knows) if chosen in TABLE else ())}
+    unread: set[str] = set()
+    counts["unread"] = []
     for place, row in rows:
         counts["rows"] += 1
         try:
             if isinstance(row, BadRowError):
                 raise row
+            if wanted is not Prompt and (more := row.keys() - columns - unread):
+                unread |= more  # reward functions get every column of a prompt
+                counts["unread"] = sorted(map(str, unread))
             made = [turned for record in TABLE[chosen].convert(row) for turned in as_kind(record, wanted)]
         except BadRowError as error:
             bad.add(place, error)

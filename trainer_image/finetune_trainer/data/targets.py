@@ -134,17 +134,23 @@ def _words(renderer: Renderer, sketches: list[Sketch]) -> Iterator[Draft]:
             f"{type(tokenizer).__name__} does not tell. Accepted: a fast tokenizer (a tokenizer.json). Convert it, or "
             "use another model.",
         )
-    words = [sketch.raw[0] for sketch in sketches]
-    encoded = tokenizer(words, is_split_into_words=True, truncation=False, verbose=False)
+    # With spaces between, as in running text: given words one by one, byte-level tokenizers write them as one.
+    texts = [" ".join(sketch.raw[0]) for sketch in sketches]
+    encoded = tokenizer(texts, return_offsets_mapping=True, truncation=False, verbose=False)
     for place, sketch in enumerate(sketches):
         ids = np.asarray(encoded["input_ids"][place], np.int32)
         tags = np.full(len(ids), IGNORED, np.int32)
+        stops = np.cumsum([len(word) + 1 for word in sketch.raw[0]])  # of each word, with the space behind it
         before, end = None, len(ids)
-        for token, word in enumerate(encoded.word_ids(place)):
-            if word is not None:
-                end = token + 1
-                if word != before:
-                    tags[token] = sketch.raw[1][word]
+        sequence = encoded.sequence_ids(place)
+        for token, (start, stop) in enumerate(encoded["offset_mapping"][place]):
+            if sequence[token] is None or stop <= start:
+                continue
+            end = token + 1
+            # A token may begin with the space before its word.
+            word = int(np.searchsorted(stops, stop - 1, side="right"))
+            if word != before:
+                tags[token] = sketch.raw[1][word]
             before = word
         yield Draft((Tokens(ids, tags != IGNORED, tags),), {**sketch.numbers, "end": end})
 

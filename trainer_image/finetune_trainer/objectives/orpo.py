@@ -60,7 +60,11 @@ def figures(told: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _log1mexp(value: torch.Tensor) -> torch.Tensor:
-    """log(1 - exp(value)) without cancellation, value < 0."""
+    """log(1 - exp(value)) without cancellation, value <= 0.
+
+    Of an answer that is certain, 0, it would be minus infinity, and the loss no number: the value next to 0 is taken.
+    """
+    value = value.clamp(max=-torch.finfo(value.dtype).eps)
     return torch.where(value < -0.6931471805599453, torch.log1p(-torch.exp(value)), torch.log(-torch.expm1(value)))
 
 
