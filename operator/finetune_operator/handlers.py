@@ -19,7 +19,8 @@ from typing import Any
 
 import kopf
 from aiohttp import web
-from kopf._cogs.structs import references as kopf_references  # what it watches is told nowhere else
+from kopf._cogs.clients import errors as kopf_errors  # why it ended, and
+from kopf._cogs.structs import references as kopf_references  # what it watches, is told nowhere else
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from finetune_api.base import seconds
@@ -131,9 +132,8 @@ class Operator:
                     insights=self.watching,
                     stop_flag=gone,
                 )
-            except Exception:
-                if await self._is_served():
-                    raise
+            except kopf_errors.APINotFoundError:
+                pass  # gone, and perhaps back already
             else:
                 if not gone.is_set():
                     return

@@ -151,6 +151,22 @@ def chart_role() -> Object:
 
 
 @contextlib.contextmanager
+def without_right(cluster: Cluster, own: str, verb: str, resource: str) -> Iterator[None]:
+    """The operator under test lacks one right of the chart's meanwhile."""
+
+    def rights(rules: list[Object]) -> None:
+        role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": own}}
+        cluster.apply({**role, "rules": rules})
+
+    rules = chart_role()["rules"]
+    rights([{**r, "verbs": [v for v in r["verbs"] if (r["resources"], v) != ([resource], verb)]} for r in rules])
+    try:
+        yield
+    finally:
+        rights(rules)
+
+
+@contextlib.contextmanager
 def account(cluster: Cluster, own: str, folder: Path) -> Iterator[Path]:
     """A kubeconfig of a service account with the rights of the chart and no others."""
     objects = template(*CHART_VALUES)

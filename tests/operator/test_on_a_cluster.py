@@ -3,6 +3,7 @@ they end, and their trainers speak, as a test says."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import UTC, datetime
 
@@ -32,7 +33,7 @@ from tests.operator.jobs_on_a_cluster import (
     wait_for_state,
     workers,
 )
-from tests.operator.operator_process import Trainers
+from tests.operator.operator_process import Trainers, without_right
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("operator")]
 
@@ -221,8 +222,16 @@ def test_a_node_that_cannot_start_containers_is_left_and_the_job_goes_on(cluster
 # --- failures of nodes ---
 
 
-def test_a_node_that_dies_is_left_and_kept_out(cluster: Cluster, namespace: str, own: str) -> None:
+@pytest.mark.parametrize("may_read_nodes", [True, False])
+def test_a_node_that_dies_is_left_and_kept_out(
+    cluster: Cluster, namespace: str, own: str, may_read_nodes: bool
+) -> None:
     """As where the machine is gone: its pod is never confirmed to have ended, and must not be waited for."""
+    with contextlib.nullcontext() if may_read_nodes else without_right(cluster, own, "get", "nodes"):
+        leave_a_dead_node(cluster, namespace)
+
+
+def leave_a_dead_node(cluster: Cluster, namespace: str) -> None:
     cluster.apply(fine_tune_job("tune", profile="on-silent-nodes"), namespace=namespace)
     pods = workers(cluster, namespace, "tune")
     dead, silent = pods[1]["spec"]["nodeName"], pods[0]["metadata"]["name"]

@@ -28,7 +28,7 @@ from tests.operator.jobs_on_a_cluster import (
     wait_for_state,
     workers,
 )
-from tests.operator.operator_process import OperatorProcess, Trainers, chart_role
+from tests.operator.operator_process import OperatorProcess, Trainers, without_right
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("operator")]
 
@@ -311,20 +311,12 @@ def test_a_quota_on_jobs_and_a_policy_that_denies_are_told_from_the_first_pass_o
 def test_a_right_that_is_lost_is_told_and_found_again(
     cluster: Cluster, namespace: str, own: str, operator: OperatorProcess
 ) -> None:
-    def rights(rules: list[Object]) -> None:
-        role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": own}}
-        cluster.apply({**role, "rules": rules})
-
-    all_rules = chart_role()["rules"]
-    fewer = [{**r, "verbs": [v for v in r["verbs"] if (r["resources"], v) != (["jobs"], "create")]} for r in all_rules]
     errors = operator.metric("finetune_operator_reconcile_errors_total")
     assert errors is not None
-    rights(fewer)
-    try:
+    with without_right(cluster, own, "create", "jobs"):
         cluster.apply(fine_tune_job("tune"), namespace=namespace)
         told_why = wait_for_reason(cluster, namespace, "tune", "Reconciled", "ReconcileError")
-    finally:
-        rights(all_rules)
+        assert shown(cluster, namespace, "tune")["STATE"] == "Pending"
     assert told_why["status"] == "False"
     assert f"Could not apply Job {namespace}/tune-a1: 403 " in told_why["message"]
     assert 'cannot create resource "jobs"' in told_why["message"]
