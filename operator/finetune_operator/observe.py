@@ -20,6 +20,7 @@ from finetune_operator.manifests import (
     LABEL_READS,
     MADE_FROM,
     config_name,
+    job_name,
 )
 
 Object = Mapping[str, Any]
@@ -287,7 +288,7 @@ def observe(name: str, children: Iterable[dict[str, Any]], uid: str = "") -> Obs
     """Facts of the children of the FineTuneJob ``name``; with ``uid``, of the one that has it: names and labels are
     anybody's, and an object is its controller's."""
     everything = list(children)
-    whose = Whose(everything, uid)
+    whose = Whose(everything, name, uid)
     gangs, pods = [], []
     config, spec = None, None
     own = list(filter(whose.ours, everything))
@@ -338,9 +339,9 @@ def controller_of(child: Object) -> Object:
 class Whose:
     """Whose an object is, by the uid of its controller. (Without a uid, all are ours.)"""
 
-    def __init__(self, children: Iterable[Object], uid: str) -> None:
+    def __init__(self, children: Iterable[Object], name: str, uid: str) -> None:
         jobs = [c for c in children if c["kind"] == "Job"]
-        self._uid = uid
+        self._name, self._uid = name, uid
         self._jobs = {c["metadata"].get("uid") for c in jobs if controller_of(c).get("uid") == uid}
         self._nobodys = {c["metadata"].get("uid") for c in jobs if not controller_of(c)}
 
@@ -352,7 +353,12 @@ class Whose:
         """Of a FineTuneJob of the same name, or of a Job, that was deleted: the garbage collector takes it away. (What
         has lost its owner is nobody's, and stays.)"""
         owner = controller_of(child)
-        return not self.ours(child) and owner.get("kind") in (KIND, "Job") and owner["uid"] not in self._nobodys
+        if not owner or self.ours(child):
+            return False
+        if owner["kind"] == KIND:
+            return bool(owner["name"] == self._name)
+        own = owner["kind"] == "Job" and re.fullmatch(re.escape(job_name(self._name, 0))[:-1] + r"\d+", owner["name"])
+        return bool(own) and owner["uid"] not in self._nobodys
 
 
 def _leaving(child: Object) -> Leaving:

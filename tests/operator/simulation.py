@@ -254,7 +254,14 @@ class Simulation:
                     "labels": labels,
                     "creationTimestamp": format_time(self.now),
                     "uid": f"uid-{next(self._numbers)}",
-                    "ownerReferences": [{"kind": "Job", "uid": job["metadata"]["uid"], "controller": True}],
+                    "ownerReferences": [
+                        {
+                            "kind": "Job",
+                            "name": job["metadata"]["name"],
+                            "uid": job["metadata"]["uid"],
+                            "controller": True,
+                        }
+                    ],
                 },
                 "spec": template["spec"],
                 "status": {"phase": "Pending"},

@@ -294,15 +294,25 @@ def test_who_was_told_to_go_is_the_cause_where_nothing_had_failed_before(
     assert judged(pod(0, deleting=True, told=told, **end), victim).cause is cause
 
 
+OWNERS = {"FineTuneJob": {"kind": "FineTuneJob", "name": "tune"}, "Job": {"kind": "Job", "name": "tune-a1"}}
+
+
 def test_pods_of_a_job_that_is_gone_are_nobodys() -> None:
     def owned(kind: str, by: str, child: dict[str, Any], uid: str) -> dict[str, Any]:
-        metadata = child["metadata"] | {"uid": uid, "ownerReferences": [{"kind": kind, "uid": by, "controller": True}]}
+        metadata = child["metadata"] | {
+            "uid": uid,
+            "ownerReferences": [{**OWNERS[kind], "uid": by, "controller": True}],
+        }
         return child | {"metadata": metadata}
 
     ours, gone = owned("FineTuneJob", "new", JOB, "job"), pod(deleting=True)
     seen = observe("tune", [ours, owned("Job", "job", pod(1), "b"), owned("Job", "lost", gone, "a")], "new")
     assert [p.index for p in seen.pods] == [1]
-    assert seen.earlier
+    assert (seen.earlier, seen.strangers) == (True, ())
+    theirs = owned("Job", "lost", pod(0), "a")
+    theirs["metadata"]["ownerReferences"][0]["name"] = "their-own-job"  # which only has our label in its template
+    seen = observe("tune", [ours, owned("Job", "job", pod(1), "b"), theirs], "new")
+    assert (seen.earlier, seen.strangers) == (False, ("tune-a1-0-x",))
     assert judge(seen.job(1), seen.pods_of(1), NO_NODES, datetime.now(UTC)) is None
 
 

@@ -69,6 +69,13 @@ def test_a_job_runs_on_two_nodes_and_succeeds(cluster: Cluster, namespace: str, 
         "STATE": "Running", "PROGRESS": "40 %", "STEP": "4", "LOSS": "1.2500", "ETA": "1m12s", "RESTARTS": "0",
     }  # fmt: skip
 
+    # What is told is of the gang that runs; what is asked for since then waits for the next one.
+    change(cluster, namespace, "tune", workers={"replicas": 4, "gpusPerWorker": 8})
+    pending = wait_for_reason(cluster, namespace, "tune", "Accepted", "ChangePending")
+    assert pending["message"].startswith("spec.workers.replicas: 2 → 4: taken over by the next attempt")
+    running = cluster.get(JOBS, "tune", namespace=namespace)
+    assert (running["status"]["state"], condition(running, "PodsReady")["message"]) == ("Running", "All 2 workers run.")
+
     end(cluster, pods[0], 0, word=result("tune"))
     end(cluster, pods[1], 0)
     done = cluster.wait_for_condition(JOBS, "tune", "Complete", namespace=namespace)

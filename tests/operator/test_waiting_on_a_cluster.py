@@ -224,6 +224,10 @@ def test_mistakes_the_api_server_cannot_see_are_all_told_and_corrected(cluster: 
     told_why = wait_for_reason(cluster, namespace, "tune", "Accepted", "InvalidSpec")
     assert told_why["status"] == "False"
     assert len(told_why["message"].splitlines()) == 2
+    # More of them than a condition holds.
+    many = {f"no_such_thing_{number}": number for number in range(1000)}
+    cluster.apply(fine_tune_job("many", training={"lr_scheduler_kwargs": many}), namespace=namespace)
+    assert len(wait_for_reason(cluster, namespace, "many", "Accepted", "InvalidSpec")["message"]) == 32768
     assert "spec.method.target_modules: " in told_why["message"]
     assert "spec.training.lr_scheduler_kwargs.num_cycle: " in told_why["message"]
     invalid = wait_for_state(cluster, namespace, "tune", "Invalid")
