@@ -75,6 +75,14 @@ def test_every_alert_has_a_runbook_of_its_name_and_every_runbook_an_alert(rules:
     assert {path.stem for path in (ROOT / "docs" / "runbooks").glob("*.md")} == {rule["alert"] for rule in rules}
 
 
+def test_the_runbook_of_a_job_that_does_not_start_has_a_remedy_for_every_reason() -> None:
+    row = next(x for x in (ROOT / "docs" / "api.md").read_text().splitlines() if x.startswith("| `PodsReady` |"))
+    reasons = set(re.findall(r"`(\w+)`", row)) - {"PodsReady"}
+    text = (ROOT / "docs" / "runbooks" / "JobPending.md").read_text()
+    told = {reason for reason in reasons if f"\n| {reason}" in text}
+    assert reasons - told == {"Queued", "NoPods"}  # which are no trouble, or of a moment
+
+
 def test_every_alert_has_a_severity_a_summary_and_a_description(rules: list[Object]) -> None:
     for rule in rules:
         assert rule["labels"]["severity"] in ("critical", "warning", "info")
