@@ -98,6 +98,14 @@ def refused(sim: Simulation) -> None:
         sim.reconcile("tune")
 
 
+def finishing(sim: Simulation) -> None:
+    running(sim)
+    while not sim.children_of["Job", "tune-a1"]["status"].get("conditions"):
+        sim.tick()
+    sim.workers.clear()
+    sim.reconcile("tune")
+
+
 def succeeded(sim: Simulation) -> None:
     sim.run("tune")
 
@@ -117,6 +125,7 @@ STORIES: list[tuple[Callable[[Simulation], None], str, str, tuple[int, int]]] = 
     (waiting, "Waiting", "Waiting for FineTuneJob other, which does not exist yet.", (0, 0)),
     (invalid, "Invalid", "spec.method.target_modules: ", (0, 0)),
     (failed, "Failed", "AccessDenied: no …", (0, 0)),
+    (finishing, "Finishing", "The workers have finished, and their pods are gone: ", (0, 0)),
     (succeeded, "Succeeded", "The run has finished after 10 steps; its output is in s3://team/tune", (0, 0)),
 ]
 
@@ -149,7 +158,7 @@ def test_a_pass_that_is_refused_is_the_message() -> None:
     assert told(refused).status("tune")["message"] == "Could not apply: 500 the API server is ill"
 
 
-@pytest.mark.parametrize("story", [suspended, failed, resumed, queued_again])
+@pytest.mark.parametrize("story", [suspended, failed, resumed, queued_again, finishing])
 def test_what_was_true_of_the_moment_is_not_told_of_a_run_that_rests(story: Callable[[Simulation], None]) -> None:
     sim = told(story)
     progress, found = sim.status("tune")["progress"], figures(sim.jobs["tune"], sim.settings)
