@@ -4,6 +4,7 @@ Called by ``reconcile.py``; both clusters run what is written here.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,11 @@ def job_name(name: str, attempt: int) -> str:
 def reader_name(name: str, attempt: int) -> str:
     """Name of the Job that reads what an attempt wrote."""
     return f"{job_name(name, attempt)}-word"
+
+
+def names_a_job_of(name: str, found: str) -> bool:
+    """Whether a Job of that name was made for a FineTuneJob ``name``: :func:`job_name`, :func:`reader_name`."""
+    return re.fullmatch(re.escape(name) + r"-a\d+(-word)?", found) is not None
 
 
 def pod_group_name(plan: Plan) -> str:

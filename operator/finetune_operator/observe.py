@@ -20,7 +20,7 @@ from finetune_operator.manifests import (
     LABEL_READS,
     MADE_FROM,
     config_name,
-    job_name,
+    names_a_job_of,
 )
 
 Object = Mapping[str, Any]
@@ -357,8 +357,8 @@ class Whose:
             return False
         if owner["kind"] == KIND:
             return bool(owner["name"] == self._name)
-        own = owner["kind"] == "Job" and re.fullmatch(re.escape(job_name(self._name, 0))[:-1] + r"\d+", owner["name"])
-        return bool(own) and owner["uid"] not in self._nobodys
+        own = owner["kind"] == "Job" and names_a_job_of(self._name, owner["name"])
+        return own and owner["uid"] not in self._nobodys
 
 
 def _leaving(child: Object) -> Leaving:
