@@ -29,7 +29,6 @@ class Cause(StrEnum):
     CHECKPOINT_MISMATCH = "CheckpointMismatch"
     OUT_OF_GPU_MEMORY = "OutOfGPUMemory"
     NON_FINITE_LOSS = "NonFiniteLoss"
-    NO_ACCELERATOR = "NoAccelerator"
     # the run's
     OUT_OF_MEMORY = "OutOfMemory"
     OUT_OF_DISK = "OutOfDisk"
@@ -41,6 +40,7 @@ class Cause(StrEnum):
     ENDPOINT_UNAVAILABLE = "EndpointUnavailable"
     COMMUNICATION_ERROR = "CommunicationError"
     GPU_ERROR = "GPUError"
+    NO_ACCELERATOR = "NoAccelerator"
     START_ERROR = "StartError"
     CONTAINER_ERROR = "ContainerError"
     UNKNOWN = "Unknown"
@@ -67,7 +67,6 @@ RETRY: dict[Cause, Retry] = {
     Cause.CHECKPOINT_MISMATCH: Retry.NEVER,
     Cause.OUT_OF_GPU_MEMORY: Retry.NEVER,
     Cause.NON_FINITE_LOSS: Retry.NEVER,
-    Cause.NO_ACCELERATOR: Retry.NEVER,
     Cause.OUT_OF_MEMORY: Retry.COUNTED,
     Cause.OUT_OF_DISK: Retry.COUNTED,
     Cause.TRAINER_ERROR: Retry.COUNTED,
@@ -78,6 +77,7 @@ RETRY: dict[Cause, Retry] = {
     Cause.ENDPOINT_UNAVAILABLE: Retry.COUNTED,
     Cause.COMMUNICATION_ERROR: Retry.COUNTED,
     Cause.GPU_ERROR: Retry.COUNTED,
+    Cause.NO_ACCELERATOR: Retry.COUNTED,
     Cause.START_ERROR: Retry.COUNTED,
     Cause.CONTAINER_ERROR: Retry.COUNTED,
     Cause.UNKNOWN: Retry.COUNTED,

@@ -74,7 +74,10 @@ CAUSES = {
     "CheckpointMismatch": "The checkpoints found are those of another configuration.",
     "OutOfGPUMemory": "The model, its optimizer or a batch does not fit into GPU memory.",
     "NonFiniteLoss": "The loss became NaN or infinite.",
-    "NoAccelerator": "A worker found no GPU although gpusPerWorker asks for some.",
+    "NoAccelerator": (
+        "A worker found no GPU although gpusPerWorker asks for some; its node is left out of the next attempt. It is "
+        "final when it happens again."
+    ),
     "OutOfMemory": "A container used more memory than its limit.",
     "OutOfDisk": "The pod used more disk than its own limit (an emptyDir, ephemeral storage), or a disk is full.",
     "TrainerError": "The trainer raised an error it has no name for; the log's last lines are in status.",

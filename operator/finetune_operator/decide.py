@@ -348,7 +348,7 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
     log = facts.logs.get(failure.pod, [])
     if failure.cause is Cause.CONTAINER_ERROR and log:  # its log is where a container of the user's own speaks
         failure = replace(failure, message=f"{failure.message} Its log ends with: {log[-1]}")
-    other = _other_that_could_not_start(status.attempts, failure)
+    before = _so_before(status.attempts, failure)
     ended = attempt_ended(
         current,
         facts.now,
@@ -367,8 +367,8 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
     if last is not None and last.last_checkpoint is not None:
         update |= _with_checkpoint(status, last)
     status = status.model_copy(update=update)
-    if other is not None:
-        message = f"{failure.cause}: {failure.message} Node {other.node} could not start it either."
+    if before is not None:
+        message = f"{failure.cause}: {failure.message} So did attempt {before.number} end, on node {before.node}."
         return _fail(facts, status, Reason.NOT_RETRYABLE, message)
     limit = facts.plan.max_restarts if facts.plan else 0
     if failure.retry is Retry.NEVER or (counted and status.counted_restarts >= limit):
@@ -388,12 +388,14 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
     return _between_attempts(facts, status)
 
 
-def _other_that_could_not_start(attempts: list[AttemptStatus], failure: Failure) -> AttemptStatus | None:
-    """The attempt before, on another node, that failed in this way, too: then it is not the node."""
-    if failure.cause is not Cause.START_ERROR:
+def _so_before(attempts: list[AttemptStatus], failure: Failure) -> AttemptStatus | None:
+    """The earlier attempt which shows that a failure for which a node was blamed is not the node's: a container that
+    another node could not start either, or GPUs that are missing again after a try elsewhere."""
+    if failure.cause not in (Cause.START_ERROR, Cause.NO_ACCELERATOR):
         return None
-    others = (a for a in fruitless(attempts) if a.cause == Cause.START_ERROR and a.node and a.node != failure.node)
-    return next(others, None)
+    alike = [a for a in fruitless(attempts) if a.cause == failure.cause and a.node]
+    again = failure.cause is Cause.NO_ACCELERATOR
+    return next((a for a in alike if again or a.node != failure.node), None)
 
 
 def fruitless(attempts: list[AttemptStatus]) -> list[AttemptStatus]:
@@ -663,6 +665,8 @@ def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Fin
     for pod in pods:
         if pod.unschedulable:
             message = f"{count} No node for {pod.name}: {pod.unschedulable}"
+            if (news := facts.news.get(pod.name)) and news.trouble:  # of its resource claims
+                message += f" {news.reason}: {news.message}"
             return Finding(Condition.PODS_READY, False, Reason.UNSCHEDULABLE, message)
     for pod in pods:
         if pod.waiting in WAITING_FOR_EVER and not pod.running_since:

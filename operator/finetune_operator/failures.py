@@ -18,7 +18,7 @@ SIGKILL, SIGTERM, SIGSEGV, SIGABRT, SIGBUS = 9, 15, 11, 6, 7
 _SIGNALS = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGSEGV: "SIGSEGV", SIGABRT: "SIGABRT", SIGBUS: "SIGBUS"}
 
 # Causes that blame the machine, whoever tells of them: the next attempt goes elsewhere.
-_NODE_TO_BLAME = {Cause.NODE_LOST, Cause.GPU_ERROR, Cause.START_ERROR, Cause.POD_REJECTED}
+_NODE_TO_BLAME = {Cause.NODE_LOST, Cause.GPU_ERROR, Cause.NO_ACCELERATOR, Cause.START_ERROR, Cause.POD_REJECTED}
 # What the rest of a gang dies of: if another pod has a better story (a lower number), that one is the cause.
 _SECONDARY = {Cause.KILLED: 1, Cause.UNKNOWN: 1, Cause.COMMUNICATION_ERROR: 2, Cause.TERMINATED: 2}
 ECHO_PATIENCE = timedelta(seconds=5)
@@ -330,7 +330,7 @@ _TEXTS: tuple[tuple[str, Cause, str], ...] = (
     ),
     (
         r"uncorrectable ECC|Xid|CUDA error: (device-side|unspecified|an illegal|misaligned|no kernel)|"
-        r"CUDA driver initialization failed",
+        r"CUDA driver initialization failed|driver/library version mismatch|lib(cuda|nvidia-ml)\.so",
         Cause.GPU_ERROR,
         "The GPU reported an error.",
     ),

@@ -79,6 +79,7 @@ def judged(
         (ended(75), Cause.TERMINATED, "told to stop"),
         (ended(1, message="torch.OutOfMemoryError: CUDA out of memory. Tried"), Cause.OUT_OF_GPU_MEMORY, "gradient_ch"),
         (ended(1, message="x\nRuntimeError: CUDA error: uncorrectable ECC error"), Cause.GPU_ERROR, "ECC"),
+        (ended(1, message="ImportError: libcuda.so.1: cannot open shared object"), Cause.GPU_ERROR, "libcuda.so.1"),
         (ended(1, message="ncclRemoteError: a peer has gone"), Cause.COMMUNICATION_ERROR, "lost each other"),
         (ended(1, message="/usr/bin/python: No module named finetune_trainer"), Cause.INVALID_CONFIGURATION, "image"),
         (ended(1, message="Traceback\nValueError: boom"), Cause.TRAINER_ERROR, "ValueError: boom"),

@@ -737,7 +737,24 @@ def test_a_container_that_a_second_node_cannot_start_either_is_not_the_nodes_fau
         ("StartError", True, True)
     ] * 2
     assert sim.reason("tune", "Failed") == ("True", "NotRetryable")
-    assert sim.message("tune", "Failed").endswith(f"Node {first} could not start it either.")
+    assert sim.message("tune", "Failed").endswith(f" So did attempt 1 end, on node {first}.")
+
+
+@pytest.mark.parametrize(("broken", "state"), [(1, "Succeeded"), (2, "Failed")])
+def test_a_node_that_lost_its_gpus_is_left_and_an_image_that_sees_none_anywhere_is_a_mistake(
+    sim: Simulation, broken: int, state: str
+) -> None:
+    sim.edit("tune", workers={"replicas": 1})
+    for attempt in range(1, 1 + broken):
+        pod = f"tune-a{attempt}-0-abcde"
+        while pod not in sim.workers or sim.workers[pod].raw["status"]["phase"] != "Running":
+            sim.reconcile("tune")
+            sim.tick()
+        sim.exit(pod, 1, Termination(cause=Cause.NO_ACCELERATOR, message="No GPU was found", exit_code=1))
+        sim.step[f"tune-a{attempt}"] = 0
+    status = sim.run("tune")
+    assert (status["state"], [a["cause"] for a in status["attempts"]].count("NoAccelerator")) == (state, broken)
+    assert len({a["node"] for a in status["attempts"] if a["nodeSuspect"]}) == broken
 
 
 def test_a_node_without_its_gpu_driver_is_left(sim: Simulation) -> None:
