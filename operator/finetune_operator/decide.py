@@ -23,7 +23,7 @@ from finetune_api.run import HTTP_PORT, TRAINER_CONTAINER, Progress, Termination
 from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.failures import ECHO_PATIENCE, WAITING_FOR_EVER, Failure, explain_exit, judge, taken_back
-from finetune_operator.manifests import job_name
+from finetune_operator.manifests import KUEUE_PRIORITY, job_name, queue_labels
 from finetune_operator.observe import GangJob, Leaving, News, Observed, Pod, Reader, format_time, parse_time
 from finetune_operator.plan import Plan, changed_fields
 from finetune_operator.status import (
@@ -127,6 +127,15 @@ class Delete:
 
 
 @dataclass(frozen=True)
+class Relabel:
+    """Labels to put on the Job of the current attempt."""
+
+    name: str
+    uid: str
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Decision:
     """What one pass leads to."""
 
@@ -142,6 +151,8 @@ class Decision:
     """After the status is written."""
     delete_job: bool = False
     """The FineTuneJob itself is to go (TTL)."""
+    relabel: Relabel | None = None
+    """Last of all, so that whoever refuses it holds up nothing else."""
     requeue: float | None = None
     """Look again after this many seconds; None: when something happens."""
 
@@ -643,7 +654,18 @@ def _running(
     if due := _gives_back_at(facts, current, job, pods):
         poll = min(poll, (due - facts.now).total_seconds())
     judged = healthy(facts.progress.unhealthy if facts.progress else None)
-    return Decision(_written(facts, status, state, pods_ready, progressing, *judged, *_not_finished()), requeue=poll)
+    written = _written(facts, status, state, pods_ready, progressing, *judged, *_not_finished())
+    return Decision(written, relabel=_relabelled(facts, job), requeue=poll)
+
+
+def _relabelled(facts: Facts, job: GangJob | None) -> Relabel | None:
+    """What was changed for Kueue since. It takes another queue until it starts a Job, and another priority always."""
+    if facts.plan is None or job is None or job.deleting:
+        return None
+    changed = {k: v for k, v in queue_labels(facts.plan).items() if job.queue_labels.get(k) != v}
+    if not job.suspended:
+        changed = {k: v for k, v in changed.items() if k == KUEUE_PRIORITY}
+    return Relabel(job.name, job.uid, changed) if changed else None
 
 
 def _pods_ready(facts: Facts, job: GangJob | None, pods: tuple[Pod, ...]) -> Finding:

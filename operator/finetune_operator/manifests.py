@@ -30,6 +30,7 @@ LABEL_READS = f"{GROUP}/reads-attempt"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "finetune-operator"}
 KUEUE = "kueue.x-k8s.io"
 KUEUE_QUEUE = f"{KUEUE}/queue-name"
+KUEUE_PRIORITY = f"{KUEUE}/priority-class"
 VOLCANO = "volcano.sh"
 VOLCANO_QUEUE = f"scheduling.{VOLCANO}/queue-name"
 POD_GROUPS = {
@@ -151,13 +152,13 @@ def network_policy(plan: Plan) -> Manifest:
 def job(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...] = ()) -> Manifest:
     """The gang of one attempt: an Indexed Job that never replaces a pod. The operator makes a new Job instead."""
     name = job_name(plan.owner.name, attempt)
-    metadata = _metadata(plan, name, **{LABEL_ATTEMPT: str(attempt)}, **_queue(plan))
+    metadata = _metadata(plan, name, **{LABEL_ATTEMPT: str(attempt)}, **queue_labels(plan))
     made_from = {MADE_FROM: json.dumps(plan.steering, sort_keys=True)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         # Kueue reads some of its annotations here, and some at the pods.
-        "metadata": {**metadata, "annotations": {**made_from, **_of_domain(plan.owner.annotations, KUEUE)}},
+        "metadata": {**metadata, "annotations": {**made_from, **of_domain(plan.owner.annotations, KUEUE)}},
         "spec": {
             "completionMode": "Indexed",
             "completions": plan.workers,
@@ -169,15 +170,15 @@ def job(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...] = ()) -> Manif
     }
 
 
-def _of_domain(given: Mapping[str, str], domain: str) -> dict[str, str]:
+def of_domain(given: Mapping[str, str], domain: str) -> dict[str, str]:
     """Labels or annotations of a domain, and of those below it (provreq.kueue.x-k8s.io)."""
     return {key: value for key, value in given.items() if f".{key.partition('/')[0]}".endswith(f".{domain}")}
 
 
-def _queue(plan: Plan) -> dict[str, str]:
+def queue_labels(plan: Plan) -> dict[str, str]:
     """Labels of a Job that Kueue reads."""
     queue = {KUEUE_QUEUE: plan.profile.queue} if plan.profile.gang_scheduling == "kueue" else {}
-    return queue | _of_domain(plan.owner.labels, KUEUE)
+    return queue | of_domain(plan.owner.labels, KUEUE)
 
 
 def _alone(plan: Plan) -> Plan:
@@ -201,7 +202,7 @@ def pod_groups(plan: Plan) -> list[Manifest]:
         spec["queue"] = asked.get(VOLCANO_QUEUE, plan.profile.queue)
         if priority := pod_template(plan, 1, ())["spec"].get("priorityClassName"):
             spec["priorityClassName"] = priority
-        metadata["annotations"] = _of_domain(plan.owner.annotations, VOLCANO)
+        metadata["annotations"] = of_domain(plan.owner.annotations, VOLCANO)
     return [{"apiVersion": POD_GROUPS[scheduler], "kind": "PodGroup", "metadata": metadata, "spec": spec}]
 
 
@@ -224,7 +225,7 @@ def pod_template(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...]) -> M
     base: Manifest = {
         "metadata": {
             "labels": {**labels(plan), "app.kubernetes.io/component": "worker", LABEL_ATTEMPT: str(attempt)},
-            "annotations": {ANNOTATION_GPUS: str(plan.gpus_per_worker), **_of_domain(plan.owner.annotations, KUEUE)},
+            "annotations": {ANNOTATION_GPUS: str(plan.gpus_per_worker), **of_domain(plan.owner.annotations, KUEUE)},
         },
         "spec": {
             "restartPolicy": "Never",
@@ -300,7 +301,7 @@ def reader(plan: Plan, attempt: int) -> Manifest:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(plan, reader_name(plan.owner.name, attempt), **reads, **_queue(plan)),
+        "metadata": _metadata(plan, reader_name(plan.owner.name, attempt), **reads, **queue_labels(plan)),
         "spec": {
             "completions": 1,
             "parallelism": 1,

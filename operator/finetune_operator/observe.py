@@ -15,12 +15,14 @@ from finetune_operator.manifests import (
     ANNOTATION_GPUS,
     INDEX_LABEL,
     KIND,
+    KUEUE,
     KUEUE_QUEUE,
     LABEL_ATTEMPT,
     LABEL_READS,
     MADE_FROM,
     config_name,
     names_a_job_of,
+    of_domain,
 )
 
 Object = Mapping[str, Any]
@@ -154,6 +156,8 @@ class GangJob:
     """By a queue (Kueue), not by us."""
     queue: str
     """The name of that queue; empty where the job names none."""
+    queue_labels: Mapping[str, str]
+    """All labels of Kueue's."""
     succeeded: bool
     failed: bool
     failure_reason: str
@@ -409,6 +413,7 @@ def _job(child: Object, events: list[dict[str, Any]]) -> GangJob:
         created=parse_time(child["metadata"].get("creationTimestamp")),
         suspended=bool(child.get("spec", {}).get("suspend")),
         queue=(child["metadata"].get("labels") or {}).get(KUEUE_QUEUE, ""),
+        queue_labels=of_domain(child["metadata"].get("labels") or {}, KUEUE),
         succeeded=bool(succeeded),
         failed=bool(failed),
         failure_reason=failed.get("reason", ""),

@@ -274,6 +274,8 @@ def _do(cluster: Cluster, raw: Object, facts: Facts, decision: Decision) -> bool
         cluster.delete(gone.kind, namespace, gone.name, gone.uid, force=gone.force)
     if decision.delete_job:
         cluster.delete_job(raw)
+    if (change := decision.relabel) is not None:
+        cluster.relabel("Job", namespace, change.name, change.uid, change.labels)
     return True
 
 

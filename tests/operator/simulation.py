@@ -349,6 +349,12 @@ class Simulation:
             self.children_of[key]["data"] = copy.deepcopy(manifest["data"])
         self._call("apply-answer")  # killed after it was done, before the answer
 
+    def relabel(self, kind: str, namespace: str, name: str, uid: str, labels: Mapping[str, str]) -> None:
+        self._call("relabel")
+        there = self.children_of.get((kind, name))
+        if there is not None and there["metadata"]["uid"] == uid:
+            there["metadata"]["labels"].update(labels)
+
     def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
         self._call("delete")
         there = self.workers[name].raw if name in self.workers else self.children_of.get((kind, name))

@@ -133,3 +133,28 @@ def test_a_worker_that_is_gone_after_its_end_is_not_one_without_a_node() -> None
     sim.now += timedelta(minutes=5)
     sim.reconcile("tune")
     assert "endTime" not in sim.status("tune")["attempts"][0]
+
+
+QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
+
+
+def test_what_is_said_to_a_queue_later_reaches_it_too() -> None:
+    sim = Simulation()
+    sim.submit("tune", SPEC, labels={QUEUE: "slow"})
+    sim.reconcile("tune")
+    job = sim.children_of["Job", "tune-a1"]
+    job["spec"]["suspend"] = True
+    job["metadata"]["labels"]["kueue.x-k8s.io/of-its-own"] = "kept"
+
+    def told(**changes: str) -> dict[str, str]:
+        sim.jobs["tune"]["metadata"]["labels"].update(changes)
+        sim.reconcile("tune")
+        labels: dict[str, str] = job["metadata"]["labels"]
+        return {key: labels.get(key, "") for key in (QUEUE, PRIORITY, "kueue.x-k8s.io/of-its-own")}
+
+    assert list(told(**{QUEUE: "fast", PRIORITY: "low"}).values()) == ["fast", "low", "kept"]
+    job["spec"]["suspend"] = False
+    sim.run("tune", until="Running")
+    # Kueue refuses another queue for a Job that it has started.
+    assert list(told(**{QUEUE: "slow", PRIORITY: "high"}).values()) == ["fast", "high", "kept"]
+    assert sim.status("tune")["state"] == "Running"

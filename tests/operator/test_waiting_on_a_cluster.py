@@ -148,6 +148,9 @@ def test_a_queue_holds_a_job_back_and_lets_it_go(cluster: Cluster, namespace: st
         columns = shown(cluster, namespace, "tune")
         assert [columns[c] for c in ("STATE", "GPUS", "MESSAGE")] == ["Queued", "0", queued["message"]]
         assert ("Normal", "Queued", queued["message"]) in told(cluster, namespace, "tune", last="Queued")
+        cluster.kubectl("label", "ftj", "tune", "kueue.x-k8s.io/priority-class=high", "-n", namespace)
+        high = "kueue.x-k8s.io/priority-class=high,kueue.x-k8s.io/queue-name=team"
+        cluster.wait_for(BATCH_JOBS, bool, namespace=namespace, selector=high)
         cluster.kubectl("patch", "job", "tune-a1", "-n", namespace, "-p", '{"spec": {"suspend": false}}')
         workers(cluster, namespace, "tune")
         ready = wait_for_reason(cluster, namespace, "tune", "PodsReady", "PodsRunning")

@@ -50,6 +50,9 @@ class Cluster(Protocol):
         """Make an object, or bring it up to date where it is there and has the manifest's controller; a Job that is
         there stays as it is. Raises :class:`RefusedError` where the name is another's or the object not accepted."""
 
+    def relabel(self, kind: str, namespace: str, name: str, uid: str, labels: Mapping[str, str]) -> None:
+        """Put labels on the object with that uid, beside those it has. Gone already is fine."""
+
     def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
         """Delete the object with that uid and what it owns (foreground). Gone already, or made anew under its name, is
         fine. ``force``: without waiting for the kubelet, for pods of dead nodes only."""

@@ -193,6 +193,12 @@ class KubernetesCluster:
         call: Callable[..., Any] = getattr(group, f"{verb}_namespaced_{snake}")
         return call
 
+    def relabel(self, kind: str, namespace: str, name: str, uid: str, labels: Mapping[str, str]) -> None:
+        patch = {"metadata": {"uid": uid, "labels": labels}}
+        how = {"field_manager": FIELD_MANAGER, "_content_type": "application/merge-patch+json"}
+        with contextlib.suppress(_NotFoundError):
+            self._json(f"label {kind} {namespace}/{name}", self._call("patch", kind), name, namespace, patch, **how)
+
     def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
         what = f"delete {kind} {namespace}/{name}"
         # Foreground: a Job is gone only when its pods are.

@@ -262,6 +262,9 @@ class LocalCluster:
         else:
             folder.put(made)
 
+    def relabel(self, kind: str, namespace: str, name: str, uid: str, labels: Mapping[str, str]) -> None:
+        """Nobody on this machine reads labels."""
+
     def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
         """Delete an object and what it owns: SIGTERM, the grace period, SIGKILL."""
         for folder in self._in(namespace):
