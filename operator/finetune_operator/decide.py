@@ -997,8 +997,8 @@ def _written(facts: Facts, status: FineTuneJobStatus, state: State, *findings: F
     conditions = merge_conditions(status.conditions, [*common, *findings], facts.generation, facts.now)
     planned = (facts.plan.workers, facts.plan.gpus_per_worker) if facts.plan else (0, 0)
     progress = status.progress
-    at_work = state in (State.RUNNING, State.SUCCEEDED) or (facts.progress is not None and state is not State.FAILED)
-    if progress is not None and not at_work:
+    loading = facts.progress is not None and bool(status.attempts) and not status.attempts[-1].end_time
+    if progress is not None and not loading and state not in (State.RUNNING, State.SUCCEEDED):
         progress = at_rest(progress)
     return status.model_copy(
         update={

@@ -97,6 +97,8 @@ def check_scraped(product: Product, team: str) -> None:
     prometheus = product.wait_query(f'finetune_train_step{{namespace="{team}",finetunejob="self-cognition"}} > 0')
     assert prometheus
     assert product.wait_query(f'finetune_job_step{{namespace="{team}",finetunejob="self-cognition"}} > 0')
+    since = f'finetune_job_running_timestamp_seconds{{namespace="{team}",finetunejob="self-cognition"}}'
+    assert product.wait_query(f"time() - {since} > 0")
     assert product.wait_query("finetune_operator_leader == 1")
 
 

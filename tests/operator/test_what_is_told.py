@@ -158,7 +158,7 @@ def test_a_pass_that_is_refused_is_the_message() -> None:
     assert told(refused).status("tune")["message"] == "Could not apply: 500 the API server is ill"
 
 
-@pytest.mark.parametrize("story", [suspended, failed, resumed, queued_again, finishing])
+@pytest.mark.parametrize("story", [restarting, suspending, suspended, failed, resumed, queued_again, finishing])
 def test_what_was_true_of_the_moment_is_not_told_of_a_run_that_rests(story: Callable[[Simulation], None]) -> None:
     sim = told(story)
     progress, found = sim.status("tune")["progress"], figures(sim.jobs["tune"], sim.settings)
