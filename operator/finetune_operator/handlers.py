@@ -39,7 +39,7 @@ Key = tuple[str, str]
 """Namespace and name of a FineTuneJob."""
 
 
-LOOK_AGAIN = 2.0
+LOOK_AGAIN, LOOK_WHILE_WATCHING = 2.0, 5.0
 """Seconds between two looks whether FineTuneJobs are served."""
 NOT_SERVED = (
     f"The API server does not serve {manifests.PLURAL}.{manifests.GROUP} {manifests.VERSION}, or not yet: install the "
@@ -114,12 +114,11 @@ class Operator:
         """
         stopped = asyncio.Event()
         while True:
-            for number in (signal.SIGTERM, signal.SIGINT):  # kopf takes them over, and does not give them back
-                asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+            _on_signals(stopped)
             if not await self._served(stopped):
                 return
-            gone = asyncio.Event()
-            looks = asyncio.create_task(self._until_gone(gone))
+            ready, gone = asyncio.Event(), asyncio.Event()
+            looks = asyncio.create_task(self._until_gone(ready, gone, stopped))
             self.watching = kopf_references.Insights()
             try:
                 await kopf.operator(
@@ -130,12 +129,13 @@ class Operator:
                     clusterwide=not self.settings.namespaces,
                     namespaces=self.settings.namespaces,
                     insights=self.watching,
+                    ready_flag=ready,
                     stop_flag=gone,
                 )
             except kopf_errors.APINotFoundError:
                 pass  # gone, and perhaps back already
             else:
-                if not gone.is_set():
+                if stopped.is_set() or not gone.is_set():
                     return
             finally:
                 looks.cancel()
@@ -157,11 +157,14 @@ class Operator:
                 return False
         return True
 
-    async def _until_gone(self, gone: asyncio.Event) -> None:
+    async def _until_gone(self, ready: asyncio.Event, gone: asyncio.Event, stopped: asyncio.Event) -> None:
         """Sets ``gone`` when the resource is not served any more, or kopf has missed it (API servers do not learn of it
-        at the same moment)."""
+        at the same moment); and with ``stopped``."""
+        await ready.wait()
+        # kopf has taken the signals over by now, and does not give them back: one that comes while it ends is lost.
+        _on_signals(stopped, gone)
         while True:
-            await asyncio.sleep(LOOK_AGAIN)
+            await asyncio.sleep(LOOK_WHILE_WATCHING)
             found = self.watching
             missed = found is not None and found.ready_resources.is_set() and not found.watched_resources
             if missed or not await self._is_served():
@@ -253,7 +256,7 @@ class Operator:
         os._exit(1)
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT, which kopf handles."""
+        """Until SIGTERM or SIGINT."""
         runner = await self.serve()
         self.give_back = elect(self.settings.leader_election, self.leading, self.lost_leadership)
         self.watch_pods()
@@ -266,6 +269,17 @@ class Operator:
             for task in tasks:
                 task.cancel()
             await runner.cleanup()
+
+
+def _on_signals(*flags: asyncio.Event) -> None:
+    """SIGTERM and SIGINT set these flags."""
+
+    def told() -> None:
+        for flag in flags:
+            flag.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told)
 
 
 def _registry(operator: Operator) -> kopf.OperatorRegistry:
