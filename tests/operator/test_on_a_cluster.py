@@ -414,11 +414,11 @@ def test_what_is_another_s_since_it_was_read_is_neither_changed_nor_deleted(clus
     there = client._there
     theirs = LLAMA[1] | {"metadata": {"name": "tune-workers"}}
 
-    def another(kind: str, where: str, name: str) -> Object | None:
-        found = there(kind, where, name)
+    def another(*place: str) -> Object | None:
+        found = there(*place)
         if found is not None:
-            cluster.kubectl("delete", "service", name, "-n", where)
-        cluster.apply(theirs, namespace=where)
+            cluster.kubectl("delete", "service", "tune-workers", "-n", namespace)
+        cluster.apply(theirs, namespace=namespace)
         return found
 
     client._there = another  # type: ignore[method-assign]
