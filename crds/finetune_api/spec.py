@@ -290,9 +290,10 @@ class Checkpoint(HyperModel):
     """Save every so many optimizer steps. A save does not stop the training."""
     save_total_limit: int = Field(3, ge=1, le=10000)
     """How many checkpoints are kept, the newest ones."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "always", "never"] = "auto"
     """auto: continue from the newest valid checkpoint in the folder; where that one is of another configuration
     or of other data, the job fails (CheckpointMismatch).
+    always: continue there too, to train on with more rows or epochs; only stage, model and method must be the same.
     never: start anew, and refuse to start where the folder already holds checkpoints of another run."""
 
 

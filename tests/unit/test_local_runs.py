@@ -233,13 +233,53 @@ def test_a_finished_job_is_not_run_again_unless_asked(bench: Bench) -> None:
     bench.run()
     watch = Watch()
     assert bench.run(watch).state == "Succeeded"
-    assert watch.said == ["tiny has already succeeded; --fresh trains it again, and keeps what there is."]
+    assert watch.said == [
+        "tiny has already succeeded. With more rows or epochs, --set checkpoint.resume=always trains it on; --fresh "
+        "trains it again from the start, and keeps what there is."
+    ]
     assert bench.status(bench.cluster()).attempts[-1].number == 1
     bench.write(job(bench.home, training={"learning_rate": 0.5}))
     with pytest.raises(RefusedError, match=r"has already succeeded with another configuration: .*0\.5"):
         bench.runner()
     status = bench.run(fresh=Choice.KEEP)
     assert status.state == "Succeeded" and status.attempts[-1].resumed_from_step is None
+
+
+def test_a_finished_job_trains_on_with_more_rows_or_epochs_where_that_is_asked_for(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.run()
+    longer: dict[str, Any] = {"training": {"num_train_epochs": 5}}
+    bench.write(job(bench.home, **longer))
+    with pytest.raises(RefusedError, match=r"train on from its newest checkpoint .*checkpoint\.resume=always"):
+        bench.runner()
+    bench.script(steps=9)
+    longer["checkpoint"] = {"save_steps": 2, "resume": "always"}
+    bench.write(job(bench.home, **longer))
+    watch = Watch()
+    status = bench.run(watch)
+    assert status.state == "Succeeded" and status.attempts[0].resumed_from_step == 6
+    assert watch.said[0].startswith("tiny: goes on from its newest checkpoint with spec.checkpoint.resume:")
+    assert "num_train_epochs" in watch.said[0]
+    bench.run(watch)
+    assert watch.said[-1].startswith("tiny has already succeeded"), "the same again is no change"
+    bench.write(job(bench.home, method={"type": "lora", "r": 3}, **longer))
+    with pytest.raises(RefusedError) as refused:
+        bench.runner()
+    [mistake] = refused.value.mistakes
+    assert "spec.method" in mistake and "always" not in mistake, "another method is another model"
+
+
+def test_what_counts_from_the_next_attempt_on_is_said(bench: Bench) -> None:
+    bench.write(job(bench.home))
+    bench.script(hold_at=1)
+    cluster = bench.cluster()
+    bench.run(Watch(step(1), lambda: cluster.set_suspended("default", "tiny", True)), cluster=cluster)
+    bench.write(job(bench.home, checkpoint={"save_steps": 3}, workers={"replicas": 2, "gpusPerWorker": 0}))
+    watch = Watch()
+    bench.run(watch)
+    assert watch.said[0] == (
+        "tiny: from this attempt on, spec.checkpoint.save_steps: 2 → 3; spec.workers.replicas: 1 → 2"
+    )
 
 
 def test_beginning_anew_says_what_there_is_and_keeps_it_beside(bench: Bench) -> None:

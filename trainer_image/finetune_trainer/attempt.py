@@ -67,6 +67,10 @@ class Attempt:
         """To its end; the exit code."""
         raise NotImplementedError
 
+    def refuse(self) -> None:
+        """Raise RunError where it is plain already that the run cannot go on: now that its inputs are known, and before
+        anything is loaded. Rank 0 only."""
+
     def meet(self) -> None:
         """Model and data come to this node, the processes meet, and the checkpoint folder is this attempt's."""
         from finetune_trainer.fetch import fetch
@@ -74,6 +78,8 @@ class Attempt:
         # Before anything heavy: a wrong URI is told within a second. Processes of a node take turns by file locks.
         self._phase("loading", f"fetching {self.config.model.uri} and the data")
         self.fetched = fetch(self.config, self.cache)
+        if rank() == 0:
+            self.refuse()
         self._phase("loading", "loading the libraries")
         from finetune_trainer.world import join
 

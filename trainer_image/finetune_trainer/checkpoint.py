@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,9 +26,11 @@ from finetune_api.run import CheckpointInfo, TrainerConfig
 from finetune_api.stages import SECTIONS
 from finetune_trainer.fence import Fence
 from finetune_trainer.outcome import RunError
-from finetune_trainer.state import TrainableState
 from finetune_trainer.storage import Store
 from finetune_trainer.world import World
+
+if TYPE_CHECKING:
+    from finetune_trainer.state import TrainableState
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
@@ -213,13 +215,15 @@ class Resumed:
     """Complete checkpoints, oldest first (rank 0 only)."""
     skipped: list[CheckpointInfo] = field(default_factory=list)
     """Broken ones (rank 0 only)."""
+    changed: list[str] = field(default_factory=list)
+    """What has changed since the checkpoint, where it is gone on from nevertheless (rank 0 only)."""
 
 
 def resume(
     store: Store,
     config: TrainerConfig,
     world: World,
-    state: TrainableState,
+    state: "TrainableState",
     fence: Fence | None,
     inputs: dict[str, str],
     work: Path,
@@ -241,7 +245,7 @@ def resume(
         if world.first and turn < len(candidates):
             manifest, _ = candidates[turn]
             offer = {"manifest": manifest.model_dump(mode="json")}
-            if problem := _mismatch(config, manifest, mine, inputs, fence, store):
+            if problem := _of_another_run(config, manifest, fence, store) or _changed(config, manifest, inputs, store):
                 offer = {"refused": problem}
         offer = world.share("resume/offer", offer)
         if "refused" in offer:
@@ -262,6 +266,8 @@ def resume(
         result.attempt, result.world_size = manifest.attempt, manifest.world_size
         if world.first:
             result.info = candidates[turn][1]
+            result.changed = differences(manifest.identity, mine)
+            result.changed += differences(manifest.inputs, inputs) if manifest.inputs and inputs else []
             result.kept = [info for _, info in reversed(candidates[turn:])]
             result.metrics = (local / METRICS).read_bytes() if METRICS in manifest.files else b""
             result.run = json.loads((local / RUN).read_bytes()) if RUN in manifest.files else {}
@@ -272,7 +278,7 @@ def resume(
     return result
 
 
-def take(store: Store, step: int, world: World, state: TrainableState, work: Path) -> str:
+def take(store: Store, step: int, world: World, state: "TrainableState", work: Path) -> str:
     """Put the checkpoint of a step of this run into ``state``, on all processes; what was wrong with it, or nothing.
     Collective."""
     content: str | None = None
@@ -298,38 +304,56 @@ def take(store: Store, step: int, world: World, state: TrainableState, work: Pat
     return ""
 
 
-def _mismatch(
-    config: TrainerConfig,
-    manifest: Manifest,
-    mine: dict[str, Any],
-    inputs: dict[str, str],
-    fence: Fence | None,
-    store: Store,
-) -> str:
+def refuse_changes(store: Store, config: TrainerConfig, inputs: dict[str, str]) -> None:
+    """Raise RunError(CHECKPOINT_MISMATCH) as :func:`resume` would, before anything is loaded."""
+    if config.resume == "never":
+        return
+    found = persistently(lambda: survey(store)).complete
+    if found and (problem := _changed(config, found[0][0], inputs, store)):
+        raise RunError(Cause.CHECKPOINT_MISMATCH, problem)
+
+
+def _of_another_run(config: TrainerConfig, manifest: Manifest, fence: Fence | None, store: Store) -> str:
+    if config.resume != "never" or fence is None:
+        return ""
+    if manifest.run == fence.run if fence.run or manifest.run else fence.attempt > 1:
+        return ""
+    return (
+        f"checkpoint.resume is never, but {store.uri(folder(manifest.step))} is a checkpoint of another run. Choose "
+        "another checkpoint.uri, delete that folder, or set checkpoint.resume: auto to continue from it."
+    )
+
+
+_SHAPING = ("stage", "model", "method")
+"""What a checkpoint's weights belong to: of another one they cannot be continued."""
+_GO_ON = (
+    "To train on from there with what it is now, set checkpoint.resume: always (weights and optimizer state stay; rows, "
+    "their order and the learning rate follow the new configuration)"
+)
+
+
+def _changed(config: TrainerConfig, manifest: Manifest, inputs: dict[str, str], store: Store) -> str:
+    """Why a run with this configuration and these files cannot go on from a checkpoint; empty: it can."""
     where = store.uri(folder(manifest.step))
-    if config.resume == "never" and fence is not None:
-        same_run = manifest.run == fence.run if fence.run or manifest.run else fence.attempt > 1
-        if not same_run:
-            return (
-                f"checkpoint.resume is never, but {where} is a checkpoint of another run. Choose another "
-                "checkpoint.uri, delete that folder, or set checkpoint.resume: auto to continue from it."
-            )
-    if changed := differences(manifest.identity, mine):
-        return (
-            f"The newest checkpoint {where} was made with another configuration. Then → now: "
-            f"{'; '.join(changed[:12])}. Restore these values to continue, or choose another checkpoint.uri to "
-            "start anew."
-        )
-    if manifest.inputs and inputs and (changed := differences(manifest.inputs, inputs)):
-        return (
-            f"The model or data files are not those that {where} was made with. Digests then → now: "
-            f"{'; '.join(changed[:6])}. Restore the files to continue, or choose another checkpoint.uri to start "
-            "anew."
-        )
-    return ""
+    of_model = {config.model.uri, *(adapter.uri for adapter in config.model.adapters)}
+    fields = differences(manifest.identity, identity(config))
+    files = differences(manifest.inputs, inputs) if manifest.inputs and inputs else []
+    shaping = [change for change in fields if change.partition(":")[0].partition(".")[0] in _SHAPING]
+    shaping += [change for change in files if any(change.startswith((f"{uri}: ", f"{uri}@")) for uri in of_model)]
+    if config.resume == "always":
+        fields, files = shaping, []
+    if not fields and not files:
+        return ""
+    way = f"{_GO_ON}. Else put it back" if not shaping else "Put it back"
+    way += ", or choose another checkpoint.uri to start anew."
+    if fields:
+        what = f"was made with another configuration. Then → now: {'; '.join(fields[:12])}"
+        return f"The newest checkpoint {where} {what}. {way}"
+    what = f"The model or data files are not those that {where} was made with. Digests then → now"
+    return f"{what}: {'; '.join(files[:6])}. {way}"
 
 
-def _needed(manifest: Manifest, state: TrainableState, world: World) -> list[str]:
+def _needed(manifest: Manifest, state: "TrainableState", world: World) -> list[str]:
     ranges = {fragment.name: (fragment.start, fragment.stop) for fragment in state.fragments()}
     names = [METRICS, RUN] if world.first else []
     for name, file in manifest.files.items():
@@ -341,7 +365,7 @@ def _needed(manifest: Manifest, state: TrainableState, world: World) -> list[str
     return [name for name in names if name in manifest.files]
 
 
-def _fetch(store: Store, manifest: Manifest, state: TrainableState, world: World, local: Path) -> str:
+def _fetch(store: Store, manifest: Manifest, state: "TrainableState", world: World, local: Path) -> str:
     """Download and verify the files this process needs; what is wrong with them, or nothing."""
     try:
         for name in _needed(manifest, state, world):
@@ -367,7 +391,7 @@ def _download(store: Store, path: str, to: Path, file: File) -> None:
         done.write_text(file.sha256)
 
 
-def _apply(manifest: Manifest, state: TrainableState, local: Path) -> None:
+def _apply(manifest: Manifest, state: "TrainableState", local: Path) -> None:
     """Copy the ranges into the live state. Collective: ends with the model's own weights in step."""
     from safetensors import safe_open
 

@@ -117,6 +117,15 @@ class Job(Attempt):
 
     # Load
 
+    def refuse(self) -> None:
+        """Where its checkpoints are of another configuration, or of other rows."""
+        from finetune_trainer import earlier
+        from finetune_trainer.checkpoint import refuse_changes
+        from finetune_trainer.storage import Store
+
+        config = earlier.settled(self.config, self.fetched)
+        refuse_changes(Store(config.checkpoint_uri), config, self._inputs())
+
     def load(self) -> None:
         """The processes meet; model and data come to this node; rows become sequences."""
         self.meet()
@@ -294,6 +303,11 @@ class Job(Attempt):
             self._print(f"passed over {skipped.uri}: {skipped.problem}")
         if resumed.info is not None:
             self._print(f"continuing from {resumed.info.uri} (written by attempt {resumed.attempt})")
+        if resumed.changed:
+            self._print(
+                f"it was made with other rows or another configuration, then → now: {'; '.join(resumed.changed[:12])}; "
+                f"{max(0, self.max_steps - resumed.step)} steps are left"
+            )
         self.telemetry.update(
             resumed_from_step=resumed.step if resumed.info else None,
             checkpoints=resumed.kept,

@@ -15,6 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from finetune_api.causes import RETRY, Retry
 from finetune_api.conditions import State
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cluster import Object
@@ -23,6 +24,7 @@ from finetune_operator.cluster.local import Key
 EVERY = 10.0
 """Seconds between two plain lines of a job that only goes on."""
 QUIET = {"AttemptStarted", "Succeeded", "Failed", "Waiting", "Suspended"}
+QUIET |= {str(cause) for cause, retry in RETRY.items() if retry is Retry.NEVER}
 """Events that the progress lines or the summary tell better."""
 WITH_ETA = ("training", "generating", "judging")
 BEFORE_STEPS = ("starting", "loading", "preparing")

@@ -22,6 +22,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from finetune_api.causes import Cause
 from finetune_api.conditions import Condition, State
 from finetune_api.kubeyaml import Dumper
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, ChatConfig, Combination, EvaluateConfig
@@ -184,11 +185,12 @@ def _stopping(runner: Runner, say: Callable[[str], None]) -> Iterator[None]:
 
 def _outcome(documents: Sequence[Document], cluster: LocalCluster, interrupted: bool) -> int:
     """Tell what came of every job; the exit code."""
-    states = []
+    states, causes = [], []
     for document in documents:
         folder = cluster.folder(*document.key)
         status = status_of(folder.job)
         states.append(status.state)
+        causes += [attempt.cause for attempt in status.attempts[-1:]]
         if interrupted and status.state not in (State.SUCCEEDED, State.FAILED):
             click.echo(results.stopped(document.key[1], status))
         else:
@@ -201,6 +203,8 @@ def _outcome(documents: Sequence[Document], cluster: LocalCluster, interrupted: 
         return INTERRUPTED
     if State.FAILED in states:
         click.echo("\nThe same command, when the cause is mended, tries again from the newest checkpoint.")
+        if Cause.CHECKPOINT_MISMATCH in causes:
+            click.echo("To train on from it with what has changed, add: --set checkpoint.resume=always")
     return FAILED
 
 

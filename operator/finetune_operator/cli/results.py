@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune_api.causes import RETRY, Cause, Retry
 from finetune_api.conditions import Condition, State
 from finetune_api.run import TRAINER_CONTAINER
 from finetune_api.spec import FineTuneJobSpec
@@ -85,7 +86,7 @@ def _failed(status: FineTuneJobStatus, folder: Folder, say: Callable[[str], None
     last = status.attempts[-1] if status.attempts else None
     if last is None:
         return
-    if last.log:
+    if last.log and RETRY.get(Cause(last.cause)) is not Retry.NEVER:  # a mistake is told by its message
         say("")
         say(f"  The last lines of {last.pod}:")
         for line in last.log[-LOG_LINES:]:

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from finetune_api.conditions import Condition, Reason, State
+from finetune_api.mistakes import read
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cli.files import Document, RefusedError
 from finetune_operator.cli.fresh import Ask, Choice, finished, left_by
@@ -79,14 +81,22 @@ def prepare(
             cluster.claim(*document.key)
         except ClusterError as error:
             raise RefusedError([error.message]) from error
-        before = status_of(cluster.finetunejob(*document.key))
-        if before.state == State.SUCCEEDED and fresh is None:
-            say(f"{document.key[1]} has already succeeded; --fresh trains it again, and keeps what there is.")
+        name, job = document.key[1], cluster.finetunejob(*document.key)
+        before, changes = status_of(job), _changes(cluster, document)
+        if before.state == State.SUCCEEDED and fresh is None and not changes:
+            say(
+                f"{name} has already succeeded. With more rows or epochs, --set checkpoint.resume=always trains it on; "
+                "--fresh trains it again from the start, and keeps what there is."
+            )
         else:
             if fresh is not None:
                 _begin_anew(cluster, document, chosen[document.key], say)
-            elif before.state == State.FAILED:
+            elif before.state == State.FAILED or changes:
+                if changes and before.state != State.FAILED:
+                    say(f"{name}: goes on from its newest checkpoint with {'; '.join(changes)}")
                 cluster.forget(*document.key, keep=True)
+            elif before.attempts and (steered := _steered(job, document)):
+                say(f"{name}: from this attempt on, {'; '.join(steered)}")
             cluster.submit(document.job)
         keys.append(document.key)
     return keys
@@ -117,6 +127,26 @@ def _begin_anew(cluster: LocalCluster, document: Document, choice: Choice, say: 
     cluster.forget(*document.key, keep=choice is not Choice.DELETE)
 
 
+_SHAPING = ("spec.stage", "spec.model", "spec.method", "spec.checkpoint.uri", "spec.output.uri")
+"""Of what a checkpoint, and the place it lies in, is."""
+
+
+def _changes(cluster: LocalCluster, document: Document) -> list[str]:
+    """What of the result's configuration was changed since the job began."""
+    frozen = observe(document.key[1], cluster.folder(*document.key).list("ConfigMap")).frozen_spec
+    return changed_fields(frozen, result_part(document.spec)) if frozen is not None else []
+
+
+def _steered(job: Object | None, document: Document) -> list[str]:
+    """What was changed of the rest: it counts from the next attempt on."""
+    before = read(job or {})
+    if not isinstance(before, FineTuneJobSpec):  # of a version that knew other fields
+        return []
+    fields = {"checkpoint", "workers", "recovery", "profile", "credentials"}
+    specs = (spec.model_dump(mode="json", by_alias=True, include=fields) for spec in (before, document.spec))
+    return changed_fields(*specs)
+
+
 def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fresh: bool) -> list[str]:
     mistakes = []
     (namespace, name), spec = document.key, document.spec
@@ -135,16 +165,16 @@ def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fres
             )
     folder = cluster.folder(namespace, name)
     before = status_of(folder.job)
-    frozen = observe(name, folder.list("ConfigMap")).frozen_spec
-    if frozen is not None and not fresh and before.state != State.FAILED:
-        changes = changed_fields(frozen, result_part(spec))
+    if (changes := _changes(cluster, document)) and not fresh and before.state != State.FAILED:
         what = "has already succeeded" if before.state == State.SUCCEEDED else "has begun"
+        shaping = [change for change in changes if change.startswith(_SHAPING)]
+        go_on = "" if shaping else "train on from its newest checkpoint with it (--set checkpoint.resume=always), "
         mistakes += [
-            f"{label} {what} with another configuration: {change}. Put it back, give the job another name, "
+            f"{label} {what} with another configuration: {change}. Put it back, {go_on}give the job another name, "
             "or start it anew with --fresh (what it has done so far is kept beside it)."
-            for change in changes
+            for change in (shaping if spec.checkpoint.resume == "always" else changes)
         ]
-    elif not fresh and not before.attempts and (output := finished(document, cluster.root)):
+    elif not changes and not fresh and not before.attempts and (output := finished(document, cluster.root)):
         mistakes.append(
             f"{label}: spec.output.uri: a finished result lies in {output}, and this run is not the one that made it; "
             "accepted: a folder without a result. Name another one, or add --fresh: what is there is kept beside it."
