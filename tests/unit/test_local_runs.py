@@ -1,6 +1,7 @@
 """Whole runs on this machine: the real loop, real processes, a trainer that only pretends."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 

@@ -327,8 +327,8 @@ def _of_another_run(config: TrainerConfig, manifest: Manifest, fence: Fence | No
 _SHAPING = ("stage", "model", "method")
 """What a checkpoint's weights belong to: of another one they cannot be continued."""
 _GO_ON = (
-    "To train on from there with what it is now, set checkpoint.resume: always (weights and optimizer state stay; rows, "
-    "their order and the learning rate follow the new configuration)"
+    "To train on from there with what it is now, set checkpoint.resume: always (weights and optimizer state stay; "
+    "rows, their order and the learning rate follow the new configuration)"
 )
 
 

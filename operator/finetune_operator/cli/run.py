@@ -143,8 +143,8 @@ def _steered(job: Object | None, document: Document) -> list[str]:
     if not isinstance(before, FineTuneJobSpec):  # of a version that knew other fields
         return []
     fields = {"checkpoint", "workers", "recovery", "profile", "credentials"}
-    specs = (spec.model_dump(mode="json", by_alias=True, include=fields) for spec in (before, document.spec))
-    return changed_fields(*specs)
+    was, now = (spec.model_dump(mode="json", by_alias=True, include=fields) for spec in (before, document.spec))
+    return changed_fields(was, now)
 
 
 def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fresh: bool) -> list[str]:
