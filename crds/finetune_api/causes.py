@@ -37,6 +37,7 @@ class Cause(StrEnum):
     STALLED = "Stalled"
     START_TIMEOUT = "StartTimeout"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
+    CLOCK_SKEW = "ClockSkew"
     ENDPOINT_UNAVAILABLE = "EndpointUnavailable"
     COMMUNICATION_ERROR = "CommunicationError"
     GPU_ERROR = "GPUError"
@@ -74,6 +75,7 @@ RETRY: dict[Cause, Retry] = {
     Cause.STALLED: Retry.COUNTED,
     Cause.START_TIMEOUT: Retry.COUNTED,
     Cause.STORAGE_UNAVAILABLE: Retry.COUNTED,
+    Cause.CLOCK_SKEW: Retry.COUNTED,
     Cause.ENDPOINT_UNAVAILABLE: Retry.COUNTED,
     Cause.COMMUNICATION_ERROR: Retry.COUNTED,
     Cause.GPU_ERROR: Retry.COUNTED,

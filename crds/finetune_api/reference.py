@@ -85,6 +85,7 @@ CAUSES = {
     "Stalled": "No step was finished for recovery.hangTimeout.",
     "StartTimeout": "The first step was not finished within recovery.startTimeout.",
     "StorageUnavailable": "Storage or hub did not answer.",
+    "ClockSkew": "The storage refuses requests because the clock of the pod's node is wrong.",
     "EndpointUnavailable": "The model behind an endpoint did not answer, or not often enough.",
     "CommunicationError": "Workers lost each other (NCCL or Gloo).",
     "GPUError": (

@@ -18,7 +18,14 @@ SIGKILL, SIGTERM, SIGSEGV, SIGABRT, SIGBUS = 9, 15, 11, 6, 7
 _SIGNALS = {SIGKILL: "SIGKILL", SIGTERM: "SIGTERM", SIGSEGV: "SIGSEGV", SIGABRT: "SIGABRT", SIGBUS: "SIGBUS"}
 
 # Causes that blame the machine, whoever tells of them: the next attempt goes elsewhere.
-_NODE_TO_BLAME = {Cause.NODE_LOST, Cause.GPU_ERROR, Cause.NO_ACCELERATOR, Cause.START_ERROR, Cause.POD_REJECTED}
+_NODE_TO_BLAME = {
+    Cause.NODE_LOST,
+    Cause.GPU_ERROR,
+    Cause.NO_ACCELERATOR,
+    Cause.START_ERROR,
+    Cause.POD_REJECTED,
+    Cause.CLOCK_SKEW,
+}
 # What the rest of a gang dies of: if another pod has a better story (a lower number), that one is the cause.
 _SECONDARY = {Cause.KILLED: 1, Cause.UNKNOWN: 1, Cause.COMMUNICATION_ERROR: 2, Cause.TERMINATED: 2}
 ECHO_PATIENCE = timedelta(seconds=5)
@@ -114,7 +121,8 @@ def _judge_pod(pod: Pod, dead_nodes: frozenset[str], now: datetime) -> Failure |
             cause, message = explain_exit(ended)
             # A worker that stopped on SIGTERM while its pod is being deleted was told to go.
             code = ended.termination.exit_code if ended.termination and ended.termination.exit_code else ended.code
-            return _of(pod, cause, message + _sidecars_before(pod, ended), code)
+            whose = f" It is the clock of node {pod.node}." if cause is Cause.CLOCK_SKEW else ""
+            return _of(pod, cause, message + whose + _sidecars_before(pod, ended), code)
     if pod.deleting:
         return _of(pod, Cause.TERMINATED, f"Pod {pod.name} was deleted.")
     if pod.phase == "Failed":

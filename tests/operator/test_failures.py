@@ -432,3 +432,9 @@ def test_a_word_of_an_older_trainer_that_was_cut_keeps_its_cause():
     text = '{"cause":"InvalidData","message":"rows.jsonl:7: the field \\"instruct'
     assert judged(pod(**ended(64, message=text))).cause is Cause.INVALID_DATA
     assert judged(pod(**ended(64, message=text))).message == 'rows.jsonl:7: the field "instruct'
+
+
+def test_a_wrong_clock_is_told_with_its_node_which_is_kept_out() -> None:
+    said = judged(pod(node="node-7", **ended(1, message=word(Cause.CLOCK_SKEW, "16 minutes behind."))))
+    assert (said.retry, said.node_suspect) == (Retry.COUNTED, True)
+    assert said.message == "16 minutes behind. It is the clock of node node-7."

@@ -9,7 +9,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -384,3 +387,110 @@ def test_a_server_that_fails_for_a_moment_is_tried_again(no_credentials, monkeyp
     Flaky.failures = 2
     assert store.get("a") == b"hello"
     server.shutdown()
+
+
+class OtherTime(http.server.BaseHTTPRequestHandler):
+    """An S3 server whose clock goes otherwise; ``code`` is what it refuses with."""
+
+    ahead = timedelta(minutes=16)
+    code = "RequestTimeTooSkewed"
+
+    def _answer(self):
+        kind, now = type(self), datetime.now(UTC) + self.ahead
+        time_there = f"<ServerTime>{now:%Y-%m-%dT%H:%M:%SZ}</ServerTime>" if kind.code == "RequestTimeTooSkewed" else ""
+        body = f"<Error><Code>{kind.code}</Code><Message>No.</Message>{time_there}</Error>".encode()
+        self.send_response_only(403)
+        self.send_header("Date", format_datetime(now, usegmt=True))
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_HEAD = _answer  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "ahead", "said"),
+    [
+        ("RequestTimeTooSkewed", 16, "is 16 minutes behind the storage's"),
+        ("RequestTimeTooSkewed", -180, "is 180 minutes ahead of the storage's"),
+        ("AccessDenied", 16, "is 16 minutes behind the storage's"),  # some say no more than that
+        ("AccessDenied", 5, None),
+    ],
+)
+def test_a_clock_that_is_off_is_no_question_of_credentials(no_credentials, monkeypatch, code, ahead, said):
+    kind = type("Server", (OtherTime,), {"ahead": timedelta(minutes=ahead), "code": code})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        store = Store("s3://team/x", patience=1)
+        for act in (store.list, lambda: store.find("a"), lambda: store.put("a", b"1")):
+            with pytest.raises(RunError) as error:
+                act()
+            if said:
+                assert error.value.cause is Cause.CLOCK_SKEW
+                assert said in error.value.message
+                assert socket.gethostname() in error.value.message
+                assert "spec.credentials" not in error.value.message
+            else:
+                assert error.value.cause is Cause.ACCESS_DENIED
+        server.shutdown()
+
+
+class Unconditional(http.server.BaseHTTPRequestHandler):
+    """An S3 server that ignores If-None-Match."""
+
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def _send(self, status, body=b""):
+        self.send_response(status)
+        self.send_header("ETag", '"1"')
+        self.send_header("Last-Modified", "Mon, 23 Nov 2026 00:00:00 GMT")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_PUT(self):
+        self.objects[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self._send(200)
+
+    def do_GET(self):
+        if "list-type" not in self.path:
+            return self._send(200 if self.path in self.objects else 404, self.objects.get(self.path, b""))
+        keys = "".join(
+            f"<Contents><Key>{path.removeprefix('/team/')}</Key><Size>{len(data)}</Size><ETag>1</ETag>"
+            "<LastModified>2026-11-23T00:00:00.000Z</LastModified></Contents>"
+            for path, data in sorted(self.objects.items())
+        )
+        return self._send(200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{keys}</ListBucketResult>".encode())
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_without_conditional_writes_is_told_of_at_the_first_claim(no_credentials, monkeypatch, caplog):
+    from finetune_trainer.fence import claim
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unconditional) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        assert claim(Store("s3://team/x"), attempt=1).number == 1
+        assert "s3://team/x: the storage writes over an object where it was asked not to" in caplog.text
+        server.shutdown()
+
+
+def test_of_a_server_with_conditional_writes_nothing_is_said(store, caplog):
+    from finetune_trainer.fence import claim
+
+    assert [claim(store, attempt=number).number for number in (1, 2)] == [1, 2]
+    assert caplog.text == ""

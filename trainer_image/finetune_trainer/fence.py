@@ -6,6 +6,7 @@ and deletes nothing more. Called by ``run.py`` (claim) and ``saving.py`` (check)
 """
 
 import json
+import logging
 import os
 import secrets
 import socket
@@ -18,6 +19,13 @@ from finetune_api.run import ENV_ATTEMPT, Termination
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store
 
+log = logging.getLogger(__name__)
+
+UNCONDITIONAL = (
+    "%s: the storage writes over an object where it was asked not to (If-None-Match: *). Two attempts of a run that "
+    "are alive at the same moment, as after a node was lost, can both take this folder for their own and damage its "
+    "checkpoints. Use storage that honours conditional writes, as Amazon S3 does (docs/credentials.md)."
+)
 CLAIMS = "attempts/"
 ENV_RUN = "FINETUNE_RUN"
 """Identity of the job object (its uid): tells a job that was deleted and made again from an old attempt."""
@@ -102,7 +110,11 @@ def claim(store: Store, attempt: int | None = None, run: str | None = None) -> F
             "id": secrets.token_hex(8),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        created = store.put_if_absent(name_of(number), json.dumps(word).encode())
+        data = json.dumps(word).encode()
+        created = store.put_if_absent(name_of(number), data)
+        if created and store.put_if_absent(name_of(number), data):  # it is there, so this had to be refused
+            log.warning(UNCONDITIONAL, store.uri())
+            created = False
         if created or read(store, name_of(number)).get("id") == word["id"]:  # the answer to a create can get lost
             return Fence(store, number, word["attempt"], run)  # type: ignore[arg-type]
 

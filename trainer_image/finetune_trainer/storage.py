@@ -10,14 +10,18 @@ import logging
 import math
 import os
 import re
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import unquote
+from urllib.request import Request, urlopen
 
 import obstore
 from obstore.exceptions import (
@@ -145,9 +149,9 @@ class Store:
             endpoint = os.environ.get("AZURE_STORAGE_ENDPOINT", "")
             client["allow_http"] = endpoint.startswith("http://")
             return AzureStore(bucket, client_options=client, **common)
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        endpoint = _s3_endpoint()
         config: Any = {
-            "region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+            "region": _s3_region(),
             "conditional_put": "etag",
         }
         if endpoint:
@@ -311,6 +315,8 @@ class Store:
             if self._scheme != "file" and any(host in str(error) for host in _CREDENTIAL_HOSTS):
                 raise RunError(Cause.ACCESS_DENIED, self._denied(verb, where, "no credentials were found")) from error
             if isinstance(error, _DENIED) or any(code in str(error) for code in _DENIED_CODES):
+                if (skew := self._skew(str(error))) is not None:
+                    raise RunError(Cause.CLOCK_SKEW, self._wrong_clock(verb, where, skew)) from error
                 raise RunError(Cause.ACCESS_DENIED, self._denied(verb, where, reason)) from error
             if isinstance(error, FileNotFoundError) and not writing:
                 raise FileNotFoundError(f"{where} does not exist{self._through()}") from error
@@ -334,6 +340,34 @@ class Store:
             "put them into a Secret and name it in spec.credentials.secretName."
         )
 
+    def _skew(self, refusal: str) -> timedelta | None:
+        """How far this machine's clock is ahead of the storage's, where that is why it refuses; else None."""
+        if self._scheme == "file":
+            return None
+        told = re.search("<ServerTime>([^<]+)</ServerTime>", refusal)
+        there = datetime.fromisoformat(told[1]) if told else _date_of(self._address())
+        skew = datetime.now(UTC) - there if there is not None else timedelta()
+        return skew if abs(skew) > _SKEW_ALLOWED or any(code in refusal for code in _SKEW_CODES) else None
+
+    def _address(self) -> str:
+        """Of the server, for a question that needs no credentials."""
+        if self._scheme == "gs":
+            return "https://storage.googleapis.com"
+        if self._scheme == "az":
+            account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
+            return os.environ.get("AZURE_STORAGE_ENDPOINT") or f"https://{account}.blob.core.windows.net"
+        return _s3_endpoint() or f"https://s3.{_s3_region()}.amazonaws.com"
+
+    def _wrong_clock(self, verb: str, where: str, skew: timedelta) -> str:
+        here = datetime.now(UTC)
+        minutes = max(1, round(abs(skew) / timedelta(minutes=1)))
+        side = "ahead of" if skew > timedelta() else "behind"
+        return (
+            f"cannot {verb} {where}{self._through()}: the clock of this machine ({socket.gethostname()}) is {minutes} "
+            f"minutes {side} the storage's, which refuses requests of another time. Here it is {here:%Y-%m-%d %H:%M} "
+            f"UTC, there {here - skew:%Y-%m-%d %H:%M}. Set the node's clock right (chrony, systemd-timesyncd)."
+        )
+
     def _odd_name(self, verb: str, where: str, why: str) -> str:
         return (
             f"cannot {verb} {where}{self._through()}: an object there has a name that the client cannot read: {why}. "
@@ -342,7 +376,7 @@ class Store:
         )
 
     def _through(self) -> str:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint = _s3_endpoint()
         return f" (endpoint {endpoint})" if self._scheme == "s3" and endpoint else ""
 
 
@@ -358,9 +392,38 @@ _DENIED_CODES = (
     "401 Unauthorized",
     "os error 13",
 )
+_SKEW_CODES = (
+    "RequestTimeTooSkewed",
+    "Request date header too old",  # Azure
+    "reasonable timeframe",  # of a token that Google is asked for
+)
+_SKEW_ALLOWED = timedelta(minutes=14)  # AWS, Google and Azure allow 15
 _NO_BUCKET_CODES = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 # Asked for credentials where the environment holds none.
 _CREDENTIAL_HOSTS = ("169.254.169.254", "metadata.google.internal", "metadata/identity")
+
+
+def _s3_endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+def _s3_region() -> str:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+
+def _date_of(address: str) -> datetime | None:
+    """The time it is for a web server, to the second; None where it does not tell."""
+    try:
+        with urlopen(Request(address, method="HEAD"), timeout=5) as answer:
+            told = answer.headers
+    except HTTPError as refused:
+        told = refused.headers
+    except (OSError, ValueError):
+        return None
+    try:
+        return parsedate_to_datetime(told["Date"]).astimezone(UTC)
+    except (TypeError, ValueError):
+        return None
 
 
 def _entry(meta: Any, path: str) -> Entry:
