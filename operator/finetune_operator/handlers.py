@@ -104,7 +104,8 @@ class Operator:
 
     def is_watching(self) -> bool:
         """FineTuneJobs are served, and kopf watches them."""
-        return self.watching is not None and bool(self.watching.watched_resources)
+        found = self.watching
+        return found is not None and bool(found.watched_resources and found.namespaces)
 
     async def watch_jobs(self) -> None:
         """FineTuneJobs, by kopf, until SIGTERM or SIGINT.
@@ -361,3 +362,6 @@ def main(settings: Settings) -> None:
         asyncio.run(operator.run())  # which waits for passes that are being done
     finally:
         operator.give_back()
+    # Threads may be reading a watch: one that wakes while the interpreter is taken down aborts the process.
+    logging.shutdown()
+    os._exit(0)
