@@ -111,7 +111,9 @@ def prepared(cluster: Cluster, nodes: int) -> Iterator[str]:
     cluster.wait_for_condition(crds, "finetunejobs.finetune.dev", "Established", namespace=None)
     with cluster.namespace("operator") as own:
         names = [f"{own}-{number}" for number in range(nodes)]
-        made = [json.dumps(simulated_node(name, 8, {POOL: own})) for name in names]
+        # As with some cloud providers, the label of a node's host is not its name.
+        labels = {name: {POOL: own, "kubernetes.io/hostname": f"ip-{name}"} for name in names}
+        made = [json.dumps(simulated_node(name, 8, labels[name])) for name in names]
         cluster.kubectl("create", "-f", "-", input="\n---\n".join(made))
         for name in names:
             cluster.wait_for_condition("nodes", name, "Ready", namespace=None)

@@ -766,6 +766,19 @@ def test_a_node_without_its_gpu_driver_is_left(sim: Simulation) -> None:
     assert [(a["cause"], a["node"] == broken) for a in status["attempts"]] == [("GPUError", True), ("Succeeded", False)]
 
 
+def test_what_is_wrong_with_a_claim_of_devices_is_told_beside_the_schedulers_words() -> None:
+    sim = Simulation(nodes={})
+    claims = {"spec": {"resourceClaims": [{"name": "gpus", "resourceClaimTemplateName": "eight"}]}}
+    sim.submit("tune", {**GOOD_SPEC, "workers": {"replicas": 1, "template": claims}})
+    said = "resourceclaimtemplate eight not found"
+    sim.told_of["tune-a1-0-abcde"] = [
+        {"reason": "FailedResourceClaimCreation", "type": "Warning", "lastTimestamp": "2026", "message": said}
+    ]
+    sim.run("tune", ticks=40)
+    assert sim.reason("tune", "PodsReady") == ("False", "Unschedulable")
+    assert sim.message("tune", "PodsReady").endswith(f"0/4 nodes fit FailedResourceClaimCreation: {said}")
+
+
 @pytest.mark.parametrize(
     ("told", "reason", "says"),
     [

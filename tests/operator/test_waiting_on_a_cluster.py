@@ -172,12 +172,16 @@ def test_a_queue_holds_a_job_back_and_lets_it_go(cluster: Cluster, namespace: st
 
 
 def test_a_quota_that_is_used_up_is_told(cluster: Cluster, namespace: str) -> None:
-    quota = {"hard": {"requests.nvidia.com/gpu": "8"}}
+    """One on cpu and memory asks every container for them, also the one that fetches, of which users say nothing."""
+    quota = {"hard": {"requests.nvidia.com/gpu": "8", "requests.cpu": "8", "limits.memory": "64Gi"}}
     cluster.apply(
         {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gpus"}, "spec": quota}, namespace=namespace
     )
     cluster.wait_for("resourcequotas", lambda found: found[0].get("status", {}).get("hard"), namespace=namespace)
-    cluster.apply(fine_tune_job("tune"), namespace=namespace)
+    trainer = {"name": "trainer", "resources": {"requests": {"cpu": "4"}, "limits": {"memory": "32Gi"}}}
+    template = {"spec": {"containers": [trainer]}}
+    gang = {"replicas": 2, "gpusPerWorker": 8, "template": template}
+    cluster.apply(fine_tune_job("tune", workers=gang), namespace=namespace)
 
     def exceeded(jobs: list[Object]) -> Object | None:
         ready = condition(jobs[0], "PodsReady")
