@@ -337,6 +337,11 @@ _TEXTS: tuple[tuple[str, Cause, str], ...] = (
         "training.gradient_checkpointing: true, or raise deepspeed.zero_optimization.stage.",
     ),
     (
+        r"(?i)(/dev/shm|shared memory)\b[^\n]*no space left on device|insufficient shared memory",
+        Cause.OUT_OF_DISK,
+        "The shared memory is full. Raise shmSize of the job's profile.",
+    ),
+    (
         r"uncorrectable ECC|Xid|CUDA error: (device-side|unspecified|an illegal|misaligned|no kernel)|"
         r"CUDA driver initialization failed|driver/library version mismatch|lib(cuda|nvidia-ml)\.so",
         Cause.GPU_ERROR,
