@@ -35,6 +35,14 @@ START_PATIENCE = timedelta(minutes=2)
 """So long a node may try to make a container, again and again, before it counts as one that cannot."""
 
 
+_OVERLOADED = re.compile(
+    r"deadline exceeded|timed out|timeout|temporarily unavailable|connection refused|is reserved|too many open files|"
+    r"no space left|cannot allocate memory",
+    re.IGNORECASE,
+)
+"""Words of a container runtime that is short of something: also from two nodes they say nothing of the pod."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why an attempt ended."""
@@ -51,6 +59,11 @@ class Failure:
     def retry(self) -> Retry:
         """What the table of causes says."""
         return RETRY[self.cause]
+
+    @property
+    def may_pass(self) -> bool:
+        """What could not be started may be started later, on any node."""
+        return bool(_OVERLOADED.search(self.message))
 
     @property
     def node_suspect(self) -> bool:
