@@ -30,11 +30,11 @@ from finetune_api.stages import (
 # Environment variables the pods get (all optional for the trainer but CONFIG).
 ENV_CONFIG = "FINETUNE_CONFIG"  # path of the trainer's configuration, a JSON file
 ENV_ATTEMPT = "FINETUNE_ATTEMPT"  # number of this attempt, from 1; writers of older attempts are fenced off
+ENV_RUN = "FINETUNE_RUN"  # uid of the FineTuneJob: tells attempts of this job from those of an earlier one of its name
 ENV_CACHE = "FINETUNE_CACHE"  # folder for fetched models and data; may be shared by many jobs
 ENV_WORK = "FINETUNE_WORK"  # scratch folder of this pod
 ENV_HTTP_PORT = "FINETUNE_HTTP_PORT"  # port of /metrics, /progress and /healthz on rank 0
 ENV_TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"  # file for the Termination document
-ENV_ENDS = "FINETUNE_ENDS"  # JSON: how earlier attempts ended by their numbers, [cause, message]; for the report
 ENV_SAVE_STEPS = "FINETUNE_SAVE_STEPS"  # steering: may change from attempt to attempt
 ENV_SAVE_TOTAL_LIMIT = "FINETUNE_SAVE_TOTAL_LIMIT"
 

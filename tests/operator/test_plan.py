@@ -1,6 +1,8 @@
 """The plan: what is decided where the spec is silent, and what the manifests then hold."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,6 +210,21 @@ def test_what_reads_a_result_is_a_small_pod_with_what_the_workers_reach_it_by() 
     labels = manifests.reader(made, 3)["spec"]["template"]["metadata"]["labels"]
     assert (labels["finetune.dev/job"], labels["finetune.dev/reads-attempt"]) == ("tune", "3")
     assert "finetune.dev/attempt" not in labels
+
+
+def test_every_variable_that_the_trainer_reads_is_given_by_the_pod_or_told_in_the_docs() -> None:
+    root = Path(__file__).parents[2]
+    read = set()
+    for file in (root / "trainer_image").rglob("*.py"):
+        text = file.read_text()
+        read |= set(re.findall(r"\bFINETUNE_[A-Z_]+\b", text))
+        read |= {getattr(run, name) for name in re.findall(r"\bENV_[A-Z_]+\b", text) if hasattr(run, name)}
+    [worker] = manifests.job(plan(), 1)["spec"]["template"]["spec"]["containers"]
+    given = {one["name"]: one.get("value") for one in worker["env"]}
+    told = "".join(page.read_text() for page in (root / "docs").rglob("*.md"))
+    assert len(read) > 10
+    assert not {name for name in read if name not in given and name not in told}
+    assert given["FINETUNE_RUN"] == plan().owner.uid and plan().owner.uid
 
 
 def test_pods_fit_the_restricted_standard() -> None:

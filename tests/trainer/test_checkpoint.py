@@ -14,6 +14,7 @@ import torch
 from torch.distributed import HashStore
 
 from finetune_api.causes import Cause
+from finetune_api.run import ENV_RUN
 from finetune_trainer import saving
 from finetune_trainer.checkpoint import (
     MANIFEST,
@@ -26,7 +27,7 @@ from finetune_trainer.checkpoint import (
     resume,
     survey,
 )
-from finetune_trainer.fence import ENV_RUN, Fence, claim, claims
+from finetune_trainer.fence import Fence, claim, claims
 from finetune_trainer.outcome import RunError
 from finetune_trainer.saving import Saved, Saver
 from finetune_trainer.state import Fragment
@@ -483,6 +484,24 @@ def test_never_lets_the_second_attempt_of_the_same_run_continue(folder: Folder) 
     other = claim(folder.store, attempt=1, run="another")
     with pytest.raises(RunError, match="is a checkpoint of another run"):
         resume(folder.store, config, world, State(0, 1), other, {}, folder.root / "work")  # type: ignore[arg-type]
+
+
+def test_never_does_not_let_a_second_attempt_continue_what_another_job_left(folder: Folder) -> None:
+    folder.save(3, fence=claim(folder.store, attempt=1, run="another"))
+    config, world = tiny.make_config(folder.root, resume="never"), worlds(1)[0]
+    claim(folder.store, attempt=1, run="uid")  # it was killed before it looked
+    second = claim(folder.store, attempt=2, run="uid")
+    with pytest.raises(RunError, match="is a checkpoint of another run"):
+        resume(folder.store, config, world, State(0, 1), second, {}, folder.root / "work")  # type: ignore[arg-type]
+    assert [told["attempt"] for told in second.attempts()] == [1, 2], "the other job's attempt is not told"
+
+
+def test_never_lets_an_attempt_continue_what_one_without_an_identity_saved(folder: Folder) -> None:
+    folder.save(3, fence=claim(folder.store, attempt=1, run=""))  # by an operator that gave none
+    config, world = tiny.make_config(folder.root, resume="never"), worlds(1)[0]
+    second = claim(folder.store, attempt=2, run="uid")
+    found = resume(folder.store, config, world, State(0, 1), second, {}, folder.root / "work")  # type: ignore[arg-type]
+    assert found.step == 3
 
 
 def test_a_refusal_reaches_every_process(folder: Folder) -> None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api.causes import Cause
-from finetune_api.run import ENV_ATTEMPT, Termination
+from finetune_api.run import ENV_ATTEMPT, ENV_RUN, Termination
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store
 
@@ -27,8 +27,6 @@ UNCONDITIONAL = (
     "checkpoints. Use storage that honours conditional writes, as Amazon S3 does (docs/credentials.md)."
 )
 CLAIMS = "attempts/"
-ENV_RUN = "FINETUNE_RUN"
-"""Identity of the job object (its uid): tells a job that was deleted and made again from an old attempt."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,8 @@ def last_word(store: Store, attempt: int, run: str | None = None) -> Termination
     run = os.environ.get(ENV_RUN, "") if run is None else run
     for number in reversed(claims(store)):
         claimed = read(store, name_of(number))
-        if claimed.get("attempt") == attempt and claimed.get("run", "") == run:
+        # An operator of an older version did not say whose attempt it was.
+        if claimed.get("attempt") == attempt and claimed.get("run", "") in (run, ""):
             return Termination.from_message(json.dumps(read(store, f"{name_of(number)}.ended")))
     return None
 
