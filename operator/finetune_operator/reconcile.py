@@ -287,8 +287,7 @@ def attempt_manifests(plan: Plan, decision: Decision, observed: Observed) -> lis
     if plan.profile.network_policy:
         made.append(manifests.network_policy(plan))
     made += manifests.pod_groups(plan)
-    job = manifests.job(plan, decision.create_attempt, decision.excluded_nodes)
-    made.append(manifests.telling_of(job, decision.status.attempts))
+    made.append(manifests.job(plan, decision.create_attempt, decision.excluded_nodes))
     return made
 
 

@@ -161,8 +161,7 @@ def without_right(cluster: Cluster, own: str, verb: str, resource: str) -> Itera
         cluster.apply({**role, "rules": rules})
 
     rules = chart_role()["rules"]
-    left = [{**r, "verbs": [v for v in r["verbs"] if (r["resources"], v) != ([resource], verb)]} for r in rules]
-    rights([rule for rule in left if rule["verbs"]])
+    rights([{**r, "verbs": [v for v in r["verbs"] if (r["resources"], v) != ([resource], verb)]} for r in rules])
     try:
         yield
     finally:

@@ -315,6 +315,27 @@ def test_a_batch_without_labels_adds_nothing_but_a_graph() -> None:
         assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+def test_flops_of_a_model_whose_layers_differ() -> None:
+    from transformers import Gemma4TextConfig
+
+    from finetune_trainer.flops import model_cost
+
+    class Model:
+        config = Gemma4TextConfig(
+            vocab_size=100,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            head_dim=8,
+            global_head_dim=32,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+
+    assert model_cost(Model, 10_000, trains_all=True).per_pair == 3 * 4 * 2 * (8 + 32)
+    silent = type("Silent", (), {"config": object()})
+    assert model_cost(silent, 10_000, trains_all=True).per_pair == 0, "a figure for people ends no run"
+
+
 def test_flops_of_a_model() -> None:
     from transformers import LlamaConfig
 

@@ -183,6 +183,16 @@ def test_gathered_weights_are_saved_in_place_of_the_models_own(root, tmp_path):
     assert set(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].flatten().tolist()) == {0.5}
 
 
+def test_a_saved_model_ends_its_answers_where_the_chat_template_taught_it_to(root, tmp_path):
+    folder = built(SHAPES["llama"], tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    tokenizer = load_tokenizer(root / "model", make_config(root))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)  # as a named template chooses it
+    save_model(loaded(folder), tokenizer, tmp_path / "out", "5GB")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert again.eos_token_id == [0, 5] and again.pad_token_id == tokenizer.pad_token_id
+
+
 def test_a_generation_config_that_transformers_would_refuse_to_save_is_mended(root, tmp_path):
     folder = built(SHAPES["llama"], tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}))

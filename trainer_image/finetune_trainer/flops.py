@@ -61,16 +61,28 @@ class ModelCost:
 
 def model_cost(model: Any, total_parameters: int, trains_all: bool) -> ModelCost:
     """Count a model. ``total_parameters`` includes the embeddings; the input embedding is a look-up, not a product,
-    unless the output head shares it."""
+    unless the output head shares it. A model whose configuration does not say its shape costs nothing: a figure for
+    people never ends a run."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     vocabulary, width = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
     tied = bool(getattr(text, "tie_word_embeddings", False))
     products = total_parameters - (0 if tied else vocabulary * width)
-    layers = getattr(text, "num_hidden_layers", 0)
-    heads = getattr(text, "num_attention_heads", 0)
-    head_width = getattr(text, "head_dim", None) or (width // heads if heads else 0)
     # Forward: two products (scores, values) of 2 FLOPs each; backward: twice that, for adapters too.
     return ModelCost(
-        per_token=(6.0 if trains_all else 4.0) * products, per_pair=3.0 * 4.0 * layers * heads * head_width
+        per_token=(6.0 if trains_all else 4.0) * products,
+        per_pair=3.0 * 4.0 * sum(map(_attention_width, _layers(text))),
     )
+
+
+def _layers(text: Any) -> list[Any]:
+    """The configuration of every layer; those of Gemma 4 differ, and it refuses to give one number for all."""
+    try:
+        return list(text.per_layer_config)
+    except (AttributeError, TypeError, ValueError):
+        return [text] * getattr(text, "num_hidden_layers", 0)
+
+
+def _attention_width(layer: Any) -> int:
+    heads = getattr(layer, "num_attention_heads", 0)
+    return heads * (getattr(layer, "head_dim", None) or (getattr(layer, "hidden_size", 0) // heads if heads else 0))

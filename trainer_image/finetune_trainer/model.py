@@ -26,6 +26,7 @@ from finetune_api.causes import Cause
 from finetune_api.methods import Qlora
 from finetune_api.run import TrainerConfig
 from finetune_trainer.fetching.wanted import no_safetensors
+from finetune_trainer.generate import end_tokens
 from finetune_trainer.gguf import converted
 from finetune_trainer.outcome import RunError
 from finetune_trainer.templates import use_template
@@ -508,7 +509,7 @@ def save_model(
     if use_cache is not None:
         model.config.use_cache = getattr(model, "_published_use_cache", use_cache)
     try:
-        _mend_generation_config(model)
+        _mend_generation_config(model, tokenizer)
         model.save_pretrained(directory, state_dict=state_dict, max_shard_size=size_in_bytes(max_shard_size))
     finally:
         if use_cache is not None:
@@ -525,12 +526,20 @@ def size_in_bytes(size: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def _mend_generation_config(model: PreTrainedModel) -> None:
-    """Many published models give a temperature without do_sample; transformers refuses to save those once they
-    were touched, at the very end of a run."""
+def _mend_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whoever loads the model gets answers that end where it was taught to end them.
+
+    Many published models give a temperature without do_sample; transformers refuses to save those once they
+    were touched, at the very end of a run.
+    """
     generation = getattr(model, "generation_config", None)
     if generation is None:
         return
+    ends = end_tokens(model, tokenizer)
+    if ends:
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+    if tokenizer.pad_token_id is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
     try:
         generation.validate(strict=True)
     except ValueError:
