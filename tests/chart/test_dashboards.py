@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.conditions import State
 from tests.chart import metrics
 from tests.chart.charts import CHART, only, template
 from tests.chart.prometheus import Server, serve
@@ -74,6 +75,11 @@ def test_dashboards_name_only_metrics_there_are(name: str) -> None:
     found = {word for panel in panels(DASHBOARDS[name]) for t in panel["targets"] for word in NAME.findall(t["expr"])}
     assert found
     assert found <= set(metrics.KNOWN)
+
+
+def test_every_state_has_a_colour() -> None:
+    panel = next(panel for panel in panels(DASHBOARDS["fleet"]) if panel["title"] == "Jobs by state")
+    assert {one["matcher"]["options"] for one in panel["fieldConfig"]["overrides"]} == set(State)
 
 
 def test_every_metric_of_the_trainer_is_seen_somewhere() -> None:
