@@ -90,6 +90,7 @@ test-trainer: setup ## Trains tiny models on the CPU (minutes)
 .PHONY: binaries
 binaries: setup ## Build the test cluster's binaries from Go modules (7 minutes, once)
 	$(BIN)/python -m tests.cluster.binaries
+	$(BIN)/python -m tests.chart.judges
 
 .PHONY: test-cluster
 test-cluster: binaries ## Against a real Kubernetes API server

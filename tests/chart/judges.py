@@ -1,6 +1,7 @@
 """What Flux, kstatus and Argo CD make of FineTuneJobs, asked of their own libraries.
 
 ``judges/`` is a Go module of its own: its libraries go with Flux' versions, not with those of the test cluster.
+``python -m tests.chart.judges`` builds it.
 """
 
 from __future__ import annotations
@@ -53,3 +54,7 @@ def program() -> Path:
         if not path.exists():
             binaries.build(".", path, MODULE)
     return path
+
+
+if __name__ == "__main__":
+    print(program())
