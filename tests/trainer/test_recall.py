@@ -17,9 +17,17 @@ from finetune_api.run import (
     OutputInfo,
     Termination,
 )
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator import manifests
+from finetune_operator.cluster.gpus import Gpus
+from finetune_operator.cluster.local import LocalCluster
+from finetune_operator.plan import Owner, make_plan
+from finetune_operator.reconcile import reconcile
+from finetune_operator.settings import Profile, Settings
 from finetune_trainer import recall
 from finetune_trainer.fence import claim, last_word
 from finetune_trainer.storage import Store
+from tests import PATIENCE
 from tests.trainer.test_storage import flat_s3, flat_s3_server, no_credentials, s3, s3_server, store
 from tests.trainer.tiny import make_config
 
@@ -90,3 +98,35 @@ def test_storage_that_does_not_answer_is_no_missing_word(tmp_path, monkeypatch, 
 def test_it_is_light():
     code = "import sys, finetune_trainer.recall; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_on_this_machine_a_result_is_read_where_its_pods_are_gone(tmp_path):
+    spec = {
+        "model": {"uri": f"file://{tmp_path}/model"},
+        "data": {"train": [{"uri": f"file://{tmp_path}/rows.jsonl"}]},
+        "output": {"uri": f"file://{tmp_path}/out"},
+        "workers": {"gpusPerWorker": 0},
+    }
+    cluster = LocalCluster(tmp_path / "state", gpus=Gpus((), tmp_path / "gpus"), cache=tmp_path / "cache")
+    cluster.claim("default", "tune")
+    metadata = {"namespace": "default", "name": "tune"}
+    api = {"apiVersion": manifests.API_VERSION, "kind": manifests.KIND}
+    job = cluster.submit({**api, "metadata": metadata, "spec": spec})
+    settings = Settings(profiles={"default": Profile()})
+    owner = Owner("default", "tune", job["metadata"]["uid"], {})
+    plan = make_plan(owner, FineTuneJobSpec.model_validate(spec), settings.profiles["default"], {})
+    gang = manifests.job(plan, 1)
+    gang["metadata"] |= {"uid": "gang", "creationTimestamp": "2026-01-01T00:00:00Z"}
+    gang["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+    for made in (manifests.config_map(plan), gang):
+        cluster.folder("default", "tune").put(made)
+    claim(Store(plan.config.checkpoint_uri), attempt=1).end(WORD, "2026-01-01T00:00:00Z")
+    states = []
+    try:
+        while "Succeeded" not in states:
+            states.append(reconcile(cluster, settings, "default", "tune").job["status"]["state"])
+            cluster.wait(PATIENCE if states[-1] == "Finishing" else 0)
+    finally:
+        cluster.close()
+    assert states[0] == "Finishing"
+    assert cluster.finetunejob("default", "tune")["status"]["outputs"][0]["digest"] == "sha256:1"
