@@ -56,7 +56,7 @@ STATES = {
     State.STARTING: "Pods are being scheduled, or load model and data.",
     State.RUNNING: "Steps are being finished.",
     State.RESTARTING: "An attempt has failed; the next one continues from the newest checkpoint.",
-    State.FINISHING: "The workers have finished and their pods are gone; what they wrote is read from the storage.",
+    State.FINISHING: "The workers have finished, and no pod can tell what they wrote: it is read from the storage.",
     State.SUSPENDING: "A checkpoint is saved before the pods go.",
     State.SUSPENDED: "spec.suspend is true and no pod is left.",
     State.SUCCEEDED: "The output is written.",

@@ -518,7 +518,7 @@ def _read(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, reade
         wait = REFUSAL_POLL
     elif reader.job.succeeded or (reader.job.failed and age >= READ_AGAIN):
         delete, wait = (Delete("Job", reader.job.name, reader.job.uid),), REFUSAL_POLL
-    message = "The workers have finished, and their pods are gone: what they wrote is read from the storage."
+    message = "The workers have finished, and no pod can tell what they wrote: it is read from the storage."
     told = f"{message} {trouble}".strip()
     findings = [
         Finding(Condition.PODS_READY, False, Reason.NO_PODS),
