@@ -192,7 +192,7 @@ def _outcome(documents: Sequence[Document], cluster: LocalCluster, interrupted: 
         states.append(status.state)
         causes += [attempt.cause for attempt in status.attempts[-1:]]
         if interrupted and status.state not in (State.SUCCEEDED, State.FAILED):
-            click.echo(results.stopped(document.key[1], status))
+            click.echo(results.stopped(document.key[1], document.spec, status))
         else:
             results.tell(document.key[1], document.spec, status, folder, click.echo)
             _why_not(status)

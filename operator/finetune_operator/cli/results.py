@@ -97,12 +97,13 @@ def _failed(status: FineTuneJobStatus, folder: Folder, say: Callable[[str], None
             say(f"  {'log':<12}{path}")
 
 
-def stopped(name: str, status: FineTuneJobStatus) -> str:
+def stopped(name: str, spec: FineTuneJobSpec, status: FineTuneJobStatus) -> str:
     """One line about a job that was interrupted."""
     newest = status.checkpoints[-1].step if status.checkpoints else None
     saved = "nothing was saved yet" if newest is None else f"a checkpoint of step {newest} is saved"
     step = status.progress.step if status.progress else 0
-    return f"{name}: stopped at step {step}; {saved}."
+    report = next((f" Its report so far: {path}" for label, path in _files(spec) if label == "report"), "")
+    return f"{name}: stopped at step {step}; {saved}.{report}"
 
 
 def _steps(status: FineTuneJobStatus) -> str:
