@@ -59,7 +59,7 @@ def test_a_job_runs_on_two_nodes_and_succeeds(cluster: Cluster, namespace: str, 
     saved = CheckpointInfo(step=3, uri="s3://team/tune/checkpoints/step-3", time="2026-01-01T00:00:00Z", size=1024)
     trainers.say(
         pods[0], phase="training", step=4, max_steps=10, loss=1.25, eta_seconds=72.0, checkpoints=[saved],
-        trainable_parameters=7,
+        trainable_parameters=7, unhealthy={},
     )  # fmt: skip
     status = wait_for_state(cluster, namespace, "tune", "Running")
     assert (status["progress"]["percent"], status["progress"]["loss"]) == ("40 %", "1.2500")
@@ -84,7 +84,7 @@ def test_a_job_runs_on_two_nodes_and_succeeds(cluster: Cluster, namespace: str, 
     )
     assert condition(done, "Ready")["status"] == "True"  # what Flux and Argo CD wait for
     holding = {c["type"] for c in done["status"]["conditions"] if c["status"] == "True"}
-    assert holding == {"Accepted", "InputsReady", "Reconciled", "Complete", "Ready"}
+    assert holding == {"Accepted", "InputsReady", "Reconciled", "Complete", "Ready", "Healthy"}
     status = done["status"]
     assert (status["state"], status["restarts"], status["completionTime"] >= status["startTime"]) == (
         "Succeeded",

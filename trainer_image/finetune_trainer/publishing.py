@@ -5,6 +5,7 @@ Written beside the training, by a thread of its own: the storage may be slow, an
 ``run.py`` on rank 0; a finished run's report is part of its result (``export.py``).
 """
 
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from finetune_trainer.export import MANIFEST
 from finetune_trainer.fence import Fence
+from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store
 
 FILES = ("metrics.jsonl", "loss.png", "report.html")
@@ -68,6 +70,8 @@ class Publisher:
             for name in FILES:
                 if (path := self._folder / name).is_file():
                     self._store.put(f"{self._below}{name}", path)
+        except RunError as error:
+            print(f"the report in the output is not renewed: {error.message}", file=sys.stderr, flush=True)
         except Exception as error:  # a run goes on without its report
             traceback.print_exception(error)
         now = time.monotonic()
