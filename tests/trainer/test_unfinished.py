@@ -47,7 +47,8 @@ class Run:
         self.attempt += 1
         (self.root / "termination").unlink(missing_ok=True)
         training = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1} | changes.pop("training", {})
-        config = tiny.make_config(self.root, training=training, save_steps=2, **changes)
+        data = {"eval": [{"uri": f"file://{self.root}/train.jsonl"}]}
+        config = tiny.make_config(self.root, training=training, data=data, save_steps=2, **changes)
         variables = {ENV_TRACE: str(self.root / "trace")} if (self.root / "trace").exists() else {}
         return tiny.start(tiny.environment(self.root, config, self.attempt, **variables))
 
@@ -145,6 +146,18 @@ def test_asked_to_it_trains_on_with_more_rows_and_epochs(told: dict[str, Any]) -
     assert "training.num_train_epochs: 2.0 → 3.0" in printed
     assert re.search(rf"adapter file://{told['root']}/output ", page), "where the adapter lies"
     assert "Still running" not in page and "Failed:" not in page
+
+
+def test_what_makes_the_result_doubtful_is_told_wherever_it_is_looked_at(told: dict[str, Any]) -> None:
+    """The held-out rows are those that are trained on."""
+    printed, page, word = told["on"]
+    assert word.unhealthy == {"HeldOutRowsInTraining": "train: 13 of 13"}
+    sentence = "Held-out rows stand in the training rows (train: 13 of 13)"
+    assert f"doubtful: {sentence}" in printed
+    assert f"Fine-tuning report team/tiny Doubtful. {sentence}" in page
+    card = (told["root"] / "output" / "README.md").read_text()
+    assert card.split("# tiny\n\n", 1)[1].startswith(f"> **Doubtful.** {sentence}")
+    assert "Doubtful. Held-out rows stand in the training rows (train: 12 of 12)" in told["killed"][0]
 
 
 def test_another_method_is_refused_whatever_is_asked(told: dict[str, Any]) -> None:
