@@ -14,7 +14,7 @@ import yaml
 
 from finetune_api.generated import command
 from finetune_api.rules import IMMUTABLE, NEW_JOB, RULES, Rule, told
-from finetune_api.schema import PATTERNS, PRESERVE, spec_schema, status_schema
+from finetune_api.schema import PATTERNS, PRESERVE, accepted, spec_schema, status_schema
 from finetune_api.stages import SECTIONS
 
 GROUP, VERSION, KIND, PLURAL = "finetune.dev", "v1alpha1", "FineTuneJob", "finetunejobs"
@@ -23,6 +23,8 @@ HEADER = """\
 # Generated from crds/finetune_api by `make generate` (python -m finetune_api.crd --write). Do not edit.
 # Apply it with `kubectl apply --server-side`.
 """
+
+_LONGEST_OF_AN_ENUM = 64
 
 COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("State", "string", ".status.state", 0),
@@ -57,6 +59,7 @@ def crd() -> dict[str, Any]:
         },
     }
     _speak_patterns(root["properties"]["spec"])
+    _allow_nothing(root["properties"]["spec"])
     for rule in RULES:
         _validations(_node(root, rule.at)).append(_validation(root, rule))
     _validations(root).extend(_transitions(root))
@@ -151,8 +154,8 @@ def _speak_patterns(node: dict[str, Any]) -> None:
     """A pattern's refusal quotes the regular expression; as a CEL rule it says what is meant."""
     pattern = node.pop("pattern", None)
     if pattern is not None:
-        accepted, remedy = PATTERNS[pattern]
-        told = f" is not accepted; accepted: {accepted}; remedy: {remedy}"
+        words, remedy = PATTERNS[pattern]
+        told = f" is not accepted; accepted: {words}; remedy: {remedy}"
         _validations(node).append(
             {
                 "rule": f"self.matches(r'{pattern}')",
@@ -164,6 +167,38 @@ def _speak_patterns(node: dict[str, Any]) -> None:
         _speak_patterns(child)
     if isinstance(node.get("items"), dict):
         _speak_patterns(node["items"])
+
+
+def _allow_nothing(node: dict[str, Any]) -> None:
+    """A field that may be missing may be empty (``uri:`` and no more). Where it has a default, the API server puts that
+    in; elsewhere it must be told, or server-side apply refuses what create lets through. To CEL, null is not there.
+
+    An enum of the schema never takes null, not even where null is one of its values: a rule does.
+    """
+    for name, child in node.get("properties", {}).items():
+        if "type" in child and "default" not in child and name not in node.get("required", ()):
+            child["nullable"] = True
+            if "enum" in child:
+                _speak_enum(child)
+        _allow_nothing(child)
+    for key in ("items", "additionalProperties"):
+        if isinstance(node.get(key), dict):
+            _allow_nothing(node[key])
+    if isinstance(node.get("additionalProperties"), dict):
+        node["additionalProperties"]["nullable"] = True
+
+
+def _speak_enum(node: dict[str, Any]) -> None:
+    told = f" is not accepted; accepted: {accepted(node)}; remedy: write one of them"
+    listed = ", ".join(_literal(value) for value in node.pop("enum"))
+    node["maxLength"] = _LONGEST_OF_AN_ENUM
+    _validations(node).append(
+        {
+            "rule": f"self in [{listed}]",
+            "message": f"this{told}",
+            "messageExpression": _literal('"%s"' + _plain(told)) + ".format([self])",
+        }
+    )
 
 
 def _transitions(root: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -193,6 +193,8 @@ def _as_stored(node: Mapping[str, Any], value: Any) -> Any:
             for key, child in value.items()
             if child is not None or key in required or key not in node["properties"]
         }
+    if isinstance(value, dict) and isinstance(node.get("additionalProperties"), dict):
+        return {key: _as_stored(node["additionalProperties"], v) for key, v in value.items() if v is not None}
     if isinstance(value, list) and isinstance(node.get("items"), dict):
         return [_as_stored(node["items"], item) for item in value]
     if node.get("type") == "integer" and isinstance(value, float) and value.is_integer():
@@ -362,7 +364,8 @@ def _take_out(data: dict[str, Any], path: Path, holes: set[Path]) -> None:
     holes.add(path)
     owner = schema.at_path(path[:-1]) or {}
     if name in owner.get("required", ()):
-        parent[name] = copy.deepcopy(_STAND_INS[name])
+        node = schema.at_path(path) or {}
+        parent[name] = copy.deepcopy(node["enum"][0] if "enum" in node else _STAND_INS[name])
 
 
 METHOD_NAMES = frozenset(name for names in METHOD_PARAMETERS.values() for name in names)

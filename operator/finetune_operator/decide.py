@@ -402,7 +402,7 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
 def _so_before(attempts: list[AttemptStatus], failure: Failure) -> AttemptStatus | None:
     """The earlier attempt which shows that a failure for which a node was blamed is not the node's: a container that
     another node could not start either, or GPUs that are missing again after a try elsewhere."""
-    if failure.cause not in (Cause.START_ERROR, Cause.NO_ACCELERATOR):
+    if failure.cause not in (Cause.START_ERROR, Cause.NO_ACCELERATOR) or failure.may_pass:
         return None
     alike = [a for a in fruitless(attempts) if a.cause == failure.cause and a.node]
     again = failure.cause is Cause.NO_ACCELERATOR

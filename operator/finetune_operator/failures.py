@@ -35,6 +35,14 @@ START_PATIENCE = timedelta(minutes=2)
 """So long a node may try to make a container, again and again, before it counts as one that cannot."""
 
 
+_OVERLOADED = re.compile(
+    r"deadline exceeded|timed out|timeout|temporarily unavailable|connection refused|is reserved|too many open files|"
+    r"no space left|cannot allocate memory",
+    re.IGNORECASE,
+)
+"""Words of a container runtime that is short of something: also from two nodes they say nothing of the pod."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why an attempt ended."""
@@ -51,6 +59,11 @@ class Failure:
     def retry(self) -> Retry:
         """What the table of causes says."""
         return RETRY[self.cause]
+
+    @property
+    def may_pass(self) -> bool:
+        """What could not be started may be started later, on any node."""
+        return bool(_OVERLOADED.search(self.message))
 
     @property
     def node_suspect(self) -> bool:
@@ -335,6 +348,11 @@ _TEXTS: tuple[tuple[str, Cause, str], ...] = (
         Cause.OUT_OF_GPU_MEMORY,
         "The GPU's memory is full. Lower training.per_device_train_batch_size or data.max_length, set "
         "training.gradient_checkpointing: true, or raise deepspeed.zero_optimization.stage.",
+    ),
+    (
+        r"(?i)(/dev/shm|shared memory)\b[^\n]*no space left on device|insufficient shared memory",
+        Cause.OUT_OF_DISK,
+        "The shared memory is full. Raise shmSize of the job's profile.",
     ),
     (
         r"uncorrectable ECC|Xid|CUDA error: (device-side|unspecified|an illegal|misaligned|no kernel)|"

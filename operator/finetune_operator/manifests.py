@@ -5,12 +5,13 @@ Called by ``reconcile.py``; both clusters run what is written here.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from finetune_api import run
 from finetune_api.base import seconds
+from finetune_api.status import AttemptStatus
 from finetune_operator.plan import CLAIM_ROOT, Plan, merge
 
 GROUP = "finetune.dev"
@@ -168,6 +169,20 @@ def job(plan: Plan, attempt: int, excluded_nodes: tuple[str, ...] = ()) -> Manif
             "template": pod_template(plan, attempt, excluded_nodes),
         },
     }
+
+
+ENDS_TOLD = 10
+"""Attempts of which a later one is told how they ended: who was killed could not write it down."""
+
+
+def telling_of(job: Manifest, attempts: Iterable[AttemptStatus]) -> Manifest:
+    """The Job of an attempt, whose report can say how the earlier ones ended."""
+    ended = [attempt for attempt in attempts if attempt.end_time][-ENDS_TOLD:]
+    ends = {str(attempt.number): [attempt.cause, attempt.message[:200]] for attempt in ended}
+    for container in job["spec"]["template"]["spec"]["containers"]:
+        if ends and container["name"] == run.TRAINER_CONTAINER:
+            container["env"] = [*container["env"], {"name": run.ENV_ENDS, "value": json.dumps(ends)}]
+    return job
 
 
 def of_domain(given: Mapping[str, str], domain: str) -> dict[str, str]:

@@ -287,7 +287,8 @@ def attempt_manifests(plan: Plan, decision: Decision, observed: Observed) -> lis
     if plan.profile.network_policy:
         made.append(manifests.network_policy(plan))
     made += manifests.pod_groups(plan)
-    made.append(manifests.job(plan, decision.create_attempt, decision.excluded_nodes))
+    job = manifests.job(plan, decision.create_attempt, decision.excluded_nodes)
+    made.append(manifests.telling_of(job, decision.status.attempts))
     return made
 
 

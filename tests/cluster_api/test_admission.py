@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import copy
 import json
-import random
+import re
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from kubernetes import client, config
 
-from finetune_api import crd
+from finetune_api import crd, schema
 from finetune_api.mistakes import Mistake, changed, read
 from finetune_api.spec import FineTuneJobSpec
 from tests.cluster.access import Access, Object
 from tests.unit import bad_specs
 from tests.unit.bad_specs import BAD, CONDITION, GOOD, RULE, SCHEMA, Bad
+from tests.unit.changed_specs import changed_specs
 from tests.unit.good_specs import GOOD as GOOD_SPECS
 from tests.unit.good_specs import Good
 
@@ -52,14 +54,20 @@ def space(api: Access) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def dry_run(api: Access, space: str) -> DryRun:
-    """Asks as ``kubectl create`` or ``kubectl replace`` do, with ``--dry-run=server --validate=strict``: what would
-    be stored, or the words of the refusal. A kubectl for each of hundreds of specs would cost a minute."""
+    """Asks as ``kubectl create``, ``kubectl replace`` or ``kubectl apply --server-side`` do, with ``--dry-run=server
+    --validate=strict``: what would be stored, or the words of the refusal. A kubectl for each of hundreds of specs
+    would cost a minute."""
     jobs = client.CustomObjectsApi(config.new_client_from_config(str(api.kubeconfig)))
     place = ("finetune.dev", "v1alpha1", space, "finetunejobs")
     how = {"dry_run": "All", "field_validation": "Strict"}
 
-    def ask(body: Object, *, replace: bool = False) -> Object | str:
+    def ask(body: Object, *, replace: bool = False, apply: bool = False) -> Object | str:
         try:
+            if apply:
+                by = {"_content_type": "application/apply-patch+yaml", "field_manager": "somebody"}
+                name = body["metadata"]["name"]  # read here: to the client, 201 is no answer of a patch
+                done = jobs.patch_namespaced_custom_object(*place, name, body, **how, **by, _preload_content=False)
+                return dict(json.loads(done.data))
             if not replace:
                 return jobs.create_namespaced_custom_object(*place, body, **how)
             name = body["metadata"]["name"]
@@ -137,7 +145,34 @@ def test_a_cluster_takes_the_examples_that_say_so_and_no_others(api: Access, spa
 
 # ---- agreement of the two on anything ----
 
-_CONDITION_ONLY = ("spec.deepspeed.", "spec.workers.template.", "spec.method.target_modules")
+FUZZED = 400
+
+
+def _with_nothing() -> list[Object]:
+    """A job of every stage and every method, with all that may be missing written and empty."""
+    stages = [good.object for good in GOOD_SPECS if good.change.get("spec.stage")]
+    found = {raw["spec"]["stage"]: raw for raw in stages}
+    found |= {f"sft, {name}": bad_specs.changed(GOOD, {"spec.method": {"type": name}}) for name in ("lora", "adapter")}
+    return [
+        {**raw, "metadata": {"name": re.sub("[^a-z]+", "-", name)}, "spec": _emptied(schema.spec_schema(), raw["spec"])}
+        for name, raw in found.items()
+    ]
+
+
+def _emptied(node: dict[str, Any], value: Any) -> Any:
+    if isinstance(value, list):
+        return [_emptied(node["items"], item) for item in value] if "items" in node else value
+    if not isinstance(value, dict) or "properties" not in node:
+        return value
+    given = {key: _emptied(node["properties"].get(key, {}), child) for key, child in value.items()}
+    return {
+        name: None for name in node["properties"] if name not in given and name not in node.get("required", ())
+    } | given
+
+
+_CONDITION_ONLY = re.compile(
+    r"spec\.(deepspeed|workers\.template|method\.target_modules)[.\[]|spec\.method\.target_modules$"
+)
 _CONDITION_SAYS = (
     "the name of a column; YAML",
     "a valid regular expression",
@@ -151,10 +186,10 @@ def _seen_by_the_server(mistake: Mistake, raw: Object) -> bool:
     field = mistake.field
     if mistake.accepted.startswith(_CONDITION_SAYS):
         return False
-    if field.startswith("spec.training.lr_scheduler_kwargs"):
+    if re.match(r"spec\.training\.lr_scheduler_kwargs\b", field):
         return not isinstance(raw["spec"]["training"].get("lr_scheduler_kwargs", {}), dict)
     declared = ("spec.deepspeed.zero_optimization", "spec.deepspeed.zero_optimization.stage")
-    return field in declared or not field.startswith(_CONDITION_ONLY)
+    return field in declared or not _CONDITION_ONLY.match(field)
 
 
 def _admissible(raw: Object) -> bool:
@@ -163,54 +198,45 @@ def _admissible(raw: Object) -> bool:
     return isinstance(found, FineTuneJobSpec) or not any(_seen_by_the_server(m, raw) for m in found)
 
 
-@cache
-def _random_specs() -> list[Object]:
-    """400 specs with up to three changes each, taken from the bad ones and the good ones or made up."""
-    chance = random.Random(20)
-    pool = [(path, value) for entry in (*BAD, *GOOD_SPECS) for path, value in entry.change.items()]
-    # Names are judged by Kubernetes first, and an unknown field is judged by the one who asks (kubectl).
-    unknown = {bad.field for bad in BAD if bad.server_says == "unknown field"}
-    pool = [(path, value) for path, value in pool if not path.startswith("metadata") and path not in unknown]
-    values: list[Any] = [None, True, 0, 1, -1, 1.5, 10**7, "", "x", "1h", [], ["a"], [{}], {}, {"type": "full"}]
-    places = [path for path, _ in pool]
-    specs: list[Object] = []
-    while len(specs) < 400:
-        raw = copy.deepcopy(GOOD)
-        raw["metadata"]["name"] = f"random-{len(specs)}"
-        try:
-            for _ in range(chance.randint(1, 3)):
-                made_up = (chance.choice(places), chance.choice(values))
-                path, value = made_up if chance.random() < 0.4 else chance.choice(pool)
-                raw = bad_specs.changed(raw, {path: copy.deepcopy(value)})
-        except (KeyError, TypeError, AttributeError, IndexError):
-            continue  # one change took away what another one changes
-        specs.append(raw)
-    return specs
+def _as_kubectl_sends(value: Any) -> Any:
+    """Whole fractions are integers: kubectl reads files, where 1.0 is 1."""
+    if isinstance(value, dict):
+        return {key: _as_kubectl_sends(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_as_kubectl_sends(child) for child in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
-def test_python_and_the_api_server_agree_on_random_specs(api: Access, space: str) -> None:
-    specs = _random_specs()
-    done = api.try_kubectl(
-        "create",
-        "--dry-run=server",
-        "--validate=strict",
-        "-n",
-        space,
-        "-o",
-        "name",
-        "-f",
-        "-",
-        input="\n---\n".join(json.dumps(spec) for spec in specs),
-    )
+@settings(
+    max_examples=1, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+@given(st.lists(changed_specs(), min_size=FUZZED, max_size=FUZZED, unique_by=lambda raw: json.dumps(raw["spec"])))
+def test_python_and_the_api_server_agree_on_what_one_change_makes(api: Access, space: str, specs: list[Object]) -> None:
+    """All by one kubectl: one for each would take minutes."""
+    named = [_as_kubectl_sends({**raw, "metadata": {"name": f"changed-{n}"}}) for n, raw in enumerate(specs)]
+    how = ("--dry-run=server", "--validate=strict", "-n", space, "-o", "name", "-f", "-")
+    done = api.try_kubectl("create", *how, input="\n---\n".join(map(json.dumps, named)))
     taken = {line.rpartition("/")[2].split()[0] for line in done.stdout.splitlines()}
-    assert 50 < len(taken) < 350, done.stderr[:2000]
+    assert FUZZED // 10 < len(taken) < FUZZED - FUZZED // 10, done.stderr[:2000]
     wrong = []
-    for raw in specs:
+    for raw in named:
         found = read(raw)
         if (raw["metadata"]["name"] in taken) != _admissible(raw):
             told = [m.text() for m in found] if isinstance(found, list) else ["(nothing)"]
             wrong.append((raw["metadata"]["name"] in taken, raw["spec"], told))
     assert not wrong, "\n".join(f"taken={t} {json.dumps(spec)} Python says {told}" for t, spec, told in wrong[:10])
+
+
+@pytest.mark.parametrize("good", _with_nothing(), ids=lambda good: good["metadata"]["name"])
+def test_what_is_empty_is_as_if_it_were_not_there_however_it_is_applied(dry_run: DryRun, good: Object) -> None:
+    """`uri:` and no more: kubectl create and kubectl apply --server-side (Argo CD, Flux) take it alike, and Python."""
+    created, applied = dry_run(good), dry_run(good, apply=True)
+    assert isinstance(created, dict), created
+    assert isinstance(applied, dict), applied
+    spec = read(good)
+    assert isinstance(spec, FineTuneJobSpec)
+    assert read(created) == read(applied) == spec
+    assert isinstance(dry_run(bad_specs.changed(good, {"spec.model.uri": None}), apply=True), str)
 
 
 # ---- good specs ----

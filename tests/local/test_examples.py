@@ -107,6 +107,7 @@ class Place:
             self.command(example, *options, output=output), env=self.environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "Doubtful" not in done.stdout, done.stdout
         return done.stdout
 
     def status(self, name: str, output: str = "out") -> dict[str, Any]:

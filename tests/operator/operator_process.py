@@ -161,7 +161,8 @@ def without_right(cluster: Cluster, own: str, verb: str, resource: str) -> Itera
         cluster.apply({**role, "rules": rules})
 
     rules = chart_role()["rules"]
-    rights([{**r, "verbs": [v for v in r["verbs"] if (r["resources"], v) != ([resource], verb)]} for r in rules])
+    left = [{**r, "verbs": [v for v in r["verbs"] if (r["resources"], v) != ([resource], verb)]} for r in rules]
+    rights([rule for rule in left if rule["verbs"]])
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
@@ -10,6 +11,7 @@ import pytest
 from kubernetes.client import ApiClient
 from prometheus_client import generate_latest
 
+from finetune_api.run import ENV_ENDS
 from finetune_operator.cluster import kubernetes
 from finetune_operator.cluster.kubernetes import LINE_LENGTH, LOG_BYTES, end_of_log
 from finetune_operator.handlers import Operator
@@ -184,6 +186,22 @@ def test_a_doubtful_result_is_told_while_the_job_runs_and_when_it_has_succeeded(
         labels = 'finetunejob="tune",namespace="team",reason="LossAboveStart"'
         assert f"finetune_job_unhealthy_since_timestamp_seconds{{{labels}}} 1.767" in scrape(sim, leading=True)
     assert [reason for reason, _ in sim.events].count("LossAboveStart") == 1
+
+
+def test_an_attempt_is_told_how_the_earlier_ones_ended() -> None:
+    sim = Simulation()
+    sim.submit("tune")
+    told: list[str | None] = []
+    for attempt in (1, 2):
+        while ("Job", f"tune-a{attempt}") not in sim.children_of or not sim.pods():
+            sim.reconcile("tune")
+            sim.tick()
+        [trainer] = sim.children_of["Job", f"tune-a{attempt}"]["spec"]["template"]["spec"]["containers"]
+        told.append(next((entry["value"] for entry in trainer["env"] if entry["name"] == ENV_ENDS), None))
+        sim.exit(sim.pods()[0], 137)
+    assert told[0] is None
+    cause, message = json.loads(told[1] or "")["1"]
+    assert cause == "Killed" and "SIGKILL" in message
 
 
 def test_only_the_leader_tells_of_jobs() -> None:

@@ -85,6 +85,7 @@ def judged(
         (ended(1, message="Traceback\nValueError: boom"), Cause.TRAINER_ERROR, "ValueError: boom"),
         ({"phase": "Failed", "reason": "Evicted", "message": "low on disk"}, Cause.EVICTED, "low on disk"),
         ({"phase": "Failed", "reason": "NodeShutdown"}, Cause.EVICTED, "NodeShutdown"),
+        (ended(1, message="NCCL WARN creating /dev/shm/nccl-x: No space left on device"), Cause.OUT_OF_DISK, "shmSize"),
         (ended(1, message="OSError: [Errno 28] No space left on device"), Cause.OUT_OF_DISK, "No space left"),
         ({"phase": "Failed"}, Cause.UNKNOWN, "no reason given"),
         ({"deleting": True}, Cause.TERMINATED, "was deleted"),

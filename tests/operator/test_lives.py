@@ -724,6 +724,16 @@ def cannot_start(sim: Simulation, said: str) -> str:
     return str(worker.raw["spec"]["nodeName"])
 
 
+def test_nodes_that_are_overloaded_are_tried_again(sim: Simulation) -> None:
+    sim.edit("tune", workers={"replicas": 1})
+    train, sim._train = sim._train, lambda: None  # type: ignore[method-assign]
+    for _ in range(2):
+        cannot_start(sim, "failed to create containerd task: context deadline exceeded")
+    sim._train = train  # type: ignore[method-assign]
+    status = sim.run("tune")
+    assert [a["cause"] for a in status["attempts"]] == ["StartError", "StartError", "Succeeded"]
+
+
 def test_a_container_that_a_second_node_cannot_start_either_is_not_the_nodes_fault(sim: Simulation) -> None:
     sim.edit("tune", workers={"replicas": 1})
     sim._train = lambda: None  # type: ignore[method-assign]

@@ -22,7 +22,10 @@ from tests.operator.jobs_on_a_cluster import (
     BATCH_JOBS,
     JOBS,
     condition,
+    end,
     fine_tune_job,
+    result,
+    shown,
     uids,
     workers,
 )
@@ -248,15 +251,20 @@ def test_an_api_server_that_is_away_for_a_moment_ends_no_leadership_and_one_that
     replica = replica_with(LONG)
     try:
         replica.wait_until("it leads", lambda: leads(replica))
-        pods = running_job(cluster, namespace, "tune")
+        running_job(cluster, namespace, "tune")
         line.cut()
         replica.wait_until("it has noticed", lambda: "the Lease finetune-operator cannot be" in replica.log.read_text())
         cluster.kubectl("annotate", "pod", "-n", namespace, "--all", "simulate.finetune.dev/exit-code=0")
-        cluster.wait_for_pods("finetune.dev/job=tune", 2, "Succeeded", namespace=namespace)
+        cluster.wait_for_condition(BATCH_JOBS, "tune-a1", "Complete", namespace=namespace)
+        cluster.kubectl("delete", "pod", "-n", namespace, "--all")  # as their node's or the garbage collector's end
         line.mend()
+        [reader] = cluster.wait_for_pods("finetune.dev/reads-attempt=1", 1, namespace=namespace)
+        assert shown(cluster, namespace, "tune")["STATE"] == "Finishing"
+        end(cluster, reader, 0, word=result("tune"))
         done = cluster.wait_for_condition(JOBS, "tune", "Complete", namespace=namespace)["status"]
         assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
-        assert uids(cluster.objects("pods", namespace=namespace)) == uids(pods)
+        assert [output["uri"] for output in done["outputs"]] == ["s3://team/tune"], "its pods could not tell it"
+        assert cluster.wait_for(BATCH_JOBS, lambda jobs: len(jobs) == 1, namespace=namespace)
         assert replica.process.poll() is None, replica.log.read_text()
         assert leads(replica)
 

@@ -40,6 +40,14 @@ def torch_errors() -> list[tuple[BaseException, Cause, str]]:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), Cause.OUT_OF_MEMORY, "memory"),
         (MemoryError(), Cause.OUT_OF_MEMORY, "host's memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/work/x"), Cause.OUT_OF_DISK, "cache.sizeLimit"),
+        (
+            dist.DistBackendError(
+                "NCCL error in: …, unhandled system error. Last error:\nError while creating shared memory segment "
+                "/dev/shm/nccl-fWvK (size 9637888), error: No space left on device (28)"
+            ),
+            Cause.OUT_OF_DISK,
+            "shmSize",
+        ),
         (RuntimeError("I/O error: No space left on device (os error 28)"), Cause.OUT_OF_DISK, "A disk is full while"),
         (RunError(Cause.INVALID_DATA, "line 7 is no JSON"), Cause.INVALID_DATA, "line 7"),
         (ZeroDivisionError("division by zero"), Cause.TRAINER_ERROR, "ZeroDivisionError while training: division"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.causes import Cause
 from finetune_api.run import Answer, CheckpointInfo, OutputInfo
 from finetune_trainer.report import Report, chart, duration, number, page, size, smooth, ticks, write_plot
 from tests.trainer import tiny
@@ -95,7 +96,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     [
         "&lt;script&gt;alert(1)&lt;/script&gt;",
         "I am B &amp; C.",
-        "ended without a word",
+        "without a word: it was killed, or its node was lost",
         "from the checkpoint of step 30; passed over step 40 (its file x is damaged)",
         "OutOfMemory: The host&#x27;s memory is full.",
         "s3://b/step-100",
@@ -109,6 +110,39 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
 )
 def test_it_tells(told: str, tmp_path: Path) -> None:
     assert told in page(report(tmp_path))
+
+
+def words(text: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", text).split())
+
+
+@pytest.mark.parametrize(
+    ("cause", "first"),
+    [
+        (Cause.SUCCEEDED, "Doubtful. The loss is above the one it began with (3.81 → 10.83)"),
+        (None, "Still running. Step 40 of 100 when this was written (noon). The newest checkpoint is that of step 100"),
+        (Cause.TERMINATED, "Stopped, not finished. Step 40 of 100. So it was."),
+        (Cause.OUT_OF_MEMORY, "Failed: OutOfMemory. Step 40 of 100. So it was."),
+    ],
+)
+def test_what_must_be_known_first_comes_first(cause: Cause | None, first: str, tmp_path: Path) -> None:
+    told = report(tmp_path)
+    told.cause, told.message, told.written = cause, "So it was.", "noon"
+    told.step, told.max_steps, told.unhealthy = 40, 100, {"LossAboveStart": "3.81 → 10.83"}
+    assert f"Fine-tuning report team/tiny {first}" in words(page(told))
+
+
+def test_stops_on_request_are_no_restarts(tmp_path: Path) -> None:
+    told = report(tmp_path)
+    told.attempts[0] |= {"cause": "Terminated", "message": "Stopped on request."}
+    text = words(page(told))
+    assert "Restarts 1 Stopped and continued 1" in text and "Terminated: Stopped on request." in text
+
+
+def test_on_a_narrow_screen_every_cell_says_what_it_is(tmp_path: Path) -> None:
+    text = page(report(tmp_path))
+    assert '<td data-of="Where">s3://b/step-100</td>' in text
+    assert all("data-of=" in cell for cell in re.findall(r"<td[^>]*>", text))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5000])

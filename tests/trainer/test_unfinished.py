@@ -1,6 +1,7 @@
 """A run that is killed, stopped, fails, meets other rows and trains on with them: what it leaves each time."""
 
 import html
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("peft", reason="needs the trainer extra")
 
 from finetune_api.causes import Cause
+from finetune_api.run import ENV_ENDS
 from finetune_trainer.run import ENV_TRACE
 from tests.trainer import tiny
 
@@ -50,6 +52,8 @@ class Run:
         data = {"eval": [{"uri": f"file://{self.root}/train.jsonl"}]}
         config = tiny.make_config(self.root, training=training, data=data, save_steps=2, **changes)
         variables = {ENV_TRACE: str(self.root / "trace")} if (self.root / "trace").exists() else {}
+        if self.attempt == 5:  # the operator knows what a killed process could not write down
+            variables[ENV_ENDS] = json.dumps({"1": ["Killed", "Container trainer was killed by SIGKILL."]})
         return tiny.start(tiny.environment(self.root, config, self.attempt, **variables))
 
     def step(self, times: int = 1) -> None:
@@ -119,7 +123,8 @@ def test_a_stopped_run_says_so_first_and_is_no_restart(told: dict[str, Any]) -> 
     assert f"The newest checkpoint is that of step {word.step}" in page
     _, page, _ = told["on"]
     assert re.search(r"Restarts 2 ", page) and re.search(r"Stopped and continued 1 ", page)
-    assert "without a word: it was killed" in page
+    assert "without a word: it was killed" in told["failed"][1], "nobody told it more"
+    assert "Killed: Container trainer was killed by SIGKILL." in page
 
 
 def test_a_failure_is_the_first_thing_in_the_report(told: dict[str, Any]) -> None:

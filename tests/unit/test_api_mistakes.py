@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 from finetune_api import base
 from finetune_api.checks import CHECKS, SCHEDULER_KWARGS
@@ -20,6 +21,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_operator import manifests
 from tests.unit import bad_specs, good_specs
 from tests.unit.bad_specs import BAD, GOOD, Bad
+from tests.unit.changed_specs import changed_specs
 
 pytestmark = pytest.mark.unit
 
@@ -267,6 +269,18 @@ def test_a_method_without_a_type_is_lora() -> None:
     found = read(bad_specs.changed(GOOD, {"spec.method": {"r": 8}}))
     assert isinstance(found, FineTuneJobSpec)
     assert found.method == Lora(type="lora", r=8)
+
+
+# ---- anything ----
+
+
+@settings(max_examples=200, deadline=None)
+@given(changed_specs())
+def test_whatever_is_written_is_judged_in_words(raw: dict[str, Any]) -> None:
+    """Never a traceback. The judgement is compared with the API server's in tests/cluster_api."""
+    found = read(raw)
+    for mistake in found if isinstance(found, list) else ():
+        assert re.fullmatch(r"[\w.\[\]/ -]+: .+; accepted: .+; remedy: .+", mistake.text()), mistake.text()
 
 
 # ---- tables and limits ----

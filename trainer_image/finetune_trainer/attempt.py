@@ -4,6 +4,7 @@ The processes meet, claim the checkpoint folder, say what they are doing and lea
 ``making/`` (``Making``) build on it; it knows nothing of either.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -15,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.causes import Cause
-from finetune_api.run import ENV_CACHE, ENV_WORK, EXIT_STOPPED, CheckpointInfo, OutputInfo, Termination, TrainerConfig
+from finetune_api.run import (
+    ENV_CACHE,
+    ENV_ENDS,
+    ENV_WORK,
+    EXIT_STOPPED,
+    CheckpointInfo,
+    OutputInfo,
+    Termination,
+    TrainerConfig,
+)
 from finetune_trainer.faults import ECHOES, diagnose, exit_code, leave_word
 from finetune_trainer.logbook import Tally
 from finetune_trainer.outcome import RunError
@@ -108,9 +118,22 @@ class Attempt:
             attempts = list(self.fence.attempts()) if self.fence is not None else []
         except RunError:
             return []
+        ends = self._ends()
+        for attempt in attempts[:-1]:
+            if "cause" not in attempt and (told := ends.get(str(attempt.get("attempt")))):
+                attempt |= {"cause": told[0], "message": told[1]}
         if attempts and cause is not None:
             attempts[-1] |= {"cause": cause.value, "message": message or f"{self.step} steps"}
         return attempts
+
+    @staticmethod
+    def _ends() -> dict[str, list[str]]:
+        """What the operator knows of earlier attempts: who was killed left no word."""
+        try:
+            found: dict[str, list[str]] = json.loads(os.environ.get(ENV_ENDS) or "{}")
+        except ValueError:
+            return {}
+        return found
 
     # Words
 

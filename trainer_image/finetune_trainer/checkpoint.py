@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -351,7 +352,8 @@ def _changed(config: TrainerConfig, manifest: Manifest, inputs: dict[str, str], 
         what = f"was made with another configuration. Then → now: {'; '.join(fields[:12])}"
         return f"The newest checkpoint {where} {what}. {way}"
     what = f"The model or data files are not those that {where} was made with. Digests then → now"
-    return f"{what}: {'; '.join(files[:6])}. {way}"
+    short = re.sub(r"(sha256:[0-9a-f]{12})[0-9a-f]+", r"\1…", "; ".join(files[:6]))
+    return f"{what}: {short}. {way}"
 
 
 def _needed(manifest: Manifest, state: "TrainableState", world: World) -> list[str]:

@@ -56,6 +56,8 @@ def diagnose(error: BaseException, *, phase: str = "", batch: str = "") -> tuple
     if isinstance(error, MemoryError) or "can't allocate memory" in lower or "cannot allocate memory" in lower:
         return Cause.OUT_OF_MEMORY, f"The host's memory is full{during}. {first} Give the workers more memory."
     if disk_is_full(error):
+        if "/dev/shm" in lower or "shared memory" in lower:
+            return Cause.OUT_OF_DISK, f"The shared memory is full{during}: {first} Raise shmSize of the job's profile."
         return Cause.OUT_OF_DISK, (
             f"A disk is full{during}: {first} Give the job's profile a larger cache (cache.sizeLimit, "
             "cache.claimName), or the pods a node or claim with more room."

@@ -18,6 +18,10 @@ class RunError(Exception):
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """No room is left on a disk, or none by its quota; as Python says it, or a library that has only words for it."""
+    """No room is left on a disk (or in shared memory, which is a file system), or none by its quota; as Python says
+    it, or a library that has only words for it."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or any(words in str(error).lower() for words in ("no space left on device", "disk quota exceeded"))
+    return full or any(words in str(error).lower() for words in _FULL)
+
+
+_FULL = ("no space left on device", "disk quota exceeded", "insufficient shared memory")

@@ -196,7 +196,8 @@ def _device(accelerator: str) -> "torch.device":
         raise RunError(
             Cause.NO_ACCELERATOR,
             "No GPU was found in the pod. Accepted: workers.gpusPerWorker: 0 to train on the CPU, or a node whose "
-            "driver matches the image's CUDA " + str(torch.version.cuda) + ".",
+            f"driver matches the image's CUDA {torch.version.cuda}. Where the gpuResource of the profile is empty, the "
+            "template must claim GPUs for the container trainer (resources.claims).",
         )
     if local_rank() >= torch.cuda.device_count():
         raise RunError(
