@@ -7,7 +7,7 @@ besides what only Python can see; a test applies one table of bad specs to both.
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from finetune_api import schema
 from finetune_api.base import DURATION, seconds
 from finetune_api.checks import CHECKS, close
+from finetune_api.guesses import meant
 from finetune_api.rules import IMMUTABLE, NAME_ACCEPTED, NEW_JOB, RULES, Rule, foreign_parameter
 from finetune_api.schema import METHOD_PARAMETERS, PATTERNS, PRESERVE, text
 from finetune_api.spec import FineTuneJobSpec
@@ -152,22 +153,27 @@ def _metadata(given: Any) -> Iterator[Mistake]:
                 )
 
 
-def _no_such_field(path: Path, value: Any, siblings: Any) -> Mistake:
-    name = str(path[-1])
-    meant = close(name, siblings)
-    elsewhere = [
-        field
-        for field, _, _ in schema.fields(schema.spec_schema(), "spec")
-        if field.rpartition(".")[2] == name and "[]" not in field
-    ]
-    if meant:
-        remedy = f"did you mean {meant}?"
-    elif elsewhere:
-        remedy = f"did you mean {elsewhere[0]}?"
-    else:
-        remedy = "remove it, or correct its name"
-    listed = ", ".join(siblings)
-    return Mistake(_dotted(path), value, f"one of {listed}", remedy, "there is no such field")
+_FEW = 12
+"""Names that are listed in one message; of more, the first in a list of all is not what helps."""
+
+
+def _no_such_field(path: Path, value: Any, siblings: Iterable[str]) -> Mistake:
+    section, names = _dotted(path[:-1]), list(siblings)
+    elsewhere = [field for field, _, _ in schema.fields(schema.spec_schema(), "spec") if "[]" not in field]
+    guess = meant(str(path[-1]), section, names, elsewhere)
+    accepted = f"one of {', '.join(names)}"
+    if len(names) > _FEW:
+        accepted = f"the fields of {section}, all of them in docs/api.md"
+        accepted = f"{guess}, or another of {accepted}" if guess in names else accepted
+    remedy = f"did you mean {guess}?" if guess else "remove it, or correct its name"
+    return Mistake(_dotted(path), value, accepted, remedy, "there is no such field")
+
+
+def _names(node: Mapping[str, Any], value: Mapping[str, Any], path: Path) -> Iterable[str]:
+    """The fields that an object may have; of a method its own."""
+    kind = value.get("type", schema.DEFAULT_METHOD)
+    own = METHOD_PARAMETERS.get(kind) if path == ("spec", "method") and isinstance(kind, str) else None
+    return node["properties"] if own is None else ("type", *own)
 
 
 def _unknown_fields(node: Mapping[str, Any], value: Any, path: Path) -> Iterator[Mistake]:
@@ -178,7 +184,7 @@ def _unknown_fields(node: Mapping[str, Any], value: Any, path: Path) -> Iterator
             if child is not None:
                 yield from _unknown_fields(child, value[key], (*path, key))
             elif not node.get(PRESERVE):
-                yield _no_such_field((*path, key), value.pop(key), node["properties"])
+                yield _no_such_field((*path, key), value.pop(key), _names(node, value, path))
     elif isinstance(value, list) and isinstance(node.get("items"), dict):
         for index, item in enumerate(value):
             yield from _unknown_fields(node["items"], item, (*path, index))
@@ -310,11 +316,17 @@ def _unquoted(wanted: str, value: str, field: str) -> str:
     except ValueError:
         number = math.nan
     if math.isfinite(number) and (wanted == "number" or number.is_integer()):
-        return "write it without quotes, as a number"
+        return f"write it as a number, without quotes: {_plainly(number)}"
     if field.rpartition(".")[2].endswith(_SECONDS):
         here = f"; here: {math.ceil(seconds(value))}" if re.fullmatch(DURATION, value) else ""
         return "write a whole number of seconds" + here
     return "write a whole number" if wanted == "integer" else "write a number"
+
+
+def _plainly(number: float) -> str:
+    """A number as every reader of YAML takes it for one: some take 2e-4 for a text, none 2.0e-4."""
+    written = text(number)
+    return written if "e" not in written or "." in written else written.replace("e", ".0e")
 
 
 _SECONDS = "SecondsAfterFinished"

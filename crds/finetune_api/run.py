@@ -36,6 +36,7 @@ ENV_WORK = "FINETUNE_WORK"  # scratch folder of this pod
 ENV_HTTP_PORT = "FINETUNE_HTTP_PORT"  # port of /metrics, /progress and /healthz on rank 0
 ENV_TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"  # file for the Termination document
 ENV_ENDS = "FINETUNE_ENDS"  # JSON: how earlier attempts ended by their numbers, [cause, message]; for the report
+ENV_LOCAL = "FINETUNE_LOCAL"  # set on the user's own machine, where there is no Secret, profile or pod to speak of
 ENV_SAVE_STEPS = "FINETUNE_SAVE_STEPS"  # steering: may change from attempt to attempt
 ENV_SAVE_TOTAL_LIMIT = "FINETUNE_SAVE_TOTAL_LIMIT"
 

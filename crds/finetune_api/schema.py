@@ -219,6 +219,16 @@ def at_path(path: tuple[str | int, ...]) -> dict[str, Any] | None:
     return dict(node)
 
 
+def default_of(path: str, method: str) -> Any:
+    """What a field is (``spec.data.packing``) where it is not set; None where that is nothing, or depends on others."""
+    *home, name = path.split(".")
+    if home == ["spec", "method"]:
+        model = next((m for m in METHODS if m.model_fields["type"].annotation.__args__ == (method,)), None)  # type: ignore[union-attr]
+        found = model.model_fields.get(name) if model else None
+        return found.default if found else None
+    return (at_path((*home, name)) or {}).get("default")
+
+
 def fields(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """Every field below a node, parents first: its path (``data.train[].uri``), schema, whether required."""
     for name, child in node.get("properties", {}).items():

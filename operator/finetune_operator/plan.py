@@ -15,6 +15,7 @@ from finetune_api.base import seconds
 from finetune_api.compatibility import COMPATIBILITY
 from finetune_api.reinforcement import Rollout
 from finetune_api.run import TrainerConfig
+from finetune_api.schema import DEFAULT_METHOD, default_of
 from finetune_api.spec import AdapterSource, FineTuneJobSpec, ModelSource
 from finetune_api.stages import SECTIONS, STAGES, Rlaif
 from finetune_operator.settings import Profile
@@ -108,11 +109,21 @@ def changed_fields(frozen: Mapping[str, Any], present: Mapping[str, Any], at: st
     changes = []
     for key in sorted({*frozen, *present}):
         before, after = frozen.get(key), present.get(key)
+        if isinstance(before, Mapping) or isinstance(after, Mapping):  # one that is missing has its defaults
+            before, after = before or {}, after or {}
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             changes += changed_fields(before, after, f"{at}.{key}")
         elif before != after:
-            changes.append(f"{at}.{key}: {json.dumps(before)} → {json.dumps(after)}")
+            default = default_of(f"{at}.{key}", str(present.get("type", DEFAULT_METHOD)))
+            changes.append(f"{at}.{key}: {_told(before, default)} → {_told(after, default)}")
     return changes
+
+
+def _told(value: Any, default: Any) -> str:
+    """A value of :func:`result_part`, which leaves defaults out."""
+    if value is not None:
+        return json.dumps(value)
+    return "not set" if default is None else f"not set (the default, {json.dumps(default)})"
 
 
 def make_plan(

@@ -371,7 +371,9 @@ def test_a_change_is_named_with_both_values_and_defaults_are_no_change() -> None
     same = result_part(FineTuneJobSpec.model_validate({**GOOD_SPEC, "training": {"learning_rate": 2.0e-4}}))
     other = result_part(FineTuneJobSpec.model_validate({**GOOD_SPEC, "training": {"learning_rate": 1.0e-4}}))
     assert changed_fields(before, same) == []
-    assert changed_fields(before, other) == ['spec.training: null → {"learning_rate": 0.0001}']
+    assert changed_fields(before, other) == ["spec.training.learning_rate: not set (the default, 0.0002) → 0.0001"]
+    eight, none = (result_part(FineTuneJobSpec.model_validate({**GOOD_SPEC, "method": m})) for m in ({"r": 8}, {}))
+    assert changed_fields(eight, none) == ["spec.method.r: 8 → not set (the default, 16)"]
 
 
 def test_the_digest_changes_with_the_configuration_only() -> None:

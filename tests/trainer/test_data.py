@@ -50,6 +50,19 @@ def prepared(model, tmp_path, rows, **data):
     return prepare(config, fetch(config, tmp_path / "cache"), load_tokenizer(model, config))
 
 
+def test_a_tokenizer_that_cannot_be_read_is_told_whole(model, tmp_path):
+    config = make_config(tmp_path, model={"uri": f"file://{model}"}, data={"train": [{"uri": "file:///rows.jsonl"}]})
+    there = tmp_path / "model without a tokenizer"
+    there.mkdir()
+    (there / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(RunError, match=r"no file of one that transformers .* knows lies in it \(tokenizer\.json; or"):
+        load_tokenizer(there, config)
+    cut = (model / "tokenizer.json").read_text()[:1000]
+    (there / "tokenizer.json").write_text(cut)
+    with pytest.raises(RunError, match="one of its JSON files is cut off or damaged"):
+        load_tokenizer(there, config)
+
+
 def test_tokens_are_found_again_only_of_the_files_that_were_read(model, tmp_path, cache):
     parts = tmp_path / "parts"
     parts.mkdir()

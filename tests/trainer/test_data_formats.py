@@ -75,8 +75,12 @@ def test_messages_as_openai_writes_them():
         (
             messages,
             {"messages": [{"role": "bot", "content": "a"}]},
-            r"messages\[0\].role is 'bot'; accepted: system, dev",
+            r"messages\[0\].role is 'bot'; accepted: system, dev.*, tool; did you mean assistant\?$",
         ),
+        (messages, {"messages": [{"role": "human", "content": "a"}]}, r"did you mean user\?$"),
+        (messages, {"messages": [{"role": "Asistant", "content": "a"}]}, r"did you mean assistant\?$"),
+        (messages, {"messages": [{"role": "narrator", "content": "a"}]}, r"user, assistant, tool$"),
+        (sharegpt, {"conversations": [{"from": "Human", "value": "a"}]}, r"did you mean human\?$"),
         (messages, {"messages": [user("a")]}, "no answer to learn"),
         (messages, {"messages": [user("a"), assistant(None)]}, r"messages\[1\].content is missing"),
         (

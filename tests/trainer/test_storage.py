@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("obstore", reason="needs the trainer extra")
 
 from finetune_api.causes import Cause
+from finetune_api.run import ENV_LOCAL
 from finetune_operator.cluster.processes import free_port
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import Store, digest, file_digest
@@ -273,6 +274,11 @@ def test_no_credentials_at_all_are_access_denied(no_credentials, monkeypatch):
         with pytest.raises(RunError, match="The pods need AWS_ACCESS_KEY_ID") as error:
             Store("s3://team/x", patience=0.5).get("a")
         assert error.value.cause is Cause.ACCESS_DENIED
+        assert "put them into a Secret" in error.value.message
+        monkeypatch.setenv(ENV_LOCAL, "true")
+        with pytest.raises(RunError, match="set them in the environment of the finetune command") as error:
+            Store("s3://team/x", patience=0.5).get("a")
+        assert "Secret" not in error.value.message and "pods" not in error.value.message
         server.shutdown()
 
 

@@ -208,7 +208,7 @@ BAD: tuple[Bad, ...] = (
         "a number in quotes",
         {"spec.training.learning_rate": "1e-4"},
         "spec.training.learning_rate",
-        "write it without quotes",
+        "write it as a number, without quotes: 0.0001",
         SCHEMA,
         "must be of type number",
     ),

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 
-from finetune_api import base
+from finetune_api import base, kubeyaml, schema
 from finetune_api.checks import CHECKS, SCHEDULER_KWARGS
 from finetune_api.compatibility import Row
+from finetune_api.guesses import FOREIGN
 from finetune_api.methods import Full, Lora, Qlora
 from finetune_api.mistakes import Mistake, changed, read
 from finetune_api.rules import NAME_LENGTH, RULES, compatibility_rules
@@ -269,6 +271,58 @@ def test_a_method_without_a_type_is_lora() -> None:
     found = read(bad_specs.changed(GOOD, {"spec.method": {"r": 8}}))
     assert isinstance(found, FineTuneJobSpec)
     assert found.method == Lora(type="lora", r=8)
+
+
+# ---- guesses ----
+
+
+@pytest.mark.parametrize(
+    ("written", "guess"),
+    {
+        "spec.method.lora_r": "r",
+        "spec.method.rank": "r",
+        "spec.method.lora_alhpa": "lora_alpha",
+        "spec.lora_r": "spec.method.r",
+        "spec.training.r": "spec.method.r",
+        "spec.method.dropout": "lora_dropout",
+        "spec.training.batch_size": "per_device_train_batch_size",
+        "spec.training.lr": "learning_rate",
+        "spec.batch_size": "spec.training.per_device_train_batch_size",
+        "spec.data.cutoff_len": "max_length",
+        "spec.training.max_seq_length": "spec.data.max_length",
+        "spec.training.epochs": "num_train_epochs",
+        "spec.training.bf16": "spec.model.dtype",
+        "spec.model.torch_dtype": "dtype",
+        "spec.output.path": "uri",
+        "spec.gpus": "spec.workers.gpusPerWorker",
+        "spec.workers.gpus": "gpusPerWorker",
+        "spec.dataset": "spec.data.train",
+        "spec.data.dataset": "train",
+        "spec.output_dir": "spec.output.uri",
+        "spec.model.name": None,
+        "spec.training.zzz": None,
+    }.items(),
+)
+def test_the_likely_field_is_named_and_not_all_there_are(written: str, guess: str | None) -> None:
+    [mistake] = mistakes_of({written: 1})
+    assert mistake.remedy == (f"did you mean {guess}?" if guess else "remove it, or correct its name")
+    assert mistake.accepted.count(",") <= 12, "a list nobody reads"
+
+
+def test_what_other_tools_call_a_field_is_a_field_of_ours() -> None:
+    known = {path for path, _, _ in schema.fields(schema.spec_schema(), "spec")}
+    assert set(FOREIGN.values()) <= known
+    assert not {name for name in FOREIGN if f"spec.{name}" in known}
+
+
+@pytest.mark.parametrize(
+    ("written", "remedy"),
+    [("2e-4", "0.0002"), ("1e-5", "1.0e-05"), (" 3 ", "3"), ("1.5e-7", "1.5e-07")],
+)
+def test_a_number_in_quotes_is_given_back_as_every_reader_takes_it(written: str, remedy: str) -> None:
+    [mistake] = mistakes_of({"spec.training.learning_rate": written})
+    assert mistake.remedy == f"write it as a number, without quotes: {remedy}"
+    assert yaml.safe_load(remedy) == kubeyaml.load(remedy)[0] == float(written)
 
 
 # ---- anything ----

@@ -81,6 +81,8 @@ def test_success_tells_where_everything_lies(bench: Bench) -> None:
     assert listed[0].split() == ["NAME", "STATE", "PROGRESS", "STEP", "LOSS", "ETA", "CHECKPOINT", "RESTARTS", "AGE"]
     assert listed[1].split()[:6] == ["tiny", "Succeeded", "100", "%", "6/6", "0.3333"]
     assert "step 6" in finetune("logs", "tiny", "--state-dir", bench.state, "-f").output
+    said = finetune("suspend", "tiny", "--state-dir", bench.state).output
+    assert said == "tiny has ended (Succeeded): there is nothing to stop.\n"
     assert "state: Succeeded" in finetune("status", "tiny", "--state-dir", bench.state).output
     assert finetune("delete", "tiny", "--state-dir", bench.state).output == "tiny is forgotten.\n"
     assert not (bench.state / "default" / "tiny").exists()
@@ -195,7 +197,10 @@ def test_suspended_from_another_terminal(bench: Bench) -> None:
         assert finetune("suspend", "tiny", "--state-dir", bench.state).exit_code == 0
         told = rest(process)
         assert process.wait() == 1
-    assert "Suspended; set spec.suspend: false to continue from step" in told
+    assert "tiny: stopped at step " in told and "The same command goes on from there." in told
+    assert "spec.suspend" not in told, "the remedy of a cluster"
+    said = finetune("suspend", "tiny", "--state-dir", bench.state).output
+    assert said == "tiny is not running: there is nothing to stop. finetune run goes on with it.\n"
 
 
 def test_kill_9_of_the_command_ends_the_pods_and_the_same_command_goes_on(bench: Bench) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune_api.causes import RETRY, Cause, Retry
 from finetune_api.run import ENV_TERMINATION_LOG, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Termination
-from finetune_trainer.outcome import RunError, disk_is_full
+from finetune_trainer.outcome import RunError, disk_is_full, where_it_runs
 
 ECHOES = frozenset({Cause.COMMUNICATION_ERROR, Cause.TERMINATED})
 """Causes that are often only the echo of what happened in another process."""
@@ -57,11 +57,14 @@ def diagnose(error: BaseException, *, phase: str = "", batch: str = "") -> tuple
         return Cause.OUT_OF_MEMORY, f"The host's memory is full{during}. {first} Give the workers more memory."
     if disk_is_full(error):
         if "/dev/shm" in lower or "shared memory" in lower:
-            return Cause.OUT_OF_DISK, f"The shared memory is full{during}: {first} Raise shmSize of the job's profile."
-        return Cause.OUT_OF_DISK, (
-            f"A disk is full{during}: {first} Give the job's profile a larger cache (cache.sizeLimit, "
-            "cache.claimName), or the pods a node or claim with more room."
+            remedy = where_it_runs(cluster="Raise shmSize of the job's profile.", machine="Give /dev/shm more room.")
+            return Cause.OUT_OF_DISK, f"The shared memory is full{during}: {first} {remedy}"
+        remedy = where_it_runs(
+            cluster="Give the job's profile a larger cache (cache.sizeLimit, cache.claimName), or the pods a node or "
+            "claim with more room.",
+            machine="Make room, or name another folder by FINETUNE_CACHE or output.uri.",
         )
+        return Cause.OUT_OF_DISK, f"A disk is full{during}: {first} {remedy}"
     if isinstance(error, KeyboardInterrupt):
         return Cause.TERMINATED, "Interrupted from the keyboard."
     if torch is not None and _is_communication(error, lower):

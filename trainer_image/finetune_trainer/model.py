@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -384,6 +385,11 @@ def _check_folder(path: Path, config: TrainerConfig) -> None:
             )
 
 
+def _line(text: str) -> str:
+    """A message of several lines as one, shortened where it is long."""
+    return textwrap.shorten(text, 400, placeholder=" …")
+
+
 @contextmanager
 def _explained(what: str, kind: Kind = LANGUAGE_MODEL) -> Iterator[None]:
     """Turn what transformers raises while loading into the mistake of the user it means, where it means one."""
@@ -393,7 +399,7 @@ def _explained(what: str, kind: Kind = LANGUAGE_MODEL) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error)
-        line = text.strip().splitlines()[0][:400] if text.strip() else type(error).__name__
+        line = _line(text) or type(error).__name__
         if "trust_remote_code" in text or "custom code" in text:
             message = (
                 f"{what} brings Python code of its own, which is not run unless you ask for it. Read that code, then "
@@ -404,6 +410,14 @@ def _explained(what: str, kind: Kind = LANGUAGE_MODEL) -> Iterator[None]:
                 f"{what}: its model_type is not known to transformers {transformers.__version__}. {line} Use an image "
                 "with a newer transformers, or another model."
             )
+        elif "backend tokenizer" in text:
+            message = (
+                f"{what} cannot be read: no file of one that transformers {transformers.__version__} knows lies in it "
+                "(tokenizer.json; or tokenizer.model, or vocab.json with merges.txt). Copy those of the model that it "
+                "was made from beside its weights."
+            )
+        elif isinstance(error, json.JSONDecodeError) or "EOF while parsing" in text:
+            message = f"{what} cannot be read: one of its JSON files is cut off or damaged ({line}). Copy it again."
         elif "Unrecognized configuration class" in text:
             message = f"{what} is no {kind.words} ({line}). Name one that transformers' {kind.auto} loads."
         elif type(error).__name__ == "SafetensorError" or "size mismatch" in text:

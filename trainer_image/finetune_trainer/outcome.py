@@ -4,8 +4,10 @@ Raised anywhere in the package; turned into a termination message by ``run.py`` 
 """
 
 import errno
+import os
 
 from finetune_api.causes import Cause
+from finetune_api.run import ENV_LOCAL
 
 
 class RunError(Exception):
@@ -15,6 +17,11 @@ class RunError(Exception):
         super().__init__(message)
         self.cause = cause
         self.message = message
+
+
+def where_it_runs(*, cluster: str, machine: str) -> str:
+    """Of two remedies the one that suits the place: a cluster, or the user's own machine (``finetune run``)."""
+    return machine if os.environ.get(ENV_LOCAL) else cluster
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -35,7 +35,7 @@ from obstore.exceptions import (
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from finetune_api.causes import Cause
-from finetune_trainer.outcome import RunError, disk_is_full
+from finetune_trainer.outcome import RunError, disk_is_full, where_it_runs
 
 log = logging.getLogger(__name__)
 
@@ -335,10 +335,14 @@ class Store:
             raise RunError(cause, f"cannot {verb} {where}{self._through()}: {reason}. {remedy}") from error
 
     def _denied(self, verb: str, where: str, why: str) -> str:
-        return (
-            f"not allowed to {verb} {where}{self._through()}: {why}. The pods need {_CREDENTIALS[self._scheme]}; "
-            "put them into a Secret and name it in spec.credentials.secretName."
+        remedy = where_it_runs(
+            cluster="put them into a Secret and name it in spec.credentials.secretName.",
+            machine="set them in the environment of the finetune command.",
         )
+        who = where_it_runs(cluster="The pods need", machine="Needed:")
+        if self._scheme == "file":
+            remedy = "check its owner and mode."
+        return f"not allowed to {verb} {where}{self._through()}: {why}. {who} {_CREDENTIALS[self._scheme]}; {remedy}"
 
     def _skew(self, refusal: str) -> timedelta | None:
         """How far this machine's clock is ahead of the storage's, where that is why it refuses; else None."""

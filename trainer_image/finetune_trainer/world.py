@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_api.causes import Cause
 from finetune_api.run import MASTER_PORT
-from finetune_trainer.outcome import RunError
+from finetune_trainer.outcome import RunError, where_it_runs
 
 if TYPE_CHECKING:
     import torch
@@ -195,9 +195,13 @@ def _device(accelerator: str) -> "torch.device":
     if not torch.cuda.is_available():
         raise RunError(
             Cause.NO_ACCELERATOR,
-            "No GPU was found in the pod. Accepted: workers.gpusPerWorker: 0 to train on the CPU, or a node whose "
-            f"driver matches the image's CUDA {torch.version.cuda}. Where the gpuResource of the profile is empty, the "
-            "template must claim GPUs for the container trainer (resources.claims).",
+            "No GPU was found. Accepted: workers.gpusPerWorker: 0 to train on the CPU"
+            + where_it_runs(
+                cluster=f", or a node whose driver matches the image's CUDA {torch.version.cuda}. Where the "
+                "gpuResource of the profile is empty, the template must claim GPUs for the container trainer "
+                "(resources.claims).",
+                machine=f" (--cpu), or a driver that matches torch's CUDA {torch.version.cuda}.",
+            ),
         )
     if local_rank() >= torch.cuda.device_count():
         raise RunError(

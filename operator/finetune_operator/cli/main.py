@@ -191,15 +191,17 @@ def _outcome(documents: Sequence[Document], cluster: LocalCluster, interrupted: 
         status = status_of(folder.job)
         states.append(status.state)
         causes += [attempt.cause for attempt in status.attempts[-1:]]
-        if interrupted and status.state not in (State.SUCCEEDED, State.FAILED):
+        resting = status.state == State.SUSPENDED and not document.spec.suspend
+        if resting or (interrupted and status.state not in (State.SUCCEEDED, State.FAILED)):
             click.echo(results.stopped(document.key[1], document.spec, status))
         else:
             results.tell(document.key[1], document.spec, status, folder, click.echo)
             _why_not(status)
     if all(state == State.SUCCEEDED for state in states):
         return 0
-    if interrupted:
+    if interrupted or State.SUSPENDED in states:
         click.echo("The same command goes on from there.")
+    if interrupted:
         return INTERRUPTED
     if State.FAILED in states:
         click.echo("\nThe same command, when the cause is mended, tries again from the newest checkpoint.")
@@ -583,8 +585,15 @@ def _follow(folder: Folder, pod: str, path: Path) -> None:
 def suspend(name: str, namespace: str, state_dir: Path) -> None:
     """Ask a run of this machine to save a checkpoint and stop; finetune run goes on with it."""
     folder = _found(state_dir, namespace, name)
-    LocalCluster(state_dir).set_suspended(*_key(folder), True)
-    click.echo(f"{name} is asked to stop.")
+    state = status_of(folder.job).state
+    if state in (State.SUCCEEDED, State.FAILED, State.INVALID):
+        click.echo(f"{name} has ended ({state}): there is nothing to stop.")
+    elif folder.claim():
+        folder.release()
+        click.echo(f"{name} is not running: there is nothing to stop. finetune run goes on with it.")
+    else:
+        LocalCluster(state_dir).set_suspended(*_key(folder), True)
+        click.echo(f"{name} is asked to save a checkpoint and stop.")
 
 
 @main.command()

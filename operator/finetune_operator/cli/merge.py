@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_api.run import MergeConfig
+from finetune_api.run import ENV_LOCAL, MergeConfig
 from finetune_operator.cli.files import RefusedError
 
 _WEIGHTED = re.compile(r"(?P<uri>.+)=(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)
@@ -91,4 +91,4 @@ def run(config: MergeConfig) -> int:
         path = Path(folder) / "merge.json"
         path.write_text(config.model_dump_json())
         command = [sys.executable, "-m", "finetune_trainer.merge", str(path)]
-        return subprocess.call(command, env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+        return subprocess.call(command, env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", ENV_LOCAL: "true"})

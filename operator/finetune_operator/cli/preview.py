@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from finetune_api.kubeyaml import Dumper
-from finetune_api.run import ENV_CACHE, ENV_CONFIG
+from finetune_api.run import ENV_CACHE, ENV_CONFIG, ENV_LOCAL
 from finetune_operator.cli.files import Document, RefusedError
 from finetune_operator.cluster.local import default_cache
 from finetune_operator.manifests import GROUP, KIND, VERSION
@@ -55,7 +55,7 @@ def preview(document: Document, documents: Sequence[Document], rows: int, color:
         cache = default_cache()
         cache.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "finetune_trainer.data.preview", f"--rows={rows}", *(["--color"] * color)]
-        environment = {**os.environ, ENV_CONFIG: str(path), ENV_CACHE: str(cache)}
+        environment = {**os.environ, ENV_CONFIG: str(path), ENV_CACHE: str(cache), ENV_LOCAL: "true"}
         return subprocess.run(command, env=environment, check=False).returncode
 
 

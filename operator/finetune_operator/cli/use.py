@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from finetune_api.conditions import State
-from finetune_api.run import ENV_CACHE, ChatConfig, EvaluateConfig, UseConfig
+from finetune_api.run import ENV_CACHE, ENV_LOCAL, ChatConfig, EvaluateConfig, UseConfig
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cli.files import RefusedError
 from finetune_operator.cli.merge import uri, with_gguf_file
@@ -104,6 +104,7 @@ def run(config: EvaluateConfig | ChatConfig) -> int:
         path.write_text(config.model_dump_json())
         environment = os.environ | {
             ENV_CACHE: str(cache),
+            ENV_LOCAL: "true",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -645,7 +645,7 @@ def no_room(wanted: int, there: int) -> str:
 def _machine_variables(count: int, on_gpu: bool) -> dict[str, str]:
     """Defaults of the processes of a gang of ``count`` pods: they share this machine and its loopback interface."""
     # Models and tokens of the user's own hub cache are found again.
-    found = {"HF_HOME": str(Path.home() / ".cache" / "huggingface")}
+    found = {run.ENV_LOCAL: "true", "HF_HOME": str(Path.home() / ".cache" / "huggingface")}
     loopback = next((n for n in ("lo", "lo0") if Path(f"/sys/class/net/{n}").exists()), "")
     if loopback:
         found |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}

@@ -1,6 +1,8 @@
 """Rows that hold a list of turns: OpenAI's messages, ShareGPT. Called by ``formats.py``."""
 
+import difflib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from finetune_trainer.data.fields import Row, decoded, items, kind, of_cell, shown, text
@@ -10,6 +12,12 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 TOOLS = ("tools", "functions")
 """Columns of the functions that a model may call."""
 
+_OTHER_ROLES = {
+    **dict.fromkeys(("prompter", "customer", "question", "instruction", "input"), "user"),
+    **dict.fromkeys(("bot", "ai", "llm", "answer", "response", "output", "agent"), "assistant"),
+    **dict.fromkeys(("function", "tool_result", "ipython"), "tool"),
+}
+"""What else conversations call the speakers: not taken, but guessed."""
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -37,6 +45,15 @@ def messages(row: Row) -> list[Record]:
     return [conversation(with_system(message_list(row, "messages"), row), row, tools_of(row))]
 
 
+def _guess(given: Any, names: Iterable[str]) -> str:
+    """Which role was probably meant: another tool's name for it, or one spelt like it."""
+    name = str(given).strip().lower()
+    names = list(names)
+    meant = name if name in names else _SHAREGPT_ROLES.get(name) or _OTHER_ROLES.get(name)
+    meant = meant or next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.7)), None)
+    return f"; did you mean {meant}?" if meant else ""
+
+
 def sharegpt(row: Row) -> list[Record]:
     """``conversations``: a list of ``from`` (human, gpt, system, function_call, observation …) and ``value``.
 
@@ -51,7 +68,8 @@ def sharegpt(row: Row) -> list[Record]:
         said_by = _first(turn, "from", "role")
         role = _SHAREGPT_ROLES.get(said_by) if isinstance(said_by, str) else None
         if role is None:
-            raise BadRowError(f"{where}.from is {shown(said_by)}; accepted: {', '.join(_SHAREGPT_ROLES)}")
+            listed = ", ".join(_SHAREGPT_ROLES)
+            raise BadRowError(f"{where}.from is {shown(said_by)}; accepted: {listed}{_guess(said_by, _SHAREGPT_ROLES)}")
         value = _first(turn, "value", "content")
         if said_by == "function_call":
             message: Message = {"role": role, "content": "", "tool_calls": _calls_of_text(value, f"{where}.value")}
@@ -113,7 +131,7 @@ def _message(given: Any, where: str) -> Message:
     if role == "function":  # OpenAI's older name
         role = "tool"
     if not isinstance(role, str) or role not in ROLES:
-        raise BadRowError(f"{where}.role is {shown(role)}; accepted: {', '.join(ROLES)}")
+        raise BadRowError(f"{where}.role is {shown(role)}; accepted: {', '.join(ROLES)}{_guess(role, ROLES)}")
     calls = _calls(given, where) if role == "assistant" else []
     message: Message = {"role": role, "content": _content(given.get("content"), role, bool(calls), where)}
     if calls:

@@ -14,7 +14,7 @@ from typing import Any
 from finetune_api.causes import Cause
 from finetune_trainer.fetching.kept import Record
 from finetune_trainer.fetching.wanted import Names, Select, data_files, some, split_pattern
-from finetune_trainer.outcome import RunError
+from finetune_trainer.outcome import RunError, where_it_runs
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,14 @@ def _offline(uri: str, revision: str, missing: Cause, common: dict[str, Any]) ->
     return folder, folder.name, names
 
 
+def _token_given() -> str:
+    """How a token is given, as the end of a sentence."""
+    return where_it_runs(
+        cluster="put a token as HF_TOKEN into the Secret of spec.credentials.secretName",
+        machine="set a token as HF_TOKEN in the environment (or log in with hf auth login)",
+    )
+
+
 def _hub(call: Callable[[], Any], uri: str, revision: str, missing: Cause) -> Any:
     """Call the hub; network trouble is tried again, and every failure becomes a RunError that says what to do."""
     from huggingface_hub import constants, errors
@@ -133,7 +141,7 @@ def _hub(call: Callable[[], Any], uri: str, revision: str, missing: Cause) -> An
             raise RunError(
                 Cause.ACCESS_DENIED,
                 f"{at} is gated, and the hub does not let this run in ({token}). Accept its terms on the hub, "
-                "and put a token of that account as HF_TOKEN into the Secret of spec.credentials.secretName.",
+                f"and {_token_given()}, of that account.",
             ) from error
         except errors.RevisionNotFoundError as error:
             raise RunError(missing, f"{at}: no such revision; give a branch, tag or commit that exists") from error
@@ -141,7 +149,7 @@ def _hub(call: Callable[[], Any], uri: str, revision: str, missing: Cause) -> An
             raise RunError(
                 missing,
                 f"{at}: no such repository, or it is private and this run may not see it ({token}). Correct the "
-                "URI, or put HF_TOKEN into the Secret of spec.credentials.secretName.",
+                f"URI, or {_token_given()}.",
             ) from error
         except errors.RemoteEntryNotFoundError as error:
             raise RunError(missing, f"{at}: no such file") from error

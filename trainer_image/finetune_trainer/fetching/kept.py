@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.causes import Cause
-from finetune_trainer.outcome import RunError, disk_is_full
+from finetune_trainer.outcome import RunError, disk_is_full, where_it_runs
 from finetune_trainer.storage import file_digest
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,9 @@ def cache_broken(cache: Path, error: OSError) -> RunError:
     """The error for a cache that cannot be written to."""
     return RunError(
         Cause.OUT_OF_DISK if disk_is_full(error) else Cause.STORAGE_UNAVAILABLE,
-        f"cannot write to the cache {cache}: {error}. Check its free space and permissions (the profile's cache, "
-        "or the pods' ephemeral storage).",
+        f"cannot write to the cache {cache}: {error}. Check its free space and permissions ("
+        + where_it_runs(
+            cluster="the profile's cache, or the pods' ephemeral storage", machine="FINETUNE_CACHE names another folder"
+        )
+        + ").",
     )
