@@ -132,11 +132,10 @@ def test_a_leader_that_is_told_to_stop_gives_the_lease_back(
     first, second = replicas
     pods = running_job(cluster, namespace, "tune")
     # As Prometheus does it. A connection that stayed open would hold up the handing over: kopf waits 5 s for it.
-    scraper = http.client.HTTPConnection("127.0.0.1", first.port)
+    scraper = http.client.HTTPConnection("127.0.0.1", first.port, timeout=PATIENCE)
     scraper.request("GET", "/metrics")
-    answer = scraper.getresponse()
-    assert answer.read()
-    assert answer.will_close
+    assert scraper.getresponse().read()
+    assert scraper.sock.recv(1) == b"", "it was closed"
 
     first.process.terminate()
     wait_for_holder(cluster, own, second.name)
