@@ -8,7 +8,6 @@ import pytest
 
 from tests.cluster.access import Access
 from tests.cluster.cluster import Cluster
-from tests.operator.jobs_on_a_cluster import EXIT
 from tests.operator.operator_process import (
     OperatorProcess,
     Trainers,
@@ -47,7 +46,6 @@ def operator(cluster: Cluster, own: str, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("operator")
     profiles = {
         "default": profile(own),
-        "done": profile(own, **{EXIT: "0"}),
         "on-silent-nodes": profile(own, **{"simulate.finetune.dev/silent": "true"}),
         "gangs": {**profile(own), "gangScheduling": "kubernetes"},
         "dra": {**profile(own), "gpuResource": ""},

@@ -262,7 +262,10 @@ def leave_a_dead_node(cluster: Cluster, namespace: str) -> None:
 
 
 def test_a_finished_job_goes_after_its_time_and_takes_its_children_along(cluster: Cluster, namespace: str) -> None:
-    cluster.apply(fine_tune_job("tune", profile="done"), namespace=namespace)
+    cluster.apply(fine_tune_job("tune"), namespace=namespace)
+    first, second = workers(cluster, namespace, "tune")
+    end(cluster, first, 0, word=result("tune"))
+    end(cluster, second, 0)
     cluster.wait_for_condition(JOBS, "tune", "Complete", namespace=namespace)
     assert cluster.objects("pods", namespace=namespace)  # they stay for their logs
     change(cluster, namespace, "tune", ttlSecondsAfterFinished=1)

@@ -25,8 +25,8 @@ from tests.operator.jobs_on_a_cluster import (
     end,
     fine_tune_job,
     result,
-    shown,
     uids,
+    wait_for_state,
     workers,
 )
 from tests.operator.operator_process import OperatorProcess, account, settings_in
@@ -258,7 +258,7 @@ def test_an_api_server_that_is_away_for_a_moment_ends_no_leadership_and_one_that
         cluster.kubectl("delete", "pod", "-n", namespace, "--all")  # as their node's or the garbage collector's end
         line.mend()
         [reader] = cluster.wait_for_pods("finetune.dev/reads-attempt=1", 1, namespace=namespace)
-        assert shown(cluster, namespace, "tune")["STATE"] == "Finishing"
+        assert wait_for_state(cluster, namespace, "tune", "Finishing")
         end(cluster, reader, 0, word=result("tune"))
         done = cluster.wait_for_condition(JOBS, "tune", "Complete", namespace=namespace)["status"]
         assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
