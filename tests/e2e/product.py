@@ -213,7 +213,7 @@ class Product:
 
 
 def self_cognition(model_file: str, *, replicas: int, name: str = "self-cognition", **spec: Any) -> Object:
-    """examples/01 as it stands, with storage on S3 and so many workers."""
+    """examples/01 as it stands, with storage on S3 and so many workers; it is asked one of its questions."""
     job: Object = yaml.safe_load((ROOT / "examples" / "01-self-cognition.yaml").read_text())
     job["metadata"]["name"] = name
     body = job["spec"]
@@ -221,6 +221,7 @@ def self_cognition(model_file: str, *, replicas: int, name: str = "self-cognitio
     body["data"]["train"][0]["uri"] = f"s3://{BUCKET}/self_cognition.jsonl"
     body["output"] = {"uri": f"s3://{BUCKET}/models/{name}"}
     body["checkpoint"] = {"uri": f"s3://{BUCKET}/checkpoints/", "save_steps": 10, "save_total_limit": 2}
+    body["evaluation"] = {"prompts": ["Who are you?"], "max_new_tokens": 24}
     body["workers"] = {"replicas": replicas, "gpusPerWorker": 0}
     body["deepspeed"] = {"zero_optimization": {"stage": 2}}
     return {**job, "spec": {**body, **spec}}

@@ -35,7 +35,6 @@ def test_the_example_runs_in_the_real_images_under_the_restricted_standard(
         product.secret(team)
         job = self_cognition(demo.MODEL, replicas=2, name="sealed", profile="sealed")
         job["spec"]["training"]["num_train_epochs"] = 6
-        job["spec"]["evaluation"]["prompts"] = ["Who are you?"]
         cluster.apply(json.dumps(job), namespace=team)
         done = product.wait_state("sealed", team, "Succeeded")["status"]
         assert [a["cause"] for a in done["attempts"]] == ["Succeeded"]
