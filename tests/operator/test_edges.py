@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
 import pytest
-from kubernetes.client import ApiClient
+from kubernetes.client import ApiClient, Configuration
 from prometheus_client import generate_latest
 
 from finetune_api.run import ENV_ENDS
@@ -143,6 +143,41 @@ def test_of_a_log_its_end_is_kept() -> None:
     assert end_of_log([], 20) == []
     assert end_of_log([b"x" * (3 * LOG_BYTES)], 20) == ["x" * LINE_LENGTH]
     assert end_of_log([b"a\nb\n", b"c"], 2) == ["b", "c"]
+
+
+def test_a_job_is_made_as_it_is_written_and_the_api_server_judges_it() -> None:
+    """The client's own models would refuse a number as quantity, and fields of a newer Kubernetes."""
+    made: list[tuple[str, Any]] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            made.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.send_response(201)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    trainer = {"name": "trainer", "resources": {"limits": {"cpu": 4}}, "fieldOfNextYear": {"a": 1}}
+    owner = {"kind": "FineTuneJob", "name": "tune", "uid": "1", "controller": True}
+    job = {
+        "apiVersion": "batch/v1", "kind": "Job",
+        "metadata": {"name": "tune-a1", "namespace": "team", "ownerReferences": [owner]},
+        "spec": {"template": {"spec": {"containers": [trainer]}}},
+    }  # fmt: skip
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        configuration = Configuration(host=f"http://127.0.0.1:{server.server_port}")
+        kubernetes.KubernetesCluster(ApiClient(configuration)).apply(job)
+        server.shutdown()
+    [(path, body)] = made
+    assert path.startswith("/apis/batch/v1/namespaces/team/jobs?")
+    assert "fieldValidation=Strict" in path
+    assert body == job
 
 
 def scrape(sim: Simulation, leading: bool) -> str:

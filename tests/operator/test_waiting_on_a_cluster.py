@@ -270,9 +270,11 @@ def test_what_the_api_server_does_not_know_in_a_template_is_told_and_everything_
     assert said[:1024] in {message for _, _, message in told(cluster, namespace, "tune", last="Invalid")}
     assert operator.metric("finetune_operator_reconcile_errors_total") == errors
 
-    # Nothing has run: what changes the result may still be corrected, too.
-    cluster.apply(fine_tune_job("tune", training={"learning_rate": 0.5}), namespace=namespace)
-    workers(cluster, namespace, "tune")
+    # Nothing has run: what changes the result may still be corrected, too. (A quantity is text or a number.)
+    trainer = {"name": "trainer", "resources": {"requests": {"cpu": 1}}}
+    right = {"replicas": 1, "template": {"spec": {"containers": [trainer]}}}
+    cluster.apply(fine_tune_job("tune", workers=right, training={"learning_rate": 0.5}), namespace=namespace)
+    workers(cluster, namespace, "tune", count=1)
     config = json.loads(cluster.get("configmaps", "tune-config", namespace=namespace)["data"]["config.json"])
     assert config["training"]["learning_rate"] == 0.5
     cluster.wait_for_condition(JOBS, "tune", "Accepted", namespace=namespace)

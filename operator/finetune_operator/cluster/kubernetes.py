@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 FIELD_MANAGER = "finetune-operator"
 TIMEOUT = 30
 PROGRESS_TIMEOUT = 3
+PLAIN = {"Job": "jobs", "PodGroup": "podgroups"}
+"""Kinds that are written by :class:`_Plain`, and what they are called in paths."""
 LOG_BYTES = 16384
 """Of a log's end, looked at."""
 LINE_LENGTH = 400
@@ -189,8 +191,10 @@ class KubernetesCluster:
 
     def _call(self, verb: str, kind: str, api: str = "") -> Callable[..., Any]:
         snake = re.sub(r"(?<!^)([A-Z])", r"_\1", kind).lower()
-        group = _PodGroups(self._custom, api) if kind == "PodGroup" else self._groups[kind]
-        call: Callable[..., Any] = getattr(group, f"{verb}_namespaced_{snake}")
+        if api and (plural := PLAIN.get(kind)):
+            call: Callable[..., Any] = getattr(_Plain(self._custom, api, plural), verb)
+        else:
+            call = getattr(self._groups[kind], f"{verb}_namespaced_{snake}")
         return call
 
     def relabel(self, kind: str, namespace: str, name: str, uid: str, labels: Mapping[str, str]) -> None:
@@ -368,24 +372,26 @@ def end_of_log(parts: Iterable[bytes], lines: int) -> list[str]:
     return [line[:LINE_LENGTH] for line in whole[-lines:]]
 
 
-class _PodGroups:
-    """The PodGroups of one API, called like the kinds that the client knows."""
+class _Plain:
+    """Objects of one kind as they are written. The client's typed calls refuse what their own models do not hold:
+    fields of a newer Kubernetes, ``cpu: 4`` where they want text, and what is misspelt, which the API server names."""
 
-    def __init__(self, custom: client.CustomObjectsApi, api: str) -> None:
+    def __init__(self, custom: client.CustomObjectsApi, api: str, plural: str) -> None:
         self._custom = custom
-        self._group, _, self._version = api.partition("/")
+        group, _, version = api.partition("/")
+        self._place = (group, version), plural
 
-    def read_namespaced_pod_group(self, name: str, namespace: str, **how: Any) -> Any:
-        place = (self._group, self._version, namespace, "podgroups")
-        return self._custom.get_namespaced_custom_object(*place, name, **how)
+    def read(self, name: str, namespace: str, **how: Any) -> Any:
+        api, plural = self._place
+        return self._custom.get_namespaced_custom_object(*api, namespace, plural, name, **how)
 
-    def create_namespaced_pod_group(self, namespace: str, body: Object, **how: Any) -> Any:
-        place = (self._group, self._version, namespace, "podgroups")
-        return self._custom.create_namespaced_custom_object(*place, body, **how)
+    def create(self, namespace: str, body: Object, **how: Any) -> Any:
+        api, plural = self._place
+        return self._custom.create_namespaced_custom_object(*api, namespace, plural, body, **how)
 
-    def patch_namespaced_pod_group(self, name: str, namespace: str, body: Object, **how: Any) -> Any:
-        place = (self._group, self._version, namespace, "podgroups")
-        return self._custom.patch_namespaced_custom_object(*place, name, body, **how)
+    def patch(self, name: str, namespace: str, body: Object, **how: Any) -> Any:
+        api, plural = self._place
+        return self._custom.patch_namespaced_custom_object(*api, namespace, plural, name, body, **how)
 
 
 class _NotFoundError(ClusterError):
