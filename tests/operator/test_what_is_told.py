@@ -125,7 +125,7 @@ STORIES: list[tuple[Callable[[Simulation], None], str, str, tuple[int, int]]] = 
     (waiting, "Waiting", "Waiting for FineTuneJob other, which does not exist yet.", (0, 0)),
     (invalid, "Invalid", "spec.method.target_modules: ", (0, 0)),
     (failed, "Failed", "AccessDenied: no …", (0, 0)),
-    (finishing, "Finishing", "The workers have finished, and their pods are gone: ", (0, 0)),
+    (finishing, "Finishing", "The workers have finished, and no pod can tell", (0, 0)),
     (succeeded, "Succeeded", "The run has finished after 10 steps; its output is in s3://team/tune", (0, 0)),
 ]
 
