@@ -90,29 +90,26 @@ def symptoms(evidence: Evidence) -> dict[str, str]:
 
 
 def _ends(course: Course) -> tuple[float, float, float]:
-    """The loss at the beginning, at the end, and how far two such medians differ by chance (3 standard errors)."""
+    """The loss at the beginning, at the end, and how far two such medians differ by chance: five standard errors,
+    because the losses of single batches have a long tail."""
     reach = min(WINDOW, max(1, course.count // 5))
     first, last = [loss for _, loss, _ in course.first], [loss for _, loss, _ in course.last]
     jumps = [abs(b - a) for losses in (first, last) for a, b in pairwise(losses)]
     # The median of |a - b| of two normal draws is 0.954 of their deviation; one jump does not move it.
     noise = median(jumps) / 0.954 if jumps else 0.0
-    return median(first[:reach]), median(last[-reach:]), 3 * noise * math.sqrt(2 / reach)
+    return median(first[:reach]), median(last[-reach:]), 5 * noise * math.sqrt(2 / reach)
 
 
 def _above_start(evidence: Evidence) -> str:
-    """Not of what is rewarded: the losses of PPO and GRPO are differences, and need not fall."""
+    """Not of what is rewarded: the losses of PPO and GRPO are differences, and need not fall. Fewer than four figures
+    may be those of odd batches."""
     course = evidence.course
-    if STAGES[evidence.config.stage].rollouts or course.count < (2 if evidence.done else 3):
+    if STAGES[evidence.config.stage].rollouts or course.count < 4:
         return ""
     before, now, noise = _ends(course)
-    # Few figures tell little of their own noise, two or three nothing; and a loss near zero may double without harm.
-    if course.count < 4:
-        margin = 1 + abs(before)
-    elif course.count < WINDOW:
-        margin = 0.5 + 0.25 * abs(before) + noise
-    else:
-        margin = 0.25 + 0.1 * abs(before) + noise
-    return f"{before:.2f} → {now:.2f}" if now - before > margin else ""
+    # A loss near zero may double without harm.
+    margin = 0.25 + 0.1 * abs(before) if course.count >= WINDOW else 0.5 + 0.25 * abs(before)
+    return f"{before:.2f} → {now:.2f}" if now - before > margin + noise else ""
 
 
 def _at_chance(evidence: Evidence) -> str:
