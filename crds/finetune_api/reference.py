@@ -31,7 +31,9 @@ INTRODUCTION = f"""\
 <!-- Generated from crds/finetune_api by `make generate` (python -m finetune_api.reference --write). Do not edit. -->
 
 `kubectl explain finetunejob.spec` says the same on a cluster. Kubernetes structure is in camelCase;
-hyper-parameters keep the names they have in Hugging Face, TRL, PEFT and DeepSpeed.
+hyper-parameters keep the names they have in Hugging Face, TRL, PEFT and DeepSpeed. Whole numbers of integer fields have
+no decimal point: kubectl makes `2` of `2.0`, but what a client sends as JSON stays as it is, and a rule on such a field
+then fails in the API server with `invalid data, expected int, got float64`.
 
 ```yaml
 apiVersion: finetune.dev/v1alpha1
