@@ -185,14 +185,16 @@ def line(state: State, conditions: Iterable[ConditionStatus]) -> str:
         there = found.get(kind)
         return there.message if there is not None and there.status in when else ""
 
+    doubt, done = words(Condition.HEALTHY, "False"), words(Condition.COMPLETE, "True")
     told = (
-        words(Condition.COMPLETE, "True")
+        (done and (doubt or done))
         or words(Condition.FAILED, "True")
         or words(Condition.STALLED, "True")
         or words(Condition.ACCEPTED, "False")
         or words(Condition.SUSPENDED, "True")
         or words(Condition.INPUTS_READY, "False")
         or words(Condition.PODS_READY, "False")
+        or doubt
         or words(Condition.PROGRESSING, "True", "False", "Unknown")
         or words(Condition.PODS_READY, "True")
         or f"{state}."

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import pytest
 
 from finetune_api.causes import Cause
-from finetune_api.conditions import State
+from finetune_api.conditions import Condition, State
 from finetune_api.run import Termination
+from finetune_api.status import ConditionStatus
 from finetune_operator.cluster import ClusterError
 from finetune_operator.metrics import figures
+from finetune_operator.status import line
 from tests.operator.simulation import Simulation
 
 
@@ -147,6 +149,19 @@ def test_a_job_says_in_a_line_what_it_does_and_which_gpus_it_has(
     assert status["message"].startswith(message)
     assert (status["gpus"]["wanted"], status["gpus"]["held"]) == gpus
     assert (found["gpus_wanted"], found["gpus"], found["cost_per_hour"]) == (*gpus, gpus[1] * 2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"), [(Condition.COMPLETE, State.SUCCEEDED), (Condition.PROGRESSING, State.RUNNING)]
+)
+def test_a_doubtful_result_is_what_matters_most_of_a_run_that_goes_or_went_well(kind: Condition, state: State) -> None:
+    def condition(kind: Condition, status: str, message: str) -> ConditionStatus:
+        at = "2026-01-01T00:00:00Z"
+        return ConditionStatus(type=kind, status=status, reason="Any", message=message, last_transition_time=at)
+
+    well = condition(kind, "True", "All is well.")
+    assert line(state, [well, condition(Condition.HEALTHY, "True", "")]) == "All is well."
+    assert line(state, [well, condition(Condition.HEALTHY, "False", "The loss has risen.")]) == "The loss has risen."
 
 
 def test_every_state_has_a_story() -> None:

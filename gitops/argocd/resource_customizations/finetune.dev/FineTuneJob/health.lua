@@ -25,7 +25,8 @@ end
 
 -- How an ended run ended does not depend on the generation: nothing of it can change any more.
 if holds("Complete") then
-  return {status = "Healthy", message = message("Complete")}
+  local doubtful = conditions["Healthy"] ~= nil and conditions["Healthy"].status == "False"
+  return {status = "Healthy", message = message(doubtful and "Healthy" or "Complete")}
 end
 if holds("Failed") then
   return {status = "Degraded", message = message("Failed")}
