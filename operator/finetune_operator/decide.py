@@ -326,7 +326,7 @@ def _gives_back_at(facts: Facts, current: AttemptStatus, job: GangJob | None, po
         return None
     if all(p.node for p in pods) and not job.refusal:
         return None
-    patience = facts.plan.pending_timeout * (1 + _share_of(facts.plan, current.number) / 2)
+    patience = facts.plan.pending_timeout * (1 + _share_of(facts.plan, f"held/{current.number}") / 2)
     return _last_placement(facts, current, pods) + timedelta(seconds=patience)
 
 
@@ -336,9 +336,9 @@ def _last_placement(facts: Facts, current: AttemptStatus, pods: tuple[Pod, ...])
     return max((p.placement_time for p in pods if p.placement_time), default=begun)
 
 
-def _share_of(plan: Plan, attempt: int) -> float:
-    """From 0 up to 1, another one for each attempt of each job, and always the same for the same one."""
-    digest = hashlib.sha256(f"{plan.owner.uid}/{attempt}".encode()).digest()
+def _share_of(plan: Plan, what: str) -> float:
+    """From 0 up to 1, another one for each job and each thing, and always the same for the same ones."""
+    digest = hashlib.sha256(f"{plan.owner.uid}/{what}".encode()).digest()
     return int.from_bytes(digest[:4]) / 2**32
 
 
@@ -883,7 +883,8 @@ def _gives_way(plan: Plan, attempts: list[AttemptStatus], now: datetime) -> floa
     ended = parse_time(attempts[-1].end_time) if times else None
     if ended is None:
         return 0.0
-    wait = min(BACKOFF_MOST, GIVE_WAY_FIRST * 2 ** (times - 1)) * (1 + _share_of(plan, attempts[-1].number))
+    wait = min(BACKOFF_MOST, GIVE_WAY_FIRST * 2 ** (times - 1))
+    wait *= 1 + _share_of(plan, f"away/{attempts[-1].number}")  # apart from the other share: no two ties in a row
     wait += seconds(plan.profile.termination_grace_period)
     return max(0.0, wait - (now - ended).total_seconds())
 

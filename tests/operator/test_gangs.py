@@ -40,12 +40,14 @@ def causes(sim: Simulation, name: str) -> list[str]:
     return [attempt["cause"] for attempt in sim.status(name)["attempts"]]
 
 
-@pytest.mark.parametrize("uids", [("a", "b"), ("3f0c", "77e1"), ("5", "6")])
+@pytest.mark.parametrize("uids", [("a", "b"), ("3f0c", "77e1"), ("36", "68")])
 def test_of_two_gangs_that_hold_half_of_the_nodes_each_one_gives_way(uids: tuple[str, str]) -> None:
     sim = two_gangs(uids)
     sim.reconcile("a"), sim.reconcile("b"), sim.tick(), sim.tick()
     assert {w.raw["spec"].get("nodeName") for w in sim.workers.values()} == {"node-0", "node-1", None}
     assert live(sim, 1500) == {"a": "Succeeded", "b": "Succeeded"}
+    if uids == ("36", "68"):  # these lose patience at the same moment, and then stay away for unequal times
+        assert [causes(sim, name)[0] for name in sim.jobs] == ["PartlyPlaced", "PartlyPlaced"]
     gave_way = {name: causes(sim, name).count("PartlyPlaced") for name in sim.jobs}
     assert 1 <= sum(gave_way.values()) <= 4
     status = sim.status(max(gave_way, key=lambda name: gave_way[name]))
