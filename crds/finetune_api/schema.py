@@ -222,10 +222,10 @@ def at_path(path: tuple[str | int, ...]) -> dict[str, Any] | None:
 def default_of(path: str, method: str) -> Any:
     """What a field is (``spec.data.packing``) where it is not set; None where that is nothing, or depends on others."""
     *home, name = path.split(".")
-    if home == ["spec", "method"]:
+    if home == ["spec", "method"] and name != "type":
         model = next((m for m in METHODS if m.model_fields["type"].annotation.__args__ == (method,)), None)  # type: ignore[union-attr]
         found = model.model_fields.get(name) if model else None
-        return found.default if found else None
+        return None if found is None or found.is_required() else found.get_default(call_default_factory=True)
     return (at_path((*home, name)) or {}).get("default")
 
 

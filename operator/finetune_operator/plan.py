@@ -113,8 +113,9 @@ def changed_fields(frozen: Mapping[str, Any], present: Mapping[str, Any], at: st
             before, after = before or {}, after or {}
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             changes += changed_fields(before, after, f"{at}.{key}")
-        elif before != after:
-            default = default_of(f"{at}.{key}", str(present.get("type", DEFAULT_METHOD)))
+            continue
+        default = default_of(f"{at}.{key}", str(present.get("type", DEFAULT_METHOD)))
+        if (default if before is None else before) != (default if after is None else after):
             changes.append(f"{at}.{key}: {_told(before, default)} → {_told(after, default)}")
     return changes
 
