@@ -207,7 +207,11 @@ class Product:
         values = {
             "image": {"registry": "localhost", "repository": "finetune-operator", "tag": "e2e", "pullPolicy": "Never"},
             "settings": {"progressInterval": "1s"},
-            "profiles": {"default": self.profile(), "sealed": sealed_profile(self.cluster.s3.inside)},
+            "profiles": {
+                "default": self.profile(),
+                "narrow": {**self.profile(), "cache": {"sizeLimit": "64Ki"}},
+                "sealed": sealed_profile(self.cluster.s3.inside),
+            },
         }
         return yaml.safe_dump(values)
 

@@ -14,7 +14,7 @@ import yaml
 
 from tests.chart.test_dashboards import QUERIES, filled_in
 from tests.cluster.sandbox import commands
-from tests.e2e.product import BUCKET, SYSTEM, Product, self_cognition
+from tests.e2e.product import BUCKET, JOBS, SYSTEM, Product, self_cognition
 
 pytestmark = pytest.mark.e2e
 
@@ -154,6 +154,21 @@ def test_suspend_gives_the_pods_back_and_resume_continues(product: Product, team
     done = product.wait_state("patient", team, "Succeeded")["status"]
     assert [a["cause"] for a in done["attempts"]] == ["Suspended", "Succeeded"]
     assert done["attempts"][1]["resumedFromStep"] == 6  # the step it was in is finished and saved
+
+
+def test_a_model_that_does_not_fit_into_the_cache_is_counted_and_told_with_the_remedy(
+    product: Product, team: str, tiny_model: str
+) -> None:
+    """The kubelet evicts the pod for a limit of its own: its node is well, and another try would end the same."""
+    cluster, job = product.cluster, tiny_job(tiny_model, product, "large", replicas=1, steps=2)
+    job["spec"] |= {"profile": "narrow", "recovery": {"maxRestarts": 0}}
+    product.gate("large", team).hold(1)  # until the kubelet has looked
+    cluster.apply(json.dumps(job), namespace=team)
+    failed = cluster.wait_for_condition(JOBS, "large", "Failed", namespace=team)["status"]
+    [attempt] = failed["attempts"]
+    assert (attempt["cause"], attempt["counted"], attempt.get("nodeSuspect", False)) == ("OutOfDisk", True, False)
+    assert "wrote more than 64Ki into its volume cache" in attempt["message"]
+    assert "Raise cache.sizeLimit of the job's profile" in attempt["message"]
 
 
 def tiny_job(model: str, product: Product, name: str, *, replicas: int, steps: int) -> dict[str, Any]:
