@@ -10,6 +10,7 @@ import pytest
 from finetune_api import run
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator import manifests
+from finetune_operator.cluster.pods import gpus_wanted
 from finetune_operator.plan import (
     Owner,
     Plan,
@@ -176,6 +177,13 @@ def test_gpus_that_are_claimed_are_not_asked_for_as_a_resource() -> None:
     assert spec["resourceClaims"] == [claim]
     assert spec["containers"][0]["resources"] == {"claims": [{"name": "gpus"}]}
     assert "--nproc-per-node=8" in spec["containers"][0]["command"]
+
+
+@pytest.mark.parametrize("resource", ["nvidia.com/gpu", "habana.ai/gaudi", ""])
+def test_gpus_are_counted_on_a_single_machine_whatever_they_are_asked_for_by(resource: str) -> None:
+    made = of({}, {}, gpu_resource=resource, gang_scheduling="kubernetes")
+    assert gpus_wanted(manifests.job(made, 1)["spec"]["template"]) == 8
+    assert gpus_wanted(manifests.reader(made, 1)["spec"]["template"]) == 0
 
 
 def test_a_gang_is_never_patched_up_in_place() -> None:

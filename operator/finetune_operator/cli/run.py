@@ -22,7 +22,7 @@ from finetune_operator.cluster.local import Key, LocalCluster, no_room
 from finetune_operator.observe import observe
 from finetune_operator.plan import changed_fields, result_part, waited_for
 from finetune_operator.reconcile import reconcile
-from finetune_operator.settings import Profile, Settings
+from finetune_operator.settings import Settings
 from finetune_operator.status import condition
 
 LONGEST = 3600.0
@@ -182,13 +182,6 @@ def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fres
     return mistakes
 
 
-def _of_this_machine(settings: Settings) -> Settings:
-    """Profiles are made for a cluster; here GPUs are counted, not claimed, and nobody schedules."""
-    here = {"gpu_resource": Profile().gpu_resource, "gang_scheduling": ""}
-    profiles = {name: profile.model_copy(update=here) for name, profile in settings.profiles.items()}
-    return settings.model_copy(update={"profiles": profiles})
-
-
 class Runner:
     """Turns the reconcile loop for some jobs until each has come to rest."""
 
@@ -201,7 +194,7 @@ class Runner:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.cluster = cluster
-        self.settings = _of_this_machine(settings)
+        self.settings = settings
         self.keys = list(keys)
         self.view = view
         self.interruptions = 0

@@ -13,12 +13,11 @@ from pathlib import Path
 
 from finetune_api import run
 from finetune_operator.cluster import Object
-from finetune_operator.manifests import INDEX_LABEL
+from finetune_operator.manifests import ANNOTATION_GPUS, INDEX_LABEL
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 ONLY_FOR_IMAGES = ("HOME", "TMPDIR", "HF_HOME")
 """Set in containers because their root file system is read-only; here the user's own are better (tokens, caches)."""
-_GPU_RESOURCE = re.compile(r"/(gpu|mig)\b")
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ class Place:
 
 
 def gpus_wanted(pod: Object) -> int:
-    """GPUs one pod asks for."""
-    limits = [(c.get("resources") or {}).get("limits") or {} for c in pod["spec"]["containers"]]
-    return sum(int(n) for limit in limits for name, n in limit.items() if _GPU_RESOURCE.search(name))
+    """GPUs of one pod, by whatever resource or claim it asks for them."""
+    return int((pod["metadata"].get("annotations") or {}).get(ANNOTATION_GPUS, "0"))
 
 
 def command(container: Object, place: Place) -> list[str]:
