@@ -1,8 +1,10 @@
 """Adapters made earlier: merged, weighted, taken away again, stacked, and trained on."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,12 @@ pytest.importorskip("peft", reason="needs the trainer extra")
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.compatibility import COMPATIBILITY, CONTINUED
-from finetune_api.run import MergeConfig
-from finetune_api.spec import ModelSource
-from finetune_trainer import earlier, merge
+from finetune_api.run import MergeConfig, UseConfig
+from finetune_api.spec import ModelSource, Training
+from finetune_trainer import earlier, finished, merge
 from finetune_trainer.fetch import Fetched
 from finetune_trainer.merge import Part
 from finetune_trainer.methods import METHODS, load_adapter
@@ -236,6 +238,64 @@ def test_the_command_writes_a_model_or_an_adapter(root: Path, tmp_path: Path, mo
     assert far(logits(one), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) <= 1e-5
     (tmp_path / "bad.json").write_text(config.model_copy(update={"combination": "linear"}).model_dump_json())
     assert merge.main([str(tmp_path / "bad.json")]) == 64
+
+
+# --- what does not fit, and who speaks ------------------------------------------------------------------------------
+
+MISFITS = {
+    "of a compiled model": lambda weights: {k.replace("model.model", "model._orig_mod.model"): v for k, v in weights},
+    "of a deeper model": lambda weights: dict(weights) | {k.replace(".layers.0.", ".layers.7."): v for k, v in weights},
+    "with a weight missing": lambda weights: dict(weights[1:]),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_an_adapter_with_weights_that_have_no_place_or_are_missing_is_refused_wherever_it_is_used(
+    root: Path, tmp_path: Path, name: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(root / "first", tmp_path / "first")
+    file = tmp_path / "first" / "adapter_model.safetensors"
+    save_file({k: v.clone() for k, v in MISFITS[name](list(load_file(file).items())).items()}, file)
+    part = Part("file:///first", tmp_path / "first")
+    for use in (
+        lambda: merge.merged(root / "model", [part], SOURCE),
+        lambda: merge.merged(root / "model", [replace(part, weight=0.5)], SOURCE),
+        lambda: finished.put_on(base(root), part.folder, "file:///model"),
+    ):
+        with pytest.raises(RunError, match=r"first does not fit LlamaForCausalLM: \d+ of its weights have no place"):
+            use()
+
+
+def test_an_adapter_speaks_by_its_own_template_and_end_token_wherever_it_is_used(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "first", tmp_path / "first")
+    taught = load_tokenizer(root / "model", tiny.make_config(root))
+    taught.chat_template, taught.eos_token = "{{ messages[0].content }}", taught.convert_ids_to_tokens(5)
+    taught.save_pretrained(tmp_path / "first")
+    fetched = Fetched(root / "model", [], [], [tmp_path / "first"])
+
+    def check_words(tokenizer: Any) -> None:
+        assert (tokenizer.chat_template, tokenizer.eos_token) == (taught.chat_template, taught.eos_token)
+
+    uri = f"file://{tmp_path}/first"
+    on = tiny.make_config(root, model={"adapters": [{"uri": uri, "train": True}]})
+    check_words(load_tokenizer(fetched.model, on, fetched.adapters))
+    below = tiny.make_config(root, model={"adapters": [{"uri": uri}]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+        stack = earlier.stacked(below, fetched).model
+    check_words(load_tokenizer(stack, below))
+    model = {"uri": f"file://{root}/model", "adapters": [{"uri": uri}]}
+    for kind in ("model", "adapter"):
+        config = MergeConfig.model_validate(
+            {"model": model, "weights": [1.0], "kind": kind, "output_uri": f"file://{tmp_path}/{kind}"}
+        )
+        merge.run(config, tmp_path)
+        check_words(AutoTokenizer.from_pretrained(tmp_path / kind))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.eos_token_id in (5, [5], [2, 5])
+    use = UseConfig.model_validate({"model": model})
+    assert finished.find(use, tmp_path, [], Training()).words == tmp_path / "first"
 
 
 # --- trained on -----------------------------------------------------------------------------------------------------

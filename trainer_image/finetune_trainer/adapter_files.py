@@ -1,6 +1,7 @@
 """What a folder with an adapter holds, as PEFT and our own methods write it. Nothing heavy is imported."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,16 @@ from finetune_api.causes import Cause
 from finetune_trainer.outcome import RunError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def tokenizer_folder(model: Path, adapters: Iterable[Path]) -> Path:
+    """Where the tokenizer of a model with adapters lies: with the last adapter that brings one, else with the model.
+
+    An adapter was trained with its own tokenizer: the chat template and the end token are those it answers by.
+    """
+    bring = [folder for folder in adapters if any((folder / name).is_file() for name in _VOCABULARIES)]
+    return bring[-1] if bring else model
 
 
 def described(folder: Path, uri: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from finetune_api.causes import Cause
 from finetune_api.methods import Method
 from finetune_api.run import ENV_CACHE, ENV_WORK, TrainerConfig
-from finetune_trainer.adapter_files import WEIGHTS, described
+from finetune_trainer.adapter_files import WEIGHTS, described, tokenizer_folder
 from finetune_trainer.fetch import Fetched
 from finetune_trainer.fetching.kept import lock
 from finetune_trainer.outcome import RunError
@@ -146,7 +146,7 @@ def stacked(config: TrainerConfig, fetched: Fetched) -> Fetched:
     from finetune_trainer.merge import Part, merged, write
 
     digests = sorted(f"{uri} {digest}" for uri, digest in fetched.digests.items())
-    facts = json.dumps([str(fetched.model), [str(folder) for _, folder in frozen], digests])
+    facts = json.dumps(["with its tokenizer", str(fetched.model), [str(folder) for _, folder in frozen], digests])
     home = Path(os.environ.get(ENV_CACHE) or os.environ.get(ENV_WORK) or tempfile.gettempdir())
     entry = home / "stacked" / hashlib.sha256(facts.encode()).hexdigest()[:32]
     entry.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,8 @@ def stacked(config: TrainerConfig, fetched: Fetched) -> Fetched:
                 model = None
                 for source, folder in frozen:
                     model = merged(fetched.model, [Part(source.uri, folder)], config.model, base=model)
-                write(model, fetched.model, partial, config.max_shard_size)
+                words = tokenizer_folder(fetched.model, [folder for _, folder in frozen])
+                write(model, words, partial, config.max_shard_size)
                 sync_folder(partial)
                 partial.rename(entry)
             finally:

@@ -165,14 +165,18 @@ def fetch_model(
 
 
 def fetch_to_look_at(config: TrainerConfig, cache: Path) -> Fetched:
-    """The data, and of the model only what makes tokens: no weights, no adapters (but a GGUF file is one piece)."""
+    """The data, and of model and adapters only what makes tokens: no weights (but a GGUF file is one piece)."""
     digests: dict[str, str] = {}
     if config.model.gguf_file:
         model = _source(config.model, model_files(config.model), Cause.MODEL_NOT_FOUND, cache, False, digests)
     else:
         model = _source(config.model, tokenizer_files, Cause.MODEL_NOT_FOUND, cache, False, digests, "tokenizer")
+    adapters = [
+        _source(adapter, tokenizer_files, Cause.MODEL_NOT_FOUND, cache, False, digests, "tokenizer")
+        for adapter in config.model.adapters
+    ]
     train, held_out = _rows(config, cache, digests)
-    return Fetched(model=model, train=train, eval=held_out, digests=digests)
+    return Fetched(model=model, train=train, eval=held_out, adapters=adapters, digests=digests)
 
 
 def main() -> int:

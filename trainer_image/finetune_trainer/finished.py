@@ -17,7 +17,7 @@ from finetune_api.methods import Lora
 from finetune_api.run import TrainerConfig, UseConfig
 from finetune_api.spec import Data, DataSource, Evaluation, ModelSource, Training
 from finetune_api.stages import MAKERS, SequenceClassification, TokenClassification
-from finetune_trainer.adapter_files import CONFIG, described
+from finetune_trainer.adapter_files import CONFIG, described, tokenizer_folder
 from finetune_trainer.fetch import Fetched, fetch_model
 from finetune_trainer.outcome import RunError
 from finetune_trainer.world import World
@@ -54,7 +54,7 @@ def find(use: UseConfig, cache: Path, data: list[DataSource], training: Training
     source = use.model
     folder, adapters = fetch_model(source, cache, digests)
     written: dict[str, Any] = {}
-    words = folder
+    words = tokenizer_folder(folder, adapters)
     adapter = adapters.pop() if adapters else None
     if (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors")):
         if adapter is not None:
@@ -176,10 +176,10 @@ def put_on(base: Any, adapter: Path, uri: str) -> tuple[Any, Off]:
 
         model = load_adapter(base, adapter)
         return model.eval(), lambda: parts.switched_off(model)
-    from peft import PeftModel
+    from finetune_trainer.methods.adapters import put_beside
 
     try:
-        tuned: Any = PeftModel.from_pretrained(base, str(adapter))
+        tuned: Any = put_beside(base, adapter, str(adapter))
     except (RuntimeError, ValueError, KeyError) as error:
         line = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
         raise RunError(

@@ -21,13 +21,13 @@ from transformers import AutoConfig, AutoTokenizer
 from finetune_api.causes import Cause
 from finetune_api.run import MergeConfig, OutputInfo
 from finetune_api.spec import ModelSource
-from finetune_trainer.adapter_files import described
+from finetune_trainer.adapter_files import described, tokenizer_folder
 from finetune_trainer.card import merged_card
 from finetune_trainer.command import carried_out
 from finetune_trainer.export import upload
 from finetune_trainer.fetch import fetch_model
 from finetune_trainer.gguf import converted
-from finetune_trainer.methods.adapters import merged_into
+from finetune_trainer.methods.adapters import merged_into, put_beside
 from finetune_trainer.model import KINDS, LANGUAGE_MODEL, Kind, save_model
 from finetune_trainer.outcome import RunError
 
@@ -66,7 +66,7 @@ def merged(
     model = load(model_path, source, dtype, adapters[0]) if base is None else base
     with _explained(adapters):
         if len(adapters) == 1 and adapters[0].weight == 1 and not modules:
-            return merged_into(model, adapters[0].folder)
+            return merged_into(model, adapters[0].folder, adapters[0].uri)
         adapted = combined(model, adapters, combination, density, rank, seed)
         if not modules:
             return adapted.merge_and_unload(safe_merge=True)
@@ -98,9 +98,9 @@ def combined(
 ) -> PeftModel:
     """The model with one active adapter: the only one, or what several come to."""
     names = [f"part{number}" for number in range(len(adapters))]
-    adapted = PeftModel.from_pretrained(model, adapters[0].folder, adapter_name=names[0])
-    for name, part in zip(names[1:], adapters[1:], strict=True):
-        adapted.load_adapter(str(part.folder), adapter_name=name)
+    adapted = model
+    for name, part in zip(names, adapters, strict=True):
+        adapted = put_beside(adapted, part.folder, part.uri, name)
     if len(adapters) == 1 and adapters[0].weight == 1:
         return adapted
     for name in names:  # PEFT would scale what it combines by the first one's rule, and has it scaled already
@@ -194,11 +194,11 @@ def kind_for(adapter: Part) -> Kind:
     return next((kind for kind in KINDS.values() if kind.task == task), LANGUAGE_MODEL)
 
 
-def write(model: Any, model_path: Path, directory: Path, max_shard_size: str) -> None:
-    """The model and the tokenizer of ``model_path`` into ``directory``."""
+def write(model: Any, words: Path, directory: Path, max_shard_size: str) -> None:
+    """The model, and the tokenizer of the folder ``words``, into ``directory``."""
     # Every node merges into its own cache, but transformers saves on the first process of all only.
     object.__setattr__(model, "should_save_on_this_rank", lambda *_: True)
-    save_model(model, AutoTokenizer.from_pretrained(model_path, local_files_only=True), directory, max_shard_size)
+    save_model(model, AutoTokenizer.from_pretrained(words, local_files_only=True), directory, max_shard_size)
 
 
 def run(config: MergeConfig, cache: Path) -> OutputInfo:
@@ -206,6 +206,7 @@ def run(config: MergeConfig, cache: Path) -> OutputInfo:
     digests: dict[str, str] = {}
     model_path, folders = fetch_model(config.model, cache, digests)
     model_path = ordinary(model_path, config.model, config.dtype)
+    words = tokenizer_folder(model_path, folders)
     parts = [
         Part(source.uri, folder, weight)
         for source, folder, weight in zip(config.model.adapters, folders, config.weights, strict=True)
@@ -224,7 +225,7 @@ def run(config: MergeConfig, cache: Path) -> OutputInfo:
                 modules=config.modules,
                 seed=config.seed,
             )
-            write(model, model_path, Path(scratch), config.max_shard_size)
+            write(model, words, Path(scratch), config.max_shard_size)
             (Path(scratch) / "README.md").write_text(merged_card(config, kind_for(parts[0])), encoding="utf-8")
             return upload(Path(scratch), config.output_uri, "merged", facts)
         for part in parts:
@@ -239,7 +240,7 @@ def run(config: MergeConfig, cache: Path) -> OutputInfo:
             for path in (folder / name).iterdir():
                 path.rename(folder / path.name)
             (folder / name).rmdir()
-        AutoTokenizer.from_pretrained(model_path, local_files_only=True).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(words, local_files_only=True).save_pretrained(folder)
         (folder / "README.md").write_text(merged_card(config, kind_for(parts[0])), encoding="utf-8")
         return upload(folder, config.output_uri, "adapter", facts)
 

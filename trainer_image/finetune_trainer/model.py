@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from finetune_api.causes import Cause
 from finetune_api.methods import Qlora
 from finetune_api.run import TrainerConfig
+from finetune_trainer.adapter_files import tokenizer_folder
 from finetune_trainer.fetching.wanted import no_safetensors
 from finetune_trainer.generate import end_tokens
 from finetune_trainer.gguf import converted
@@ -98,8 +99,9 @@ def kind_of(stage: str) -> Kind:
 # --- tokenizer --------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: Path, config: TrainerConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with the chat template of the configuration where it gives one.
+def load_tokenizer(path: Path, config: TrainerConfig, adapters: Iterable[Path] = ()) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model in ``path`` with ``adapters`` on top (``adapter_files.tokenizer_folder``), with the
+    chat template of the configuration where it gives one.
 
     A tokenizer without a padding token pads with its end token: what is learned is decided by labels, which
     padding never has, so the end of an answer is still learned and no embedding is added.
@@ -107,12 +109,13 @@ def load_tokenizer(path: Path, config: TrainerConfig) -> PreTrainedTokenizerBase
     """
     with _explained(f"the tokenizer of {config.model.uri}"):
         path = _readable(path, config)
+        words = tokenizer_folder(path, adapters)
         tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=config.model.trust_remote_code
+            words, local_files_only=True, trust_remote_code=config.model.trust_remote_code
         )
         if config.stage == "token_classification" and not getattr(tokenizer, "add_prefix_space", True):
             # GPT-2's and RoBERTa's take words one by one only so.
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, add_prefix_space=True)
+            tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True, add_prefix_space=True)
     if kind_of(config.stage).talks:
         use_template(tokenizer, config.data.chat_template)
     rows = vocabulary_rows(path)

@@ -133,7 +133,7 @@ class Job(Attempt):
         from finetune_trainer.objectives import objective
 
         config = self.config
-        self.tokenizer = model.load_tokenizer(self.fetched.model, config)
+        self.tokenizer = model.load_tokenizer(self.fetched.model, config, self.fetched.adapters)
         self._phase("preparing", "preparing the data")
         self.prepared = self.world.in_turn("data", lambda: data.prepare(config, self.fetched, self.tokenizer))
         self.telemetry.update(formats={name: counts["format"] for name, counts in self.prepared.report.items()})

@@ -42,7 +42,7 @@ def main() -> int:
         config = read_config()
         with tempfile.TemporaryDirectory() as folder:
             fetched = fetch_to_look_at(config, Path(os.environ.get(ENV_CACHE) or folder))
-            tokenizer = load_tokenizer(fetched.model, config)
+            tokenizer = load_tokenizer(fetched.model, config, fetched.adapters)
             prepared = prepare(config, fetched, tokenizer)
             for line in lines(config, prepared, tokenizer, arguments.rows, arguments.color):
                 print(line)

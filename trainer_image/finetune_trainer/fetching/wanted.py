@@ -29,6 +29,8 @@ _MODEL_PARTS = (
     "special_tokens_map*",
 )
 
+_TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json")
+
 Names = dict[str, int]
 """File names relative to the source, with their sizes in bytes (-1 where unknown)."""
 Select = Callable[[Names, Callable[[str], bytes]], list[str]]
@@ -70,6 +72,11 @@ def model_files(model: ModelSource) -> Select:
     return select
 
 
+def _of_tokenizer(name: str) -> bool:
+    patterns = (*_MODEL_PARTS[1:], *_TOKENIZER_JSON)
+    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
 def tokenizer_files(names: Names, read: Callable[[str], bytes]) -> list[str]:
     """Of a model everything but its weights."""
     del read
@@ -101,7 +108,7 @@ def no_safetensors(uri: str, names: Iterable[str]) -> RunError:
 
 
 def adapter_files(adapter: AdapterSource) -> Select:
-    """Configuration and weights as PEFT writes them. RunError where they are not there."""
+    """Configuration and weights as PEFT writes them, and a tokenizer. RunError where the first two are not there."""
 
     def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
         del read
@@ -113,7 +120,9 @@ def adapter_files(adapter: AdapterSource) -> Select:
                 f"{adapter.uri} holds no adapter: {' and '.join(missing)} not among {some(names)}{pickled}. "
                 "spec.model.adapters must name folders that PEFT or a run has written.",
             )
-        return [*needed, *(name for name in ("config.json",) if name in names)]  # a classifier's has its labels
+        # A classifier's configuration has its labels.
+        more = (name for name in names if name == "config.json" or _of_tokenizer(name))
+        return sorted({*needed, *more})
 
     return select
 
@@ -124,8 +133,7 @@ def reward_files(source: AdapterSource) -> Select:
     def select(names: Names, read: Callable[[str], bytes]) -> list[str]:
         if CONFIG not in names:
             return model_files(ModelSource(uri=source.uri, revision=source.revision))(names, read)
-        parts = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in _MODEL_PARTS)]
-        return sorted({*adapter_files(source)(names, read), *(name for name in parts if "/" not in name)})
+        return adapter_files(source)(names, read)
 
     return select
 

@@ -5,6 +5,7 @@ A method's parameters carry PEFT's names, so its class in ``finetune_api/methods
 """
 
 import re
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,17 @@ from peft import (
     VeraConfig,
     WaveFTConfig,
     get_peft_model,
+    get_peft_model_state_dict,
 )
 from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.causes import Cause
 from finetune_api.run import TrainerConfig
 from finetune_api.spec import ModelSource
+from finetune_trainer.adapter_files import WEIGHTS
 from finetune_trainer.model import enable_gradient_checkpointing, head_of, kind_of, load_for_merge, save_model
 from finetune_trainer.outcome import RunError
 from finetune_trainer.storage import local_path
@@ -157,17 +161,42 @@ def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerCon
     from transformers import AutoTokenizer
 
     model = load_for_merge(model_path, config, adapter_dir)
-    merged = merged_into(model, adapter_dir)
+    merged = merged_into(model, adapter_dir, config.output_uri)
     save_model(merged, AutoTokenizer.from_pretrained(adapter_dir), out_dir, config.max_shard_size)
 
 
-def merged_into(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
+def merged_into(model: PreTrainedModel, adapter_dir: Path, uri: str) -> PreTrainedModel:
     """The model with a saved adapter, and the modules saved with it, folded into its own weights."""
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload(safe_merge=True)
+    merged: PreTrainedModel = put_beside(model, adapter_dir, uri).merge_and_unload(safe_merge=True)
     for name, module in list(merged.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # LN tuning leaves them
             merged.set_submodule(name, module.modules_to_save[str(module.active_adapter)])
     return merged
+
+
+def put_beside(model: Any, folder: Path, uri: str, name: str = "default") -> PeftModel:
+    """The model with a saved adapter beside its layers. ``uri``: the adapter, for messages.
+
+    PEFT passes over weights that have no place in the model, such as those of a compiled or a deeper one, and leaves
+    those that are missing as they begin: RunError(INVALID_CONFIGURATION) for either.
+    """
+    first = not isinstance(model, PeftModel)
+    if first:
+        with warnings.catch_warnings():  # of missing keys, which are told below
+            warnings.simplefilter("ignore", UserWarning)
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    else:
+        model.load_adapter(str(folder), adapter_name=name)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        saved = set(file.keys())
+    known = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    if misfits := [*sorted(saved - known), *sorted(known - saved)]:
+        raise RunError(
+            Cause.INVALID_CONFIGURATION,
+            f"{uri} does not fit {type(model.get_base_model()).__name__}: {len(misfits)} of its weights have no place "
+            f"there or are missing, e.g. {misfits[0]}. Name the model it was trained on.",
+        )
+    return model
 
 
 def base_name(model: ModelSource) -> str:

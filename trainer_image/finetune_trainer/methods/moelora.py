@@ -103,5 +103,7 @@ def merge(model_path: Path, adapter_dir: Path, out_dir: Path, config: TrainerCon
     method: Any = config.method
     for task in method.tasks:
         adapter = adapter_dir / task
-        merged = merged_into(load_for_merge(model_path, config, adapter), adapter)
+        merged = merged_into(
+            load_for_merge(model_path, config, adapter), adapter, f"{config.output_uri}/{adapter.name}"
+        )
         save_model(merged, AutoTokenizer.from_pretrained(adapter), out_dir / task, config.max_shard_size)
