@@ -322,3 +322,28 @@ def test_a_step_tells_the_accuracy_of_its_rows(learned: dict[str, dict[str, Any]
     assert last["accuracy"] > 0.9
     assert not math.isnan(last["loss"])
     assert "accuracy" not in learned["numbers"]["records"][-1]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "opt", "bart"])
+def test_rows_are_cut_at_the_positions_that_a_model_has(family: str, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    from finetune_trainer.model import most_positions
+
+    tiny_heads.make(tmp_path, family, max_position_embeddings=32)
+    most = most_positions(tmp_path)
+    assert most is not None and 30 <= most <= 32
+    model = getattr(transformers, tiny_heads.SHAPES[family][0]).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        model(input_ids=torch.full((1, most), 7))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, most + 1 + (2 if family in ("opt", "bart") else 0)), 7))
+
+
+def test_a_model_that_computes_its_positions_takes_rows_of_any_length(tmp_path: Path) -> None:
+    from finetune_trainer.model import most_positions
+
+    tiny_heads.make(tmp_path, "t5")
+    assert most_positions(tmp_path) is None
+    assert most_positions(tmp_path / "nothing") is None

@@ -142,6 +142,28 @@ def vocabulary_rows(path: Path) -> int | None:
         return None
 
 
+LEARNED_POSITIONS = (
+    *("albert", "bart", "bert", "biogpt", "camembert", "distilbert", "electra", "gpt2", "gpt_bigcode", "gpt_neo"),
+    *("marian", "mbart", "mpnet", "openai-gpt", "opt", "pegasus", "roberta", "xlm-roberta"),
+)
+"""Model types with a table of positions: a longer row has no entry in it. Others compute any position."""
+_BEHIND_PADDING = ("camembert", "mpnet", "roberta", "xlm-roberta")
+"""Of these the first position stands behind that of the padding token."""
+
+
+def most_positions(path: Path) -> int | None:
+    """The longest row, in tokens, that a model has positions for; None where it takes any, or does not say."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        kind = config["model_type"]
+        if kind not in LEARNED_POSITIONS:
+            return None
+        length = int(config.get("max_position_embeddings") or config["n_positions"])
+        return length - (int(config.get("pad_token_id", 1)) + 1 if kind in _BEHIND_PADDING else 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 # --- model ------------------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ from finetune_trainer.data.sources import TASK, BadRows, records
 from finetune_trainer.data.stream import Draft, Item, Rows, Sequence, Stream, collate
 from finetune_trainer.fetch import Fetched, source_key
 from finetune_trainer.fetching.wanted import data_kind, split_pattern
-from finetune_trainer.model import vocabulary_rows
+from finetune_trainer.model import most_positions, vocabulary_rows
 from finetune_trainer.outcome import RunError
 from finetune_trainer.world import rank
 
@@ -75,7 +75,17 @@ class Prepared:
 
 
 def prepare(config: TrainerConfig, fetched: Fetched, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Read, render and tokenise every source. RunError(INVALID_DATA) names file and line of up to five bad rows."""
+    """Read, render and tokenise every source. RunError(INVALID_DATA) names file and line of up to five bad rows.
+
+    Rows are cut at ``data.max_length``, or at the most tokens that the model has positions for.
+    """
+    most = most_positions(fetched.model)
+    if most is not None and most < config.data.max_length:
+        log.warning(
+            "data.max_length is %d, but %s has positions for %d tokens: rows are cut there",
+            *(config.data.max_length, config.model.uri, most),
+        )
+        config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": most})})
     labels = targets.find_labels(config, _records(config, fetched), fetched.model)
     renderer = Renderer(tokenizer)
     encoded = targets.encoding(config, labels) if config.stage in targets.RECORDS else encoding(config)
