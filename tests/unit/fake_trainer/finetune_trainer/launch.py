@@ -49,7 +49,7 @@ class Worker:
         self.checkpoints = Path(self.config["checkpoint_uri"].removeprefix("file://"))
         self.attempt = int(os.environ["FINETUNE_ATTEMPT"])
         self.stopping = False  # no Event: a signal may come while the main thread holds its lock
-        self.asked = threading.Event()
+        self.asked = 0
         found = sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
         self.step = found[-1] if found else 0
         self.progress: dict[str, Any] = {
@@ -89,7 +89,8 @@ class Worker:
                 self._save()
             print("step", self.step, flush=True)
         if self.index == 0:
-            while not (self.asked.is_set() or self.stopping):  # a run nobody saw running is none of those tested
+            # A run that nobody saw running is none of those tested. Who asks again has taken note of the first answer.
+            while self.asked < 2 and not self.stopping:
                 time.sleep(0.01)
             prompts = self.config["evaluation"]["prompts"]
             answers = [{"prompt": prompt, "before": "A model.", "after": "I am Nova."} for prompt in prompts]
@@ -159,7 +160,7 @@ class Worker:
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(json.dumps(worker.progress).encode())
-                worker.asked.set()
+                worker.asked += 1
 
             def log_message(self, *_: object) -> None:
                 pass
