@@ -14,6 +14,7 @@ from finetune_api.causes import Cause
 from finetune_api.run import CheckpointInfo, Termination
 from finetune_operator.cluster import ClusterError
 from finetune_operator.cluster.kubernetes import KubernetesCluster
+from tests import PATIENCE
 from tests.cluster.access import Object
 from tests.cluster.cluster import Cluster
 from tests.operator.jobs_on_a_cluster import (
@@ -104,7 +105,7 @@ def test_a_job_runs_on_two_nodes_and_succeeds(cluster: Cluster, namespace: str, 
     # kubectl believes no condition that is older than the last edit, and of a finished run most never change again.
     change(cluster, namespace, "tune", ttlSecondsAfterFinished=3600)
     for kind in ("Complete", "Ready", "Failed=false"):
-        cluster.kubectl("wait", "ftj", "tune", "-n", namespace, f"--for=condition={kind}", "--timeout=30s")
+        cluster.kubectl("wait", "ftj", "tune", "-n", namespace, f"--for=condition={kind}", f"--timeout={PATIENCE:.0f}s")
 
 
 def test_a_sidecar_neither_holds_up_nor_spoils_the_end_of_a_run(cluster: Cluster, namespace: str) -> None:

@@ -188,7 +188,7 @@ def test_an_operator_is_ready_when_its_resource_is_served_whenever_that_is(
             replica.wait_until("it is not ready", lambda: replica.get("/readyz")[0] == 503)
             assert replica.metric("finetune_jobs", namespace=namespace, state="Starting") is None
         replica.process.terminate()  # also where it only waits
-        assert replica.process.wait(timeout=10) == 0, replica.log.read_text()
+        assert replica.process.wait(PATIENCE) == 0, replica.log.read_text()
     finally:
         serve(True)
         cluster.wait_for_condition(CRDS, "finetunejobs.finetune.dev", "Established", namespace=None)

@@ -58,7 +58,7 @@ class Pod:
     def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code."""
         code = self.process.wait(seconds)
-        self._reader.join(5)
+        self._reader.join(PATIENCE)
         return code
 
     def workers(self) -> list[int]:

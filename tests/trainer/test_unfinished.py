@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 import re
 import signal
 import time
@@ -18,17 +17,19 @@ pytest.importorskip("peft", reason="needs the trainer extra")
 from finetune_api.causes import Cause
 from finetune_api.run import ENV_ENDS
 from finetune_trainer.run import ENV_TRACE
+from tests import PATIENCE, gate
+from tests.gate import Gate
 from tests.trainer import tiny
 
 pytestmark = pytest.mark.trainer
 
-HELD = "trace/rows-1-0.jsonl"
-"""Where the process writes what each step read: a pipe, at which it waits for the test to read."""
+STEPS = "trace/rows-1-0.jsonl"
+"""Where the process would write what each step read."""
 
 
 def awaited(there: Callable[[], Any]) -> Any:
     """What it gives, as soon as it gives something."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while not (found := there()):
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -42,8 +43,8 @@ class Run:
         self.root, self.attempt = root, 0
         tiny.make_model(root / "model")
         tiny.make_rows(root / "train.jsonl", 12)
-        (root / "trace").mkdir()
-        os.mkfifo(root / HELD)
+        config = tiny.make_config(root)
+        self.gate = Gate(root, config.namespace, config.name)
 
     def start(self, **changes: Any) -> "Popen[str]":
         self.attempt += 1
@@ -54,12 +55,8 @@ class Run:
         variables = {ENV_TRACE: str(self.root / "trace")} if (self.root / "trace").exists() else {}
         if self.attempt == 5:  # the operator knows what a killed process could not write down
             variables[ENV_ENDS] = json.dumps({"1": ["Killed", "Container trainer was killed by SIGKILL."]})
-        return tiny.start(tiny.environment(self.root, config, self.attempt, **variables))
-
-    def step(self, times: int = 1) -> None:
-        """Let it write down what so many steps have read."""
-        for _ in range(times):
-            (self.root / HELD).read_text()
+        environ = tiny.environment(self.root, config, self.attempt, **variables)
+        return tiny.start(environ | gate.environment(self.root, environ["PYTHONPATH"]))
 
     def page(self, folder: str = "output") -> str:
         """The report in words."""
@@ -72,28 +69,26 @@ class Run:
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each attempt left: its report, its last word, what it printed."""
     run, found = Run(tmp_path_factory.mktemp("unfinished")), {}
+    run.gate.hold(3)
     process = run.start()
-    run.step(3)  # and the fourth is made and waits
     awaited(lambda: "Still running." in run.page())
     awaited((run.root / "checkpoints/step-2/manifest.json").exists)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     found["killed"] = run.page(), None, sorted(path.name for path in (run.root / "output").iterdir())
 
+    run.gate.hold(4)
     process = run.start()
-    assert process.stdout is not None
-    run.step()
+    awaited(lambda: "step 4/6" in process.stdout.readline())  # type: ignore[union-attr]
     process.send_signal(signal.SIGTERM)
-    awaited(lambda: "SIGTERM: stopping" in process.stdout.readline())  # type: ignore[union-attr]
-    run.step()
     found["stopped"] = (process.communicate()[0], run.page(), tiny.word(run.root))
 
-    (run.root / HELD).unlink()
-    (run.root / HELD).mkdir()
+    run.gate.open()
+    (run.root / STEPS).mkdir(parents=True)  # no file can be there
     process = run.start()
     found["failed"] = process.communicate()[0], run.page(), tiny.word(run.root)
 
-    (run.root / HELD).rmdir()
+    (run.root / STEPS).rmdir()
     (run.root / "trace").rmdir()
     with (run.root / "train.jsonl").open("a") as rows:
         rows.write('{"instruction": "say one", "input": "", "output": "one"}\n')
