@@ -21,8 +21,8 @@ from finetune_api.schema import accepted, of_model, text, unwrapped
 PATH = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 FACTS = Path(__file__).with_name("method_facts.json")
 HEAD = (
-    *("Method", "Trained", "Loss", "8B: trained", "8B: GiB", "ZeRO", "2 processes", "Packing", "Checkpointing"),
-    *("4-bit", "Merge"),
+    *("Method", "Trained", "8B: trained", "8B: GiB", "ZeRO", "2 processes", "Packing", "Checkpointing", "4-bit"),
+    "Merge",
 )
 NO_4BIT = "A base model in 4 bits is trained by qlora alone; every other method refuses such a model."
 _ARXIV = re.compile(r"(?<=arXiv:)\d{4}\.\d{5}|(?<=, )\d{4}\.\d{5}(?=\))")
@@ -45,11 +45,13 @@ of them. What 13 of them learn, forget and cost on a real model:
 """
 MEANING = """\
 - *Trained*: weights trained and all weights, in the tests' small case on a Llama of two layers (`bitfit`: a GPT-2).
-- *Loss*: first and last of 30 steps on the same 32 tokens, in the same case, as the tests see it.
 - *8B*: an 8B Llama with the method's defaults (`bitfit` has nothing to train there): weights trained, and memory of
   weights, gradients and AdamW in bf16 on one process, without activations.
 - *ZeRO*, *2 processes*, *Packing*, *Checkpointing* (of gradients), *Merge*: what tests show to give the same losses,
   gradients or logits. What is not there is refused at admission, with the remedy.
+
+How well a method learns is no column: it is a matter of the data, the rate and the number of steps, and a toy says
+nothing of it. [methods-side-by-side.md](methods-side-by-side.md) compares on a real model.
 """
 
 
@@ -114,7 +116,6 @@ def cells(name: str, notes: dict[str, int]) -> tuple[str, ...]:
     return (
         name,
         f"{seen['trained']:,} of {seen['total']:,}",
-        f"{seen['loss'][0]:.2f} → {seen['loss'][1]:.2f}",
         _short(large["trained"]) if large else "-",
         f"{memory(name, large['trained'], large['total']):.1f}" if large else "-",
         stages + (f" [{notes[_reason(name, row, 'ZeRO')]}]" if len(row.zero_stages) < 4 else ""),

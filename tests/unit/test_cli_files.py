@@ -293,4 +293,28 @@ def test_there_is_nothing_to_show_of_what_was_not_run(bench: Bench) -> None:
 
 
 def test_version() -> None:
-    assert finetune("version").exit_code == 0
+    assert finetune("version").output == f"{__version__}\n"
+    assert finetune("--version").output == f"finetune, version {__version__}\n"
+
+
+def test_summaries_are_not_cut_in_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in (["--help"], ["data", "--help"]):
+        text = CliRunner().invoke(main, arguments, terminal_width=80).output
+        assert "..." not in text.partition("Commands:")[2]
+
+
+def test_mistakes_in_the_operator_s_settings_are_told_without_a_traceback(bench: Bench) -> None:
+    settings = bench.home / "settings.yaml"
+    settings.write_text("profiles:\n  nvidia: {imag: x, cache: {claimNam: y}}\nlogLevel: loud\nwokers: 3\n")
+    result = finetune("operator", "--config", settings)
+    assert result.exit_code == 2
+    told = dict(line.removeprefix(f"{settings}: ").split(": ", 1) for line in result.stderr.splitlines())
+    assert told["profiles.nvidia.imag"].endswith("; remedy: did you mean image?")
+    assert told["profiles.nvidia.cache.claimNam"].endswith(
+        "one of claimName, sizeLimit; remedy: did you mean claimName?"
+    )
+    assert told["wokers"].endswith("; remedy: did you mean workers?")
+    assert told["logLevel"].startswith('"loud" is not accepted: Input should be')
+    settings.write_text("profiles: [")
+    assert "cannot be read" in finetune("operator", "--config", settings).stderr

@@ -72,6 +72,7 @@ def test_success_tells_where_everything_lies(bench: Bench) -> None:
         "tiny: Succeeded after",
         f"  model       {bench.output} (2.0KiB)",
         f"  report      {bench.output}/report.html",
+        f"  next        finetune chat {bench.output}\n",
         f"  checkpoints {bench.output}/checkpoints (steps ",
         "    before  A model.",
         "    after   I am Nova.",

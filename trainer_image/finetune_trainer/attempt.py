@@ -224,14 +224,8 @@ class Attempt:
 
 
 def quiet() -> None:
-    """The log is for the run: no progress bars, none of the libraries' warnings to their developers."""
-    import logging as standard
-    import warnings
-
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.simplefilter("ignore", DeprecationWarning)
+    """The log is for the run: no progress bars."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # optional kernels that are not there
     from transformers.utils import logging
 
     logging.disable_progress_bar()

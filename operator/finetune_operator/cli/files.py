@@ -5,6 +5,7 @@ tried: ``file://./data.jsonl`` is made absolute, from the folder of the YAML fil
 takes the GPUs out. Reads files, starts nothing.
 """
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +19,14 @@ from pydantic import ValidationError
 from finetune_api import kubeyaml
 from finetune_api.checks import close
 from finetune_api.mistakes import Mistake, read
+from finetune_api.schema import text
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator import __version__
 from finetune_operator.cluster import Object
 from finetune_operator.manifests import API_VERSION, GROUP, KIND
 from finetune_operator.plan import merge
 from finetune_operator.settings import Profile, Settings
+from finetune_operator.settings import load as load_settings
 from finetune_operator.settings import read as read_settings
 
 
@@ -199,20 +202,45 @@ def _value(text: str) -> Any:
     return next(iter(kubeyaml.load(text)), None)
 
 
+def operator_settings(path: Path | None) -> Settings:
+    """The operator's own settings. RefusedError with every mistake in them."""
+    with _settings_explained(path):
+        return load_settings(path)
+
+
+@contextlib.contextmanager
+def _settings_explained(path: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RefusedError([f"{path}: cannot be read: {error}."]) from error
+    except ValidationError as error:
+        raise RefusedError(f"{path}: {_setting(dict(found))}" for found in error.errors()) from error
+
+
+def _setting(found: dict[str, Any]) -> str:
+    """One mistake of the settings: field, value, what is accepted or was meant."""
+    field = ".".join(str(part) for part in found["loc"])
+    if found["type"] != "extra_forbidden":
+        return f"{field}: {text(found['input'])} is not accepted: {found['msg']}."
+    model: Any = Settings
+    for part in found["loc"][:-1]:
+        inner = {info.alias or name: info.annotation for name, info in model.model_fields.items()}.get(str(part))
+        model = Profile if part == "profiles" else inner if inner is not None else model
+    names = [info.alias or name for name, info in model.model_fields.items()]
+    meant = close(str(found["loc"][-1]), names)
+    remedy = f"did you mean {meant}?" if meant else "remove it, or correct its name"
+    return f"{field}: there is no such setting; accepted: one of {', '.join(names)}; remedy: {remedy}"
+
+
 def settings(path: Path | None, documents: Sequence[Document] = ()) -> tuple[Settings, list[str]]:
     """Settings for this machine, from a file as for ``finetune operator --config`` or from the chart's values; and what
     to tell of it.
 
     Profiles are the platform's. One that is not known here is replaced by the default, and that is said.
     """
-    try:
+    with _settings_explained(path):
         found = Settings.model_validate(_settings_of(path, read_settings(path)) if path else {})
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RefusedError([f"{path}: cannot be read: {error}."]) from error
-    except ValidationError as error:
-        raise RefusedError(
-            f"{path}: {'.'.join(str(p) for p in e['loc'])}: {e['msg']}." for e in error.errors()
-        ) from error
     profiles = {"default": Profile(), **found.profiles}
     notes = []
     for name in sorted({d.spec.profile for d in documents} - profiles.keys()):

@@ -112,7 +112,7 @@ def _listed(folder: Path) -> list[str] | None:
 
 
 def _results(output: Path) -> Iterator[Path]:
-    for folder, others in ((output, REPORT), (output / "merged", ())):
+    for folder, others in ((output, REPORT), (output / "merged", ()), (output / "unfinished", REPORT)):
         listed = _listed(folder)
         for name in (*(listed or ()), *others, *([MANIFEST] if listed is not None else [])):
             path = folder / name

@@ -4,6 +4,7 @@ Exit codes: 0 succeeded, 1 failed, 2 what was given has mistakes, 130 interrupte
 """
 
 import contextlib
+import shlex
 import shutil
 import signal
 import sys
@@ -11,8 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, get_args
@@ -27,7 +26,7 @@ from finetune_api.conditions import Condition, State
 from finetune_api.kubeyaml import Dumper
 from finetune_api.run import FETCH_CONTAINER, TRAINER_CONTAINER, ChatConfig, Combination, EvaluateConfig
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator import manifests
+from finetune_operator import __version__, manifests
 from finetune_operator.cli import files, results, use
 from finetune_operator.cli import merge as merging
 from finetune_operator.cli import methods as method_table
@@ -73,6 +72,7 @@ class _Main(click.Group):
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="finetune")
 def main() -> None:
     """Fine-tune language models: one file says what, on which data, and where the result goes.
 
@@ -228,7 +228,7 @@ def _why_not(status: FineTuneJobStatus) -> None:
 # --- looking at files -----------------------------------------------------------------------------------------
 
 
-@main.command()
+@main.command(short_help="Check FILE as the operator would: every mistake at once.")
 @_files
 @_set
 @_cpu
@@ -246,7 +246,7 @@ def validate(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool, profil
         click.echo(f"{document.source}: {document.key[1]}: valid")
 
 
-@main.command()
+@main.command(short_help="Print the Kubernetes objects the operator would make.")
 @_files
 @_set
 @_cpu
@@ -272,7 +272,7 @@ def plan(files: tuple[str, ...], changes: tuple[str, ...], cpu: bool, profile_fi
     click.echo(yaml.dump_all(made, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120), nl=False)
 
 
-@main.command()
+@main.command(short_help="List the fine-tuning methods, or tell all about one.")
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the fine-tuning methods: their size, and what they go with. With NAME: all about one of them."""
@@ -287,7 +287,7 @@ def methods(name: str | None) -> None:
         click.echo(click.wrap_text(line.lstrip(), 100, line[: len(line) - len(line.lstrip())], " " * indent))
 
 
-@main.command(name="merge")
+@main.command(name="merge", short_help="Merge adapters into their model, or into one adapter.")
 @click.option("--base", required=True, metavar="URI", help="The model the adapters were trained on.")
 @click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of an hf:// base.")
 @click.option("--gguf-file", default="", metavar="NAME", help="Of a base in GGUF; or name the file in --base.")
@@ -334,7 +334,10 @@ def merge_(
     """
     config = merging.configuration(base, revision, adapters, output, gguf_file, **options)
     needs_trainer()
-    sys.exit(merging.run(config))
+    code = merging.run(config)
+    if code == 0:
+        click.echo(f"Next: finetune chat {output}")
+    sys.exit(code)
 
 
 def _of_a_model(command: F) -> F:
@@ -360,7 +363,7 @@ def _of_a_model(command: F) -> F:
     return command
 
 
-@main.command()
+@main.command(short_help="Tell the loss and other figures of a finished model.")
 @_of_a_model
 @click.option("--data", "rows", multiple=True, required=True, metavar="URI", help="Rows, as spec.data.eval names them.")
 @click.option("--format", "form", default="auto", show_default=True, help="Of the rows.")
@@ -442,13 +445,13 @@ def data() -> None:
     """Look at training data."""
 
 
-@data.command()
+@data.command(short_help="Show what the job in FILE would learn, before it does.")
 @_files
 @_set
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows shown of every source.")
 @click.option("--model", default="", metavar="URI", help="Whose tokenizer to use, where FILE is rows and no job.")
 @click.option("--stage", default="sft", show_default=True, help="What is to be learned, where FILE is rows.")
-def preview(files: tuple[str, ...], changes: tuple[str, ...], rows: int, model: str, stage: str) -> None:
+def preview(given: tuple[str, ...], changes: tuple[str, ...], rows: int, model: str, stage: str) -> None:
     """Show what the job in FILE would learn, before it does: rows as the model sees them, what is not learned dimmed,
     how long they are, what is cut, dropped or refused, and how much an epoch is.
 
@@ -457,8 +460,8 @@ def preview(files: tuple[str, ...], changes: tuple[str, ...], rows: int, model: 
     """
     needs_trainer()
     with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for number, path in enumerate(files):
+        paths: list[str] = []
+        for number, path in enumerate(given):
             job = Path(folder) / f"{number}.yaml"
             if path != "-" and Path(path).suffix not in (".yaml", ".yml"):
                 job.write_text(job_for(path, model, stage))
@@ -471,6 +474,9 @@ def preview(files: tuple[str, ...], changes: tuple[str, ...], rows: int, model: 
         if len(documents) > 1:
             click.echo(f"--- {document.key[1]}")
         codes.append(show(document, documents, rows, color))
+    if not any(codes) and list(given) == paths:
+        changed = [f"--set {shlex.quote(change)}" for change in changes]
+        click.echo(f"\nNext: finetune run {' '.join([*given, *changed])}")
     sys.exit(max(codes, default=0))
 
 
@@ -578,7 +584,7 @@ def _follow(folder: Folder, pod: str, path: Path) -> None:
         time.sleep(0.3)
 
 
-@main.command()
+@main.command(short_help="Ask a run of this machine to save a checkpoint and stop.")
 @click.argument("name")
 @_namespace
 @_state_dir
@@ -624,7 +630,7 @@ def _key(folder: Folder) -> Key:
 # --- the rest -------------------------------------------------------------------------------------------------
 
 
-@main.command()
+@main.command(short_help="Run the operator, against a cluster.")
 @click.option(
     "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The operator's settings, YAML."
 )
@@ -632,18 +638,14 @@ def operator(config: Path | None) -> None:
     """Run the operator against the cluster of this pod or of KUBECONFIG."""
     needs("operator", "kopf", "kubernetes", "prometheus_client")
     from finetune_operator import handlers
-    from finetune_operator.settings import load
 
-    handlers.main(load(config))
+    handlers.main(files.operator_settings(config))
 
 
-@main.command()
+@main.command(short_help="Print the version.")
 def version() -> None:
     """Print the version."""
-    try:
-        click.echo(installed_version("finetune-operator"))
-    except PackageNotFoundError:
-        click.echo("not installed (running from a checkout)")
+    click.echo(__version__)
 
 
 if __name__ == "__main__":

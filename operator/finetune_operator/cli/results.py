@@ -12,12 +12,15 @@ from finetune_api.causes import RETRY, Cause, Retry
 from finetune_api.conditions import Condition, State
 from finetune_api.run import TRAINER_CONTAINER
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.stages import STAGES
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cluster.store import Folder
 from finetune_operator.observe import parse_time
 from finetune_operator.status import condition, duration
 
 ANSWERS = "answers.json"
+TALKS = ("sft", "dpo", "kto", "orpo", "ppo", "grpo")
+"""Stages whose models are talked with."""
 FILES = (("metrics", "metrics.jsonl"), ("curves", "loss.png"), ("report", "report.html"))
 LOG_LINES = 15
 
@@ -63,12 +66,23 @@ def _succeeded(spec: FineTuneJobSpec, status: FineTuneJobStatus, say: Callable[[
         rows.append(("checkpoints", f"{_shown(newest.uri.rsplit('/', 1)[0])} (steps {_steps(status)})"))
     for label, value in rows:
         say(f"  {label:<12}{_shown(value)}")
+    if status.outputs and (following := _next(spec, status.outputs[0].kind, _shown(status.outputs[0].uri))):
+        say(f"  {'next':<12}{following}")
     if folder is not None:
         for answer in _answers(folder):
             say("")
             say(f"  {answer['prompt']}")
             say(f"    before  {_one_line(answer.get('before', ''))}")
             say(f"    after   {_one_line(answer.get('after', ''))}")
+
+
+def _next(spec: FineTuneJobSpec, kind: str, place: str) -> str:
+    """The command that looks at a result."""
+    if STAGES[spec.stage].makes:
+        return ""
+    if spec.stage in TALKS:
+        return f"finetune chat {place}" + (" --compare" if kind == "adapter" else "")
+    return f"finetune evaluate {place} --data FILE"
 
 
 def _files(spec: FineTuneJobSpec) -> list[tuple[str, str]]:
