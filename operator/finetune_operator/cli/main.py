@@ -451,7 +451,7 @@ def data() -> None:
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows shown of every source.")
 @click.option("--model", default="", metavar="URI", help="Whose tokenizer to use, where FILE is rows and no job.")
 @click.option("--stage", default="sft", show_default=True, help="What is to be learned, where FILE is rows.")
-def preview(given: tuple[str, ...], changes: tuple[str, ...], rows: int, model: str, stage: str) -> None:
+def preview(files: tuple[str, ...], changes: tuple[str, ...], rows: int, model: str, stage: str) -> None:
     """Show what the job in FILE would learn, before it does: rows as the model sees them, what is not learned dimmed,
     how long they are, what is cut, dropped or refused, and how much an epoch is.
 
@@ -461,7 +461,7 @@ def preview(given: tuple[str, ...], changes: tuple[str, ...], rows: int, model: 
     needs_trainer()
     with tempfile.TemporaryDirectory() as folder:
         paths: list[str] = []
-        for number, path in enumerate(given):
+        for number, path in enumerate(files):
             job = Path(folder) / f"{number}.yaml"
             if path != "-" and Path(path).suffix not in (".yaml", ".yml"):
                 job.write_text(job_for(path, model, stage))
@@ -474,9 +474,9 @@ def preview(given: tuple[str, ...], changes: tuple[str, ...], rows: int, model: 
         if len(documents) > 1:
             click.echo(f"--- {document.key[1]}")
         codes.append(show(document, documents, rows, color))
-    if not any(codes) and list(given) == paths:
+    if not any(codes) and list(files) == paths:
         changed = [f"--set {shlex.quote(change)}" for change in changes]
-        click.echo(f"\nNext: finetune run {' '.join([*given, *changed])}")
+        click.echo(f"\nNext: finetune run {' '.join([*files, *changed])}")
     sys.exit(max(codes, default=0))
 
 
