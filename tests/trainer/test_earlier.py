@@ -421,12 +421,16 @@ def test_the_card_says_how_a_result_is_loaded(root: Path, played: dict[str, Any]
         return (root / name / "whole" / "output" / "README.md").read_text()
 
     assert card("on").startswith('---\nlibrary_name: "peft"\ntags: ["finetune-operator", "lora", "sft"]\n---\n')
-    assert "from peft import PeftModel" in card("on") and "merged into it first" not in card("on")
-    assert "merged into it first, and must be before this one is loaded" in card("stacked")
-    assert f"`file://{root}/first`, `file://{root}/second`" in card("stacked")
+    assert "from peft import PeftModel" in card("on") and "merge_and_unload" not in card("on")
+    below = [
+        f'base = PeftModel.from_pretrained(base, "{root}/{name}").merge_and_unload()' for name in ("first", "second")
+    ]
+    assert "\n".join(below) in card("stacked"), "in the order in which it was trained over them"
     ours = root / "ours" / "whole" / "output"
     assert "Plain peft cannot read this adapter" in card("ours")
-    assert f'load_adapter(AutoModelForCausalLM.from_pretrained("{root}/model"), ".")' in card("ours")
+    assert f'base = AutoModelForCausalLM.from_pretrained("{root}/model")\nmodel = load_adapter(base, ".")' in card(
+        "ours"
+    )
     with pytest.raises((ValueError, KeyError, TypeError)):
         PeftModel.from_pretrained(base(root), ours)
     assert far(logits(load_adapter(base(root), ours)), logits(base(root))) > 1e-3

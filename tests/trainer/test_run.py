@@ -17,6 +17,7 @@ import pytest
 
 from finetune_api.causes import Cause
 from finetune_api.run import EXIT_STOPPED, EXIT_USER, Progress, TrainerConfig
+from finetune_trainer.faults import exit_code
 from finetune_trainer.fence import last_word
 from finetune_trainer.storage import Store
 from tests import PATIENCE, gate
@@ -317,7 +318,7 @@ def test_killed_and_stopped_at_any_moment_it_goes_on_exactly(
 
     assert figures("killed") == figures("whole"), f"killed after step {moment}"
     page = (root / "killed" / "output" / "report.html").read_text()
-    assert "ended without a word" in page
+    assert "without a word: it was killed" in page
     assert f"Stopped on request after step {word.step}, which is saved." in page
     assert f"from the checkpoint of step {word.step}<" in page
     before = [answer["before"] for answer in told_answers(page)]
@@ -373,11 +374,11 @@ def test_mistakes_are_told(changes: dict[str, Any], cause: Cause, text: str, roo
     (root / "termination").unlink(missing_ok=True)
     environ = tiny.environment(root, tiny.make_config(root, **changes))
     done = subprocess.run([sys.executable, "-m", "finetune_trainer.run"], env=environ, capture_output=True, text=True)
-    assert done.returncode == EXIT_USER, done.stderr
+    assert done.returncode == exit_code(cause), done.stderr
     word = tiny.word(root)
     assert word.cause is cause
     assert text in word.message
-    assert word.exit_code == EXIT_USER
+    assert word.exit_code == exit_code(cause)
 
 
 def test_no_configuration_is_told_at_once(tmp_path: Path) -> None:
