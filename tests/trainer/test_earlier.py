@@ -223,7 +223,8 @@ def test_the_command_writes_a_model_or_an_adapter(root: Path, tmp_path: Path, mo
     environ = tiny.environment(root, tiny.make_config(root))
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"merged of 0.3 MB in file://{tmp_path}/out" in done.stdout
+    said = f"merged of 0.3 MB in file://{tmp_path}/out\nNext: finetune chat {tmp_path}/out\n"
+    assert (done.stdout, done.stderr) == (said, ""), "what libraries tell their developers looks like an error"
     check(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), expected(root, first=0.7, second=0.3))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["weights"] == [0.7, 0.3]

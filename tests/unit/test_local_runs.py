@@ -287,6 +287,8 @@ def test_beginning_anew_says_what_there_is_and_keeps_it_beside(bench: Bench) -> 
     bench.write(job(bench.home))
     bench.run()
     (bench.output / "notes.txt").write_text("the user's own")
+    (bench.output / "unfinished").mkdir()
+    (bench.output / "unfinished" / "report.html").write_text("of the earlier run")
     bench.script(steps=5, exit_at=1, hold_at=2, held=2)
     beside: list[list[str]] = []
 
@@ -299,12 +301,12 @@ def test_beginning_anew_says_what_there_is_and_keeps_it_beside(bench: Bench) -> 
     earlier = bench.home / "out.earlier-1"
     left = (
         f"tiny: an earlier run left 3 checkpoints (0B) in {bench.output}/checkpoints and a result with its report "
-        f"(184B) in {bench.output}."
+        f"(202B) in {bench.output}."
     )
     assert watch.said[:2] == [left, f"{left} It is now in {earlier}."]
     assert "report.html" not in beside[0] and "notes.txt" in beside[0], "the old report beside the new run"
     assert sorted(path.name for path in earlier.iterdir()) == [
-        *("answers.json", "checkpoints", "manifest.json", "model.safetensors", "report.html"),
+        *("answers.json", "checkpoints", "manifest.json", "model.safetensors", "report.html", "unfinished"),
     ]
     assert sorted(path.name for path in (earlier / "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
     assert (bench.state / "default" / "tiny" / "earlier" / "1" / "logs" / "tiny-a1-0" / "trainer.log").exists()
