@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -149,11 +150,31 @@ def test_suspend_gives_the_pods_back_and_resume_continues(product: Product, team
     cluster.kubectl("patch", "ftj", "patient", "-n", team, "--type=merge", "-p", '{"spec":{"suspend":true}}')
     product.wait_state("patient", team, "Suspended")
     assert cluster.objects("pods", namespace=team) == []
-    gate.open()
+    gate.hold(8)
     cluster.kubectl("patch", "ftj", "patient", "-n", team, "--type=merge", "-p", '{"spec":{"suspend":false}}')
+    product.wait_step("patient", team, 8)
+    with nobody_there(product):  # it ends, and its pods go, before anybody has heard its last word
+        gate.open()
+        cluster.wait_for_condition("batch/v1/jobs", "patient-a2", "Complete", namespace=team)
+        cluster.kubectl("delete", "pod", "-n", team, "-l", "finetune.dev/job=patient")
+    product.wait_state("patient", team, "Finishing")
     done = product.wait_state("patient", team, "Succeeded")["status"]
     assert [a["cause"] for a in done["attempts"]] == ["Suspended", "Succeeded"]
     assert done["attempts"][1]["resumedFromStep"] == 6  # the step it was in is finished and saved
+    [output] = done["outputs"]
+    manifest = product.s3().get_object(Bucket=BUCKET, Key="models/patient/manifest.json")["Body"].read()
+    assert output["digest"] == f"sha256:{hashlib.sha256(manifest).hexdigest()}", "read from the storage, by a pod"
+
+
+@contextmanager
+def nobody_there(product: Product) -> Iterator[None]:
+    """No operator runs."""
+    cluster, deployment = product.cluster, ("deployment/finetune-operator", "-n", SYSTEM)
+    replicas = cluster.kubectl("get", *deployment, "-o", "jsonpath={.spec.replicas}")
+    cluster.kubectl("scale", *deployment, "--replicas=0")
+    cluster.wait_for("pods", lambda pods: not pods or None, namespace=SYSTEM)
+    yield
+    cluster.kubectl("scale", *deployment, f"--replicas={replicas}")
 
 
 def test_a_model_that_does_not_fit_into_the_cache_is_counted_and_told_with_the_remedy(

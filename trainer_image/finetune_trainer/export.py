@@ -72,7 +72,7 @@ def upload(directory: Path, uri: str, kind: str, facts: dict[str, Any]) -> Outpu
     content = json.dumps({"kind": kind, "time": now(), **facts, "files": files}, indent=1).encode()
     persistently(lambda: store.put(MANIFEST, content))
     size = sum(int(file["size"]) for file in files.values())
-    return OutputInfo(uri=uri, kind=kind, digest=digest(content), size=size)
+    return OutputInfo(uri=store.uri(), kind=kind, digest=digest(content), size=size)
 
 
 def _files_before(store: Store) -> set[str]:
