@@ -379,7 +379,8 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
         update |= _with_checkpoint(status, last)
     status = status.model_copy(update=update)
     if before is not None:
-        message = f"{failure.cause}: {failure.message} So did attempt {before.number} end, on node {before.node}."
+        where = f", on node {before.node}" if before.node else ""
+        message = f"{failure.cause}: {failure.message} So did attempt {before.number} end{where}."
         return _fail(facts, status, Reason.NOT_RETRYABLE, message)
     limit = facts.plan.max_restarts if facts.plan else 0
     if failure.retry is Retry.NEVER or (counted and status.counted_restarts >= limit):
@@ -400,8 +401,12 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
 
 
 def _so_before(attempts: list[AttemptStatus], failure: Failure) -> AttemptStatus | None:
-    """The earlier attempt which shows that a failure for which a node was blamed is not the node's: a container that
-    another node could not start either, or GPUs that are missing again after a try elsewhere."""
+    """The earlier attempt which shows that a failure comes again wherever it is tried: an error of the trainer in the
+    same words, before a step was finished; a container that another node could not start either; GPUs that are missing
+    again after a try elsewhere."""
+    if failure.cause is Cause.TRAINER_ERROR:
+        last = [a for a in attempts if a.end_time][-1:]
+        return next((a for a in fruitless(attempts) if [a] == last and a.message == failure.message), None)
     if failure.cause not in (Cause.START_ERROR, Cause.NO_ACCELERATOR) or failure.may_pass:
         return None
     alike = [a for a in fruitless(attempts) if a.cause == failure.cause and a.node]

@@ -182,6 +182,30 @@ def test_a_mistake_of_the_user_is_not_tried_again(sim: Simulation) -> None:
     assert len(status["attempts"]) == 1
 
 
+def test_an_error_that_comes_again_word_for_word_before_the_first_step_ends_the_job(sim: Simulation) -> None:
+    for attempt, said in enumerate(("KeyError: 7", "KeyError: 8", "KeyError: 8"), 1):
+        pod = f"tune-a{attempt}-0-abcde"
+        while pod not in sim.workers or sim.workers[pod].raw["status"]["phase"] != "Running":
+            sim.reconcile("tune")
+            sim.tick()
+        sim.exit(pod, 1, Termination(cause=Cause.TRAINER_ERROR, message=said, exit_code=1))
+        sim.step[f"tune-a{attempt}"] = 0
+    status = sim.run("tune")
+    assert (status["state"], len(status["attempts"])) == ("Failed", 3)
+    assert sim.reason("tune", "Failed") == ("True", "NotRetryable")
+    assert sim.message("tune", "Failed").startswith("TrainerError: KeyError: 8 So did attempt 2 end")
+
+
+def test_an_error_that_comes_again_after_a_step_is_tried_again(sim: Simulation) -> None:
+    for attempt, steps in ((1, 3), (2, 6)):
+        while sim.step.get(f"tune-a{attempt}", 0) < steps:
+            sim.reconcile("tune")
+            sim.tick()
+        sim.exit(f"tune-a{attempt}-0-abcde", 1, Termination(cause=Cause.TRAINER_ERROR, message="boom", exit_code=1))
+    status = sim.run("tune")
+    assert [a["cause"] for a in status["attempts"]] == ["TrainerError", "TrainerError", "Succeeded"]
+
+
 def test_restarts_are_limited_and_then_the_last_cause_is_told() -> None:
     sim = Simulation()
     sim.submit("tune", {**GOOD_SPEC, "recovery": {"maxRestarts": 2}})
@@ -441,8 +465,8 @@ def test_attempts_that_never_step_back_off(sim: Simulation) -> None:
             sim.reconcile("tune")
             sim.tick()
         starts.append(sim.now)
-        sim.exit(f"tune-a{attempt}-0-abcde", 1)
-        sim.exit(f"tune-a{attempt}-1-abcde", 1)
+        sim.exit(f"tune-a{attempt}-0-abcde", 137)
+        sim.exit(f"tune-a{attempt}-1-abcde", 137)
         sim.step[f"tune-a{attempt}"] = 0
         sim.tick()
         sim.tick()
