@@ -20,7 +20,8 @@ from finetune_api.spec import FineTuneJobSpec, ModelSource
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator import manifests
 from finetune_operator.cluster import Cluster, ClusterError, Object, RefusedError
-from finetune_operator.decide import Decision, Facts, Inputs, decide, refused
+from finetune_operator.decide import decide, refused
+from finetune_operator.facts import Decision, Facts, Inputs
 from finetune_operator.observe import News, Observed, news, observe, unexplained
 from finetune_operator.plan import ADAPTER, DATA, Owner, Plan, make_plan, not_a_base, waited_for, with_adapter
 from finetune_operator.settings import Profile, Settings
