@@ -97,6 +97,21 @@ def test_a_container_ends_with_its_command_and_reports_its_code(tmp_path: Path) 
     assert not processes.alive(str(tmp_path))
 
 
+def test_a_process_in_the_middle_of_an_exec_is_not_missed(tmp_path: Path) -> None:
+    for number in range(25):  # a program that becomes another one just as its container ends
+        pod = tmp_path / str(number)
+        pod.mkdir()
+        assert start(pod, "setsid sleep 1000 & exit 3").wait() == 3
+    assert not processes.alive(str(tmp_path))
+
+
+def test_a_process_without_an_environment_belongs_to_no_pod() -> None:
+    bare = subprocess.Popen(["sleep", "1000"], env={})
+    assert not processes._has(bare.pid, "/") and not processes._has_one(Path("/proc") / str(bare.pid))
+    bare.kill()
+    bare.wait()
+
+
 def test_a_container_reports_signals_as_a_kubelet_does(tmp_path: Path) -> None:
     assert start(tmp_path, "kill -SEGV $$").wait() == 139
 

@@ -28,6 +28,8 @@ MARK = "FINETUNE_LOCAL_POD"
 
 GONE_WITHIN = 10.0
 """Seconds within which killed processes must be gone; longer only hangs in the kernel last."""
+EXEC_WITHIN = 1.0
+"""Seconds that a process may take to become another program."""
 
 _PROC = Path("/proc")
 
@@ -92,12 +94,28 @@ def _kill(mark: str, spared: set[int]) -> list[int]:
 
 def _has(pid: int, mark: str) -> bool:
     try:
-        variables = (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
+        variables = _environment(_PROC / str(pid)).split(b"\0")
     except OSError:
         return False
     prefix = f"{MARK}=".encode()
     value = next((v[len(prefix) :].decode(errors="replace") for v in variables if v.startswith(prefix)), "")
     return value == mark or value.startswith(mark.rstrip("/") + "/")
+
+
+def _environment(process: Path) -> bytes:
+    """The environment of a process. In the middle of an exec it shows none, and would be missed: that is waited for."""
+    deadline = time.monotonic() + EXEC_WITHIN
+    while not (found := (process / "environ").read_bytes()) and _has_one(process) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return found
+
+
+def _has_one(process: Path) -> bool:
+    """A process has an environment, or will have one: the kernel is putting another program into it. Threads of the
+    kernel's own have no program. (proc(5), ``env_start`` and ``env_end``.)"""
+    fields = (process / "stat").read_text().rpartition(")")[2].split()
+    start, stop = fields[47:49]
+    return (stop == "0" or start != stop) and (process / "exe").exists()
 
 
 PORTS = range(20000, 32000)
