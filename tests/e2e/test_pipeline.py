@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import PATIENCE
 from tests.cluster import images
 from tests.e2e.conftest import upload
 from tests.e2e.product import BUCKET, ROOT, Product
@@ -34,12 +36,56 @@ def pipeline(model: str) -> list[dict[str, Any]]:
             spec["evaluation"]["max_new_tokens"] = 4
         spec["training"] |= {"num_train_epochs": 1, "max_steps": 3}
         spec["output"]["uri"] = f"s3://{BUCKET}/models/{job['metadata']['name']}"
-    # The first one has sidecars of both kinds, as a mesh or a log shipper puts them there: neither ends by itself.
-    sidecar = {"image": images.BASE, "command": ["sleep", "inf"]}
-    beside = [{"name": "shipper", **sidecar}]
-    before = [{"name": "mesh", "restartPolicy": "Always", **sidecar}]
-    jobs[0]["spec"]["workers"]["template"] = {"spec": {"initContainers": before, "containers": beside}}
     return jobs
+
+
+SIDECAR = f'image: "{images.BASE}", command: ["sleep", "inf"]'
+"""Neither kind ends by itself."""
+INJECTS = f"""
+apiVersion: admissionregistration.k8s.io/v1
+kind: MutatingAdmissionPolicy
+metadata: {{name: sidecars}}
+spec:
+  failurePolicy: Fail
+  reinvocationPolicy: Never
+  matchConstraints:
+    resourceRules: [{{apiGroups: [""], apiVersions: [v1], operations: [CREATE], resources: [pods]}}]
+    objectSelector: {{matchLabels: {{finetune.dev/job: pipeline-pretrain}}}}
+  mutations:
+    - patchType: JSONPatch
+      jsonPatch:
+        expression: >
+          [JSONPatch{{op: "add", path: "/spec/containers/-",
+            value: Object.spec.containers{{name: "shipper", {SIDECAR}}}}},
+           JSONPatch{{op: "add", path: "/spec/initContainers/0",
+            value: Object.spec.initContainers{{name: "mesh", restartPolicy: "Always", {SIDECAR}}}}}]
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: MutatingAdmissionPolicyBinding
+metadata: {{name: sidecars}}
+spec: {{policyName: sidecars}}
+"""
+"""Puts a log shipper and a mesh's proxy into the workers of the first job, as a mesh's webhook does."""
+
+
+def inject_sidecars(product: Product, namespace: str) -> None:
+    """Returns when the API server does it: a policy is taken up a moment after it was made."""
+    product.cluster.apply(INJECTS)
+    container = {"name": "trainer", "image": images.BASE}
+    worker = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "probe", "labels": {"finetune.dev/job": "pipeline-pretrain"}},
+        "spec": {"initContainers": [container | {"name": "fetch"}], "containers": [container]},
+    }
+    ask = ("create", "--dry-run=server", "-o", "json", "-n", namespace, "-f", "-")
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        made = json.loads(product.cluster.kubectl(*ask, input=json.dumps(worker)))["spec"]
+        if [len(made["initContainers"]), len(made["containers"])] == [2, 2]:
+            return
+        time.sleep(0.2)  # nothing tells when it is taken up
+    raise TimeoutError("the policy puts no sidecars into pods")
 
 
 def test_a_pipeline_of_seven_stages_by_one_apply(
@@ -49,6 +95,7 @@ def test_a_pipeline_of_seven_stages_by_one_apply(
     upload(product, ROOT / "examples" / "data", "pipeline")
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump_all(jobs))
+    inject_sidecars(product, team)
     gate = product.gate("pipeline-pretrain", team)
     gate.hold(1)
     cluster.kubectl("apply", "-n", team, "-f", str(path))
@@ -57,6 +104,10 @@ def test_a_pipeline_of_seven_stages_by_one_apply(
         team,
         lambda status: any("Waiting for FineTuneJob" in c["message"] for c in status.get("conditions", [])),
     )
+    workers = cluster.wait_for("pods", list, namespace=team, selector="finetune.dev/job=pipeline-pretrain")
+    for worker in workers:
+        names = [c["name"] for kind in ("initContainers", "containers") for c in worker["spec"][kind]]
+        assert names == ["mesh", "fetch", "trainer", "shipper"]
     gate.open()
     done = {
         job["spec"]["stage"]: product.wait_state(job["metadata"]["name"], team, "Succeeded")["status"] for job in jobs
