@@ -241,6 +241,23 @@ def test_the_command_writes_a_model_or_an_adapter(root: Path, tmp_path: Path, mo
     assert merge.main([str(tmp_path / "bad.json")]) == 64
 
 
+@pytest.mark.parametrize("place", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("way", ["alone", "weighted"])
+def test_an_adapter_on_a_tied_layer_changes_that_layer_only(tmp_path: Path, place: str, way: str) -> None:
+    tiny.make_model(tmp_path / "model", tied=True)
+    write(tmp_path, "tied", {"type": "lora", "r": 4, "target_modules": ["q_proj", place]}, seed=5)
+    beside = logits(PeftModel.from_pretrained(base(tmp_path), tmp_path / "tied"))
+    assert far(beside, logits(base(tmp_path))) > 1e-3
+    weight = 1.0 if way == "alone" else 0.5
+    model = merge.merged(tmp_path / "model", [Part("tied", tmp_path / "tied", weight)], SOURCE)
+    merge.write(model, tmp_path / "model", tmp_path / "merged", "5GB")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert again.config.tie_word_embeddings is False
+    if way == "alone":
+        assert far(logits(again), beside) <= 1e-5
+    assert far(logits(again), logits(model)) <= 1e-6
+
+
 # --- what does not fit, and who speaks ------------------------------------------------------------------------------
 
 MISFITS = {

@@ -37,6 +37,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
@@ -171,6 +172,7 @@ def merged_into(model: PreTrainedModel, adapter_dir: Path, uri: str) -> PreTrain
     for name, module in list(merged.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # LN tuning leaves them
             merged.set_submodule(name, module.modules_to_save[str(module.active_adapter)])
+    _say_whether_tied(merged)
     return merged
 
 
@@ -196,7 +198,32 @@ def put_beside(model: Any, folder: Path, uri: str, name: str = "default") -> Pef
             f"{uri} does not fit {type(model.get_base_model()).__name__}: {len(misfits)} of its weights have no place "
             f"there or are missing, e.g. {misfits[0]}. Name the model it was trained on.",
         )
+    _untie(model.get_base_model())
     return model
+
+
+def _untie(model: Any) -> None:
+    """Give output layer and embedding a weight each where an adapter lies on one of them: what is merged into the one
+    would change the other, too."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    within, out = (getattr(layer, "base_layer", layer) for layer in layers)
+    if out is None or out.weight is not within.weight or not any(isinstance(one, BaseTunerLayer) for one in layers):
+        return
+    out.weight = nn.Parameter(out.weight.detach().clone(), requires_grad=out.weight.requires_grad)
+    _say_whether_tied(model)
+
+
+def _say_whether_tied(model: Any) -> None:
+    """``tie_word_embeddings`` as it is, or whoever loads the model ties what is not the same."""
+    within, out = model.get_input_embeddings(), model.get_output_embeddings()
+    text = model.config.get_text_config()
+    if out is not None and getattr(text, "tie_word_embeddings", False):
+        weights = (getattr(layer, "base_layer", layer).weight for layer in (within, out))
+        text.tie_word_embeddings = model.config.tie_word_embeddings = _same(*weights)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.shape == other.shape and one.data_ptr() == other.data_ptr())
 
 
 def base_name(model: ModelSource) -> str:
