@@ -250,6 +250,17 @@ _OURS: dict[str, tuple[str, str]] = {
     "pipeline": ("no pipeline", "remove it; layers are not spread over processes"),
     "tensor_parallel": ("no tensor_parallel", "remove it; use zero_optimization.stage: 3 for large models"),
     "hybrid_engine": ("no hybrid_engine", "remove it; it has no use in supervised training"),
+    "sequence_parallel_size": ("no sequence_parallel_size", "remove it; sequences are not cut over processes"),
+    **{
+        name: (f"no {name}", "remove it; metrics.jsonl, the report and Prometheus have the figures")
+        for name in ("tensorboard", "wandb", "comet", "csv_monitor")
+    },
+    **{
+        name: (f"no {name}", "remove it; it changes what is learned, behind the trainer's back")
+        for name in ("compression_training", "progressive_layer_drop", "eigenvalue", "sparse_attention")
+    },
+    "autotuning": ("no autotuning", "remove it; it starts trainings of its own"),
+    "nebula": ("no nebula", "remove it; checkpoints are the trainer's"),
 }
 
 

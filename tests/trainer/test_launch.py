@@ -39,6 +39,7 @@ def torch_errors() -> list[tuple[BaseException, Cause, str]]:
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), Cause.OUT_OF_MEMORY, "memory"),
         (MemoryError(), Cause.OUT_OF_MEMORY, "host's memory"),
+        (ModuleNotFoundError("No module named 'wandb'"), Cause.INVALID_CONFIGURATION, "lacks a Python package"),
         (OSError(errno.ENOSPC, "No space left on device", "/work/x"), Cause.OUT_OF_DISK, "cache.sizeLimit"),
         (
             dist.DistBackendError(

@@ -845,6 +845,20 @@ BAD: tuple[Bad, ...] = (
         "elastic DeepSpeed", {"spec.deepspeed.elasticity": {}}, "spec.deepspeed.elasticity", "batch is kept", CONDITION
     ),
     Bad(
+        "sequences cut by DeepSpeed",
+        {"spec.deepspeed.sequence_parallel_size": 2},
+        "spec.deepspeed.sequence_parallel_size",
+        "not cut over processes",
+        CONDITION,
+    ),
+    Bad(
+        "DeepSpeed's own figures",
+        {"spec.deepspeed.wandb": {"enabled": True}},
+        "spec.deepspeed.wandb",
+        "metrics.jsonl",
+        CONDITION,
+    ),
+    Bad(
         "a misspelt section of DeepSpeed",
         {"spec.deepspeed.zero_optimisation": {"stage": 2}},
         "spec.deepspeed.zero_optimisation",

@@ -65,6 +65,11 @@ def diagnose(error: BaseException, *, phase: str = "", batch: str = "") -> tuple
             machine="Make room, or name another folder by FINETUNE_CACHE or output.uri.",
         )
         return Cause.OUT_OF_DISK, f"A disk is full{during}: {first} {remedy}"
+    if isinstance(error, ModuleNotFoundError):
+        return Cause.INVALID_CONFIGURATION, (
+            f"{text}{during}: the image lacks a Python package that the run needs. Add it to the image, or leave out "
+            "what asks for it."
+        )
     if isinstance(error, KeyboardInterrupt):
         return Cause.TERMINATED, "Interrupted from the keyboard."
     if torch is not None and _is_communication(error, lower):
