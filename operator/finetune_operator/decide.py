@@ -213,10 +213,11 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
     status = status.model_copy(update=update)
     if before is not None:
         where = f", on node {before.node}" if before.node else ""
-        message = f"{failure.cause}: {failure.message} So did attempt {before.number} end{where}."
+        message = f"{failure.cause}: {failure.message} Attempt {before.number} ended the same way{where}."
         return _fail(facts, status, Reason.NOT_RETRYABLE, message)
-    limit = facts.plan.max_restarts if facts.plan else 0
-    if failure.retry is Retry.NEVER or (counted and status.counted_restarts >= limit):
+    # With a spec that is not accepted, nothing starts anyway; and it says no limit.
+    limit = facts.spec.recovery.max_restarts if facts.spec else None
+    if failure.retry is Retry.NEVER or (counted and limit is not None and status.counted_restarts >= limit):
         exhausted = failure.retry is not Retry.NEVER
         reason = Reason.RESTARTS_EXHAUSTED if exhausted else Reason.NOT_RETRYABLE
         message = f"{failure.cause}: {failure.message}"
@@ -234,15 +235,20 @@ def _end_attempt(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus
 
 
 def _so_before(attempts: list[AttemptStatus], failure: Failure) -> AttemptStatus | None:
-    """The earlier attempt which shows that a failure comes again wherever it is tried: an error of the trainer in the
-    same words, before a step was finished; a container that another node could not start either; GPUs that are missing
-    again after a try elsewhere."""
-    if failure.cause is Cause.TRAINER_ERROR:
-        last = [a for a in attempts if a.end_time][-1:]
-        return next((a for a in fruitless(attempts) if [a] == last and a.message == failure.message), None)
-    if failure.cause not in (Cause.START_ERROR, Cause.NO_ACCELERATOR) or failure.may_pass:
+    """The earlier attempt which shows that a failure comes again: an error of the trainer in the same words before a
+    step was finished, on another node or after a wait; a container that another node could not start either; GPUs that
+    are missing again after a try elsewhere."""
+    if failure.may_pass:
         return None
-    alike = [a for a in fruitless(attempts) if a.cause == failure.cause and a.node]
+    idle = fruitless(attempts)
+    if failure.cause is Cause.TRAINER_ERROR and failure.says_why:
+        last = next((a for a in reversed(attempts) if a.end_time), None)
+        waited = len(idle) > 1  # before its third try it is waited for
+        same = last in idle and last is not None and last.message == failure.message
+        return last if last is not None and same and (waited or last.node != failure.node) else None
+    if failure.cause not in (Cause.START_ERROR, Cause.NO_ACCELERATOR):
+        return None
+    alike = [a for a in idle if a.cause == failure.cause and a.node]
     again = failure.cause is Cause.NO_ACCELERATOR
     return next((a for a in alike if again or a.node != failure.node), None)
 
@@ -344,17 +350,23 @@ def _read(facts: Facts, status: FineTuneJobStatus, current: AttemptStatus, reade
         wait = REFUSAL_POLL
     elif reader.job.succeeded or (reader.job.failed and age >= READ_AGAIN):
         delete, wait = (Delete("Job", reader.job.name, reader.job.uid),), REFUSAL_POLL
+    grave = reader is None or reader.job.failed or age >= READ_AGAIN
+    written = _finishing(facts, status, trouble, grave)
+    return Decision(written, read_attempt=make, delete=delete, requeue=wait)
+
+
+def _finishing(facts: Facts, status: FineTuneJobStatus, trouble: str, grave: bool) -> FineTuneJobStatus:
+    """``trouble`` keeps the result from being read; ``grave``: for longer than a moment."""
     message = "The workers have finished, and no pod can tell what they wrote: it is read from the storage."
     told = f"{message} {trouble}".strip()
     findings = [
         Finding(Condition.PODS_READY, False, Reason.NO_PODS),
         Finding(Condition.PROGRESSING, True, Reason.READING_RESULT, told),
     ]
-    if trouble and (reader is None or reader.job.failed or age >= READ_AGAIN):
+    if trouble and grave:
         remedy = " It is tried again until it succeeds; the outputs themselves are complete."
         findings.append(Finding(Condition.STALLED, True, Reason.RESULT_NOT_READ, told + remedy))
-    written = with_findings(facts, status, State.FINISHING, *findings, *not_finished())
-    return Decision(written, read_attempt=make, delete=delete, requeue=wait)
+    return with_findings(facts, status, State.FINISHING, *findings, *not_finished())
 
 
 def _trouble(reader: Reader) -> str:
@@ -485,7 +497,8 @@ def _running(
 
 
 def _relabelled(facts: Facts, job: GangJob | None) -> Relabel | None:
-    """What was changed for Kueue since. It takes another queue until it starts a Job, and another priority always."""
+    """What was changed for Kueue since. It takes another queue until it starts a Job, and another priority as far as
+    its version allows."""
     if facts.plan is None or job is None or job.deleting:
         return None
     changed = {k: v for k, v in queue_labels(facts.plan).items() if job.queue_labels.get(k) != v}
@@ -545,7 +558,7 @@ def _between_attempts(facts: Facts, status: FineTuneJobStatus) -> Decision:
             f"Pod {', '.join(facts.observed.strangers)}: labelled as a worker of this job, and not made for it. It "
             "would be taken for one. Delete it, or take its label finetune.dev/job away."
         )
-        return refused(facts, status, Reason.NAME_TAKEN, message)
+        return _not_started(facts, status, Reason.NAME_TAKEN, message)
     return _start(facts, status)
 
 
@@ -559,7 +572,14 @@ TRY_AGAIN: Mapping[Reason, float | None] = {
 """Seconds until what was refused for a reason is tried again: nothing wakes the job when it would be accepted."""
 
 
-def refused(facts: Facts, status: FineTuneJobStatus, reason: Reason, message: str) -> Decision:
+def refused(facts: Facts, decision: Decision, reason: Reason, message: str) -> Decision:
+    """What a decision leads to where the cluster does not accept what it was to make."""
+    if decision.read_attempt is not None:
+        return Decision(_finishing(facts, decision.status, message, grave=True), requeue=READ_AGAIN)
+    return _not_started(facts, decision.without_attempt or facts.status, reason, message)
+
+
+def _not_started(facts: Facts, status: FineTuneJobStatus, reason: Reason, message: str) -> Decision:
     """The cluster does not accept what the next attempt needs."""
     state = State.RESTARTING if status.attempts else State.PENDING
     findings = [
@@ -592,9 +612,12 @@ def _leftovers(facts: Facts) -> tuple[Delete, ...]:
 
 
 def _stuck(facts: Facts) -> Leaving | None:
-    """What should have gone by now, the longest overdue."""
-    overdue = [one for one in facts.observed.leaving if facts.now - one.due > STUCK_AFTER]
-    return min(overdue, key=lambda one: (one.kind != "Pod", one.due, one.name), default=None)
+    """What should have gone by now, the longest overdue. A Job stays as long as its pods, which have their time to
+    end."""
+    leaving = facts.observed.leaving
+    pods = [one for one in leaving if one.kind == "Pod"]
+    overdue = [one for one in pods or leaving if facts.now - one.due > STUCK_AFTER]
+    return min(overdue, key=lambda one: (one.due, one.name), default=None)
 
 
 def _start(facts: Facts, status: FineTuneJobStatus) -> Decision:

@@ -66,6 +66,11 @@ class Failure:
         return bool(_OVERLOADED.search(self.message))
 
     @property
+    def says_why(self) -> bool:
+        """The message tells more than that a process ended."""
+        return not self.message.endswith(("left no message.", f"ended with exit code {self.exit_code}."))
+
+    @property
     def node_suspect(self) -> bool:
         """The next attempt keeps off this node."""
         return bool(self.node) and (self.blames_node or self.cause in _NODE_TO_BLAME)

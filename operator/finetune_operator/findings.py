@@ -81,9 +81,9 @@ def _silent(facts: Facts, pods: tuple[Pod, ...]) -> tuple[Reason, str]:
     if started is None or spoke or facts.now - started < SILENT_AFTER:
         return Reason.PROGRESS_UNKNOWN, "The trainer does not answer yet."
     return Reason.PROGRESS_UNREACHABLE, (
-        f"Pod {pods[0].name} runs since {format_time(started)}, and the operator has never reached its port "
-        f"{HTTP_PORT} (GET /progress). Most often a NetworkPolicy of its namespace or of the operator's keeps them "
-        "apart, or a service mesh wants mutual TLS on that port. Where the operator cannot reach pods at all, set "
+        f"Pod {pods[0].name} has been running since {format_time(started)}, and the operator has never reached its "
+        f"port {HTTP_PORT} (GET /progress). Most often a NetworkPolicy of its namespace or of the operator's keeps "
+        "them apart, or a service mesh wants mutual TLS on that port. Where the operator cannot reach pods at all, set "
         "settings.progressThrough: apiserver in the Helm values. The training goes on meanwhile."
     )
 
@@ -112,7 +112,8 @@ def why_stuck(stuck: Leaving) -> str:
     since = f"{what}{where} was told to go at {format_time(stuck.told)} and is still there: "
     if stuck.finalizers:
         return (
-            since + f"it is held by the finalizer {', '.join(stuck.finalizers)}. Find out why who set it lets it stay."
+            since
+            + f"it is held by the finalizer {', '.join(stuck.finalizers)}. Find out why its owner does not remove it."
         )
     if stuck.kind != "Pod":
         return since + "Kubernetes' garbage collector has not taken it away yet."

@@ -383,7 +383,8 @@ def _leaving(child: Object) -> Leaving:
 
 def _attempt(child: Object) -> int:
     labels = child["metadata"].get("labels") or {}
-    return int(labels.get(LABEL_ATTEMPT) or labels.get(LABEL_READS) or "0")
+    number = labels.get(LABEL_ATTEMPT) or labels.get(LABEL_READS) or ""
+    return int(number) if number.isdecimal() else 0  # anybody can label a pod
 
 
 def _gpus(pod: Object) -> int | None:

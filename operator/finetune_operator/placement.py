@@ -89,6 +89,8 @@ def gives_back_at(facts: Facts, current: AttemptStatus, job: GangJob | None, pod
     time that lies above ``pendingTimeout`` comes from job and attempt."""
     if facts.plan is None or job is None or job.suspended or not any(p.node for p in pods):
         return None
+    if any(p.trained for p in pods):  # all of them had a node, and some are done
+        return None
     if all(p.node for p in pods) and not job.refusal:
         return None
     patience = facts.plan.pending_timeout * (1 + _share_of(facts.plan, f"held/{current.number}") / 2)

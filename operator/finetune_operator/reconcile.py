@@ -53,22 +53,23 @@ def reconcile(
     raw = cluster.finetunejob(namespace, name)
     if raw is None or "deletionTimestamp" in raw["metadata"]:
         return Result(None, None)  # owner references take the children away
-    status = FineTuneJobStatus.model_validate(_known(raw.get("status") or {}))
+    recorded = status = FineTuneJobStatus.model_validate(_known(raw.get("status") or {}))
     try:
         facts = gather(cluster, settings, raw, status, now())
         decision = decide(facts)
         try:
-            done = _do(cluster, raw, facts, decision)
+            _make(cluster, facts, decision)
         except RefusedError as error:
-            decision = refused(facts, decision.without_attempt or status, error.reason, error.message)
-            done = _do(cluster, raw, facts, decision)
+            decision = refused(facts, decision, error.reason, error.message)
+        if not _record(cluster, raw, decision.status):
+            return Result(None, None)
+        recorded = decision.status
+        for event in events(status, recorded):
+            cluster.event(raw, event.kind, event.reason, event.message)
+        _take_away(cluster, raw, decision)
     except ClusterError as error:
-        _report(cluster, raw, status, error, now())
+        _report(cluster, raw, recorded, error, now())
         raise
-    if not done:
-        return Result(None, None)
-    for event in events(status, decision.status):
-        cluster.event(raw, event.kind, event.reason, event.message)
     if decision.delete_job:
         return Result(None, None)
     return Result({**raw, "status": _dump(decision.status)}, decision.requeue)
@@ -259,25 +260,32 @@ def _news(cluster: Cluster, observed: Observed, now: datetime) -> dict[str, News
 # --- do -------------------------------------------------------------------------------------------------------
 
 
-def _do(cluster: Cluster, raw: Object, facts: Facts, decision: Decision) -> bool:
-    """Make, then record, then take away (see decide.py for why in this order). False: the job was deleted meanwhile,
-    and what was decided is about nothing any more."""
-    namespace = raw["metadata"]["namespace"]
+def _make(cluster: Cluster, facts: Facts, decision: Decision) -> None:
+    """First of all what is to be made; then it is recorded, and at last taken away (decide.py says why so)."""
     if decision.create_attempt is not None and facts.plan is not None:
         for manifest in attempt_manifests(facts.plan, decision, facts.observed):
             cluster.apply(manifest)
     if decision.read_attempt is not None and facts.plan is not None:
         cluster.apply(manifests.reader(facts.plan, decision.read_attempt))
-    new = _dump(decision.status)
-    if new != (raw.get("status") or {}) and not cluster.patch_status(raw, new):
-        return False
+
+
+def _record(cluster: Cluster, raw: Object, status: FineTuneJobStatus) -> bool:
+    """False: the job was deleted meanwhile, and what was decided is about nothing any more."""
+    new = _dump(status)
+    return new == (raw.get("status") or {}) or cluster.patch_status(raw, new)
+
+
+def _take_away(cluster: Cluster, raw: Object, decision: Decision) -> None:
+    namespace = raw["metadata"]["namespace"]
     for gone in decision.delete:
         cluster.delete(gone.kind, namespace, gone.name, gone.uid, force=gone.force)
     if decision.delete_job:
         cluster.delete_job(raw)
     if (change := decision.relabel) is not None:
-        cluster.relabel("Job", namespace, change.name, change.uid, change.labels)
-    return True
+        try:
+            cluster.relabel("Job", namespace, change.name, change.uid, change.labels)
+        except ClusterError as error:  # the queue's own webhook decides what may still be changed
+            log.info("Job %s/%s keeps its queue and priority: %s", namespace, change.name, error.message)
 
 
 def attempt_manifests(plan: Plan, decision: Decision, observed: Observed) -> list[dict[str, Any]]:

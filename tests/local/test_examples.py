@@ -107,7 +107,8 @@ class Place:
             self.command(example, *options, output=output), env=self.environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "Doubtful" not in done.stdout, done.stdout
+        # A tiny model that knows hardly a word of the rows may well learn to say nothing.
+        assert "Doubtful" not in done.stdout.replace("Doubtful (EmptyAnswers)", ""), done.stdout
         return done.stdout
 
     def status(self, name: str, output: str = "out") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from finetune_api.causes import Cause
 from finetune_api.conditions import Reason
 from finetune_api.run import OutputInfo, Termination
 from finetune_operator.cluster import ClusterError
+from finetune_operator.observe import format_time
 from finetune_operator.reconcile import reconcile
 from tests.operator.simulation import GOOD_SPEC, OperatorKilled, Simulation, _index
 
@@ -193,7 +194,92 @@ def test_an_error_that_comes_again_word_for_word_before_the_first_step_ends_the_
     status = sim.run("tune")
     assert (status["state"], len(status["attempts"])) == ("Failed", 3)
     assert sim.reason("tune", "Failed") == ("True", "NotRetryable")
-    assert sim.message("tune", "Failed").startswith("TrainerError: KeyError: 8 So did attempt 2 end")
+    assert sim.message("tune", "Failed").startswith("TrainerError: KeyError: 8 Attempt 2 ended the same way")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_error_that_comes_again_at_once_is_believed_of_another_node_only(sim: Simulation, elsewhere: bool) -> None:
+    sim.edit("tune", workers={"replicas": 1})
+    for attempt in (1, 2):
+        pod = f"tune-a{attempt}-0-abcde"
+        while pod not in sim.workers or sim.workers[pod].raw["status"]["phase"] != "Running":
+            sim.reconcile("tune")
+            sim.tick()
+        sim.workers[pod].raw["spec"]["nodeName"] = f"node-{attempt if elsewhere else 1}"
+        word = Termination(cause=Cause.TRAINER_ERROR, message="OSError: refused", exit_code=1)
+        sim.exit(pod, 1, word)
+        sim.step[f"tune-a{attempt}"] = 0
+    assert sim.run("tune")["state"] == ("Failed" if elsewhere else "Succeeded")
+
+
+def test_what_may_pass_and_what_says_nothing_is_tried_again_however_often_it_comes(sim: Simulation) -> None:
+    for said in ("OSError: Too many open files", "Process 0 exited with 1 and left no message."):
+        for _ in range(3):
+            attempt = len(sim.status("tune").get("attempts", [])) or 1
+            pod = f"tune-a{attempt}-0-abcde"
+            while pod not in sim.workers or sim.workers[pod].raw["status"]["phase"] != "Running":
+                sim.reconcile("tune")
+                attempt = len(sim.status("tune")["attempts"])
+                pod = f"tune-a{attempt}-0-abcde"
+                sim.tick()
+            sim.exit(pod, 1, Termination(cause=Cause.TRAINER_ERROR, message=said, exit_code=1))
+            sim.step[f"tune-a{attempt}"] = 0
+            sim.reconcile("tune")
+    assert sim.run("tune")["state"] == "Succeeded"
+
+
+def test_a_delete_that_fails_takes_back_nothing_that_was_recorded(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    word = Termination(cause=Cause.OUT_OF_GPU_MEMORY, message="full", exit_code=1)
+    sim.exit("tune-a1-0-abcde", 1, word)
+    sim.tick()
+    sim.fail_calls.add("delete")
+    with pytest.raises(ClusterError):
+        sim.reconcile("tune")
+    sim.fail_calls.clear()
+    assert sim.status("tune")["attempts"][0]["cause"] == "OutOfGPUMemory"
+    assert sim.reason("tune", "Reconciled") == ("False", "ReconcileError")
+    del sim.children_of["Job", "tune-a1"]  # it took effect, and the answer was lost
+    sim.workers.clear()
+    status = sim.run("tune")
+    assert (status["state"], len(status["attempts"])) == ("Failed", 1)
+
+
+def test_pods_that_take_their_time_to_end_do_not_make_their_job_overdue(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    sim.edit("tune", suspend=True)
+    sim.reconcile("tune")
+    job = sim.children_of["Job", "tune-a1"]
+    job["metadata"]["deletionTimestamp"] = format_time(sim.now)
+    for worker in sim.workers.values():  # a grace period of ten minutes
+        worker.raw["metadata"]["deletionTimestamp"] = format_time(sim.now + timedelta(minutes=10))
+        worker.raw["metadata"]["deletionGracePeriodSeconds"] = 600
+    sim.now += timedelta(minutes=7)
+    sim.reconcile("tune")
+    assert sim.reason("tune", "PodsReady") == ("False", "NoPods")
+    assert sim.reason("tune", "Stalled")[0] == "False"
+
+
+def test_a_failure_while_the_profile_is_missing_is_counted_against_the_limit_of_the_spec(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    profiles, sim.settings = sim.settings, sim.settings.model_copy(update={"profiles": {}})
+    sim.exit("tune-a1-0-abcde", 137)
+    sim.reconcile("tune")
+    assert sim.status("tune")["state"] != "Failed"
+    sim.settings = profiles
+    assert sim.run("tune")["state"] == "Succeeded"
+
+
+def test_a_pod_that_anybody_has_labelled_with_nonsense_stops_no_pass(sim: Simulation) -> None:
+    sim.run("tune", until="Running")
+    labels = {"finetune.dev/job": "tune", "finetune.dev/attempt": "x"}
+    sim.children_of["Pod", "odd"] = {
+        "kind": "Pod",
+        "metadata": {"name": "odd", "namespace": "default", "uid": "u-odd", "labels": labels},
+        "spec": {},
+        "status": {"phase": "Running"},
+    }
+    assert sim.run("tune")["state"] == "Succeeded"
 
 
 def test_an_error_that_comes_again_after_a_step_is_tried_again(sim: Simulation) -> None:
@@ -465,8 +551,8 @@ def test_attempts_that_never_step_back_off(sim: Simulation) -> None:
             sim.reconcile("tune")
             sim.tick()
         starts.append(sim.now)
-        sim.exit(f"tune-a{attempt}-0-abcde", 137)
-        sim.exit(f"tune-a{attempt}-1-abcde", 137)
+        sim.exit(f"tune-a{attempt}-0-abcde", 1)
+        sim.exit(f"tune-a{attempt}-1-abcde", 1)
         sim.step[f"tune-a{attempt}"] = 0
         sim.tick()
         sim.tick()
@@ -771,7 +857,7 @@ def test_a_container_that_a_second_node_cannot_start_either_is_not_the_nodes_fau
         ("StartError", True, True)
     ] * 2
     assert sim.reason("tune", "Failed") == ("True", "NotRetryable")
-    assert sim.message("tune", "Failed").endswith(f" So did attempt 1 end, on node {first}.")
+    assert sim.message("tune", "Failed").endswith(f" Attempt 1 ended the same way, on node {first}.")
 
 
 @pytest.mark.parametrize(("broken", "state"), [(1, "Succeeded"), (2, "Failed")])

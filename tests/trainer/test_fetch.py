@@ -544,7 +544,7 @@ def test_a_folder_of_the_hub_is_read_whole_whatever_its_name(tmp_path, hub, uri)
     files = {f"{inside}/{part}" if inside else part: content for part, content in PARTS.items()}
     kind.files = {"org/name": PLAIN, "/".join(uri.removeprefix("hf://").split("/")[:3]): files}
     config = config_for(tmp_path, "hf://org/name", uri)
-    code, said, _ = init_container(tmp_path, config, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "home"))
+    code, said = init_container(tmp_path, config, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "home"))
     assert code == 0, said
     assert sum(1 for _ in read_rows(fetch(config, tmp_path / "cache").train[0])) == 30
 

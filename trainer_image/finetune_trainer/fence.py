@@ -62,7 +62,7 @@ class Fence:
         found = []
         for number in claims(self.store):
             told = read(self.store, name_of(number))
-            if told.get("run", "") != self.run:
+            if told.get("run", "") not in (self.run, ""):  # without one: of an operator of an older version
                 continue
             for what in ("began", "ended"):
                 told |= read(self.store, f"{name_of(number)}.{what}")
