@@ -21,8 +21,8 @@ SENTENCES: dict[str, str] = {
     "training.learning_rate.",
     Reason.ROWS_TRUNCATED: "Nearly all training rows are cut ({}): the model sees no row to its end. Raise "
     "data.max_length.",
-    Reason.HELD_OUT_ROWS_IN_TRAINING: "Held-out rows stand in the training rows ({}): the evaluation tells nothing "
-    "about what was learned. Take them out of data.train or data.eval.",
+    Reason.HELD_OUT_ROWS_IN_TRAINING: "Held-out rows stand in the training rows ({}): the evaluation "
+    "flatters the result. Take them out of data.train or data.eval.",
     Reason.TOO_FEW_STEPS: "The run has {}: too few to learn from. Raise training.num_train_epochs, lower "
     "gradient_accumulation_steps or per_device_train_batch_size, or add rows.",
 }

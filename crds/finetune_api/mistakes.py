@@ -295,6 +295,13 @@ def _remedy(node: Mapping[str, Any], kind: str, value: Any, field: str) -> str:
     if wanted == "array" and not isinstance(value, list):
         return "write a list, each item on a line that begins with -"
     if wanted == "object":
+        if isinstance(value, str) and "uri" in node.get("properties", {}):
+            uri = (
+                value
+                if "://" in value
+                else f"file://{value if value.startswith('/') else f'./{value}'.replace('././', './')}"
+            )
+            return f"write {{uri: {uri}}}"
         return "write its fields below it"
     if wanted == "string":
         return "shorten it"

@@ -59,9 +59,10 @@ def foreign_parameter(name: str) -> tuple[str, str]:
     """Accepted and remedy, for a parameter that another method has."""
     owners = [method for method, names in METHOD_PARAMETERS.items() if name in names]
     listed = " or ".join(filter(None, (", ".join(owners[:-1]), owners[-1])))
+    of_lora = f" (lora calls it lora_{name})" if f"lora_{name}" in METHOD_PARAMETERS["lora"] else ""
     return (
         f"{name} with spec.method.type {listed}",
-        f"remove it, or set spec.method.type: {listed if len(owners) < 4 else 'one of these'}",
+        f"remove it{of_lora}, or set spec.method.type: {listed if len(owners) < 4 else 'one of these'}",
     )
 
 

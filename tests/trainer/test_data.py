@@ -116,7 +116,7 @@ def test_several_bad_rows_are_named_at_once(model, tmp_path, cache):
         prepared(model, tmp_path, rows)
     assert error.value.cause is Cause.INVALID_DATA
     message = error.value.message
-    assert "by 2 rows: train.jsonl:2: output is missing" in message
+    assert "2 rows are not in the format 'alpaca': train.jsonl:2: output is missing" in message
     assert "train.jsonl:3: output is a number; accepted: a text" in message
 
 

@@ -77,7 +77,7 @@ def test_the_command(root, what):
         assert "row 1" in result.stdout and "row 2" not in result.stdout
     else:
         assert result.returncode == 1
-        assert "rows.jsonl is not in the format 'alpaca', by 1 rows: rows.jsonl:4: output is missing" in result.stderr
+        assert "rows.jsonl: 1 row is not in the format 'alpaca': rows.jsonl:4: output is missing" in result.stderr
 
 
 def _path():

@@ -324,6 +324,13 @@ def test_a_missing_tokenizer_is_named(tmp_path):
         load_tokenizer(tmp_path / "model", make_config(tmp_path))
 
 
+def test_a_folder_of_gguf_files_is_told_as_such(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RunError, match=r"holds GGUF files: name one in spec\.model\.gguf_file.*tiny\.gguf"):
+        load_tokenizer(tmp_path / "model", make_config(tmp_path))
+
+
 # --- GGUF -------------------------------------------------------------------------------------------------------
 
 

@@ -425,3 +425,16 @@ def test_lengths_of_time(text: str, value: float) -> None:
 def test_methods_keep_their_own_defaults() -> None:
     assert Qlora(type="qlora").bnb_4bit_quant_type == "nf4"
     assert Full(type="full").model_dump() == {"type": "full"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("spec.data.train", ["rows.jsonl"], "write {uri: file://./rows.jsonl}"),
+        ("spec.output", "./out", "write {uri: file://./out}"),
+        ("spec.output", "s3://team/out", "write {uri: s3://team/out}"),
+        ("spec.method", {"type": "lora", "alpha": 16}, "lora calls it lora_alpha"),
+    ],
+)
+def test_a_remedy_is_what_was_most_likely_meant(field: str, value: Any, remedy: str) -> None:
+    assert any(remedy in mistake.text() for mistake in mistakes_of({field: value}))

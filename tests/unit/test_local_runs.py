@@ -235,8 +235,9 @@ def test_a_finished_job_is_not_run_again_unless_asked(bench: Bench) -> None:
     watch = Watch()
     assert bench.run(watch).state == "Succeeded"
     assert watch.said == [
-        "tiny has already succeeded. With more rows or epochs, --set checkpoint.resume=always trains it on; --fresh "
-        "trains it again from the start, and keeps what there is."
+        "tiny has already succeeded; its rows are not looked at again. To learn rows that were added or changed, add "
+        "--fresh: it trains from the start, and keeps what there is. With more epochs, --set checkpoint.resume=always "
+        "trains it on; few are too few, at the end of its schedule."
     ]
     assert bench.status(bench.cluster()).attempts[-1].number == 1
     bench.write(job(bench.home, training={"learning_rate": 0.5}))

@@ -17,8 +17,13 @@ def tokenizer_folder(model: Path, adapters: Iterable[Path]) -> Path:
 
     An adapter was trained with its own tokenizer: the chat template and the end token are those it answers by.
     """
-    bring = [folder for folder in adapters if any((folder / name).is_file() for name in _VOCABULARIES)]
+    bring = [folder for folder in adapters if has_tokenizer(folder)]
     return bring[-1] if bring else model
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """A tokenizer's vocabulary lies in the folder."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def described(folder: Path, uri: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from finetune_api.causes import Cause
 from finetune_api.methods import Qlora
 from finetune_api.run import TrainerConfig
-from finetune_trainer.adapter_files import tokenizer_folder
+from finetune_trainer.adapter_files import has_tokenizer, tokenizer_folder
 from finetune_trainer.fetching.wanted import no_safetensors
 from finetune_trainer.generate import end_tokens
 from finetune_trainer.gguf import converted
@@ -110,6 +110,8 @@ def load_tokenizer(path: Path, config: TrainerConfig, adapters: Iterable[Path] =
     with _explained(f"the tokenizer of {config.model.uri}"):
         path = _readable(path, config)
         words = tokenizer_folder(path, adapters)
+        if words == path and not has_tokenizer(path) and (files := sorted(path.glob("*.gguf"))):
+            raise no_safetensors(config.model.uri, [file.name for file in files])
         tokenizer = AutoTokenizer.from_pretrained(
             words, local_files_only=True, trust_remote_code=config.model.trust_remote_code
         )

@@ -93,7 +93,8 @@ def _told(checkpoints: Sequence[Path], results: Sequence[Path]) -> Iterator[str]
         yield f"{count} checkpoint{'s' * (count != 1)} ({_size(checkpoints)}) in {checkpoints[0].parent}"
     if results:
         report = " with its report" if any(path.name == REPORT[0] for path in results) else ""
-        yield f"a result{report} ({_size(results)}) in {results[0].parent}"
+        what = f"a result{report}" if any(path.name not in REPORT for path in results) else "a report"
+        yield f"{what} ({_size(results)}) in {results[0].parent}"
 
 
 def finished(document: Document, root: Path) -> Path | None:

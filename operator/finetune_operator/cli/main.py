@@ -132,7 +132,8 @@ def run(
     from the newest checkpoint, and job:// inputs are trained first. Paths like file://./data.jsonl are relative to
     the file they stand in. Storage credentials are taken from your environment (AWS_ACCESS_KEY_ID, HF_TOKEN ...).
 
-    Ctrl-C saves a checkpoint and stops; the same command goes on from there. Ctrl-C twice stops at once.
+    Ctrl-C saves a checkpoint and stops; the same command (without --fresh) goes on from there. Ctrl-C twice stops at
+    once.
     """
     if fresh and resume:
         raise RefusedError(["--fresh begins at step 0, --resume goes on: accepted is one."])
@@ -152,7 +153,7 @@ def run(
         raise RefusedError([f"{error.filename or state_dir}: {error.strerror or error}."]) from error
     finally:
         cluster.close()
-    sys.exit(_outcome(documents, cluster, bool(runner.interruptions)))
+    sys.exit(_outcome(documents, cluster, bool(runner.interruptions), fresh))
 
 
 def _what_to_do(left: str) -> Choice:
@@ -183,8 +184,9 @@ def _stopping(runner: Runner, say: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _outcome(documents: Sequence[Document], cluster: LocalCluster, interrupted: bool) -> int:
+def _outcome(documents: Sequence[Document], cluster: LocalCluster, interrupted: bool, fresh: bool) -> int:
     """Tell what came of every job; the exit code."""
+    same = "The same command without --fresh" if fresh else "The same command"
     states, causes = [], []
     for document in documents:
         folder = cluster.folder(*document.key)
@@ -200,11 +202,11 @@ def _outcome(documents: Sequence[Document], cluster: LocalCluster, interrupted: 
     if all(state == State.SUCCEEDED for state in states):
         return 0
     if interrupted or State.SUSPENDED in states:
-        click.echo("The same command goes on from there.")
+        click.echo(f"{same} goes on from there.")
     if interrupted:
         return INTERRUPTED
     if State.FAILED in states:
-        click.echo("\nThe same command, when the cause is mended, tries again from the newest checkpoint.")
+        click.echo(f"\n{same}, when the cause is mended, tries again from the newest checkpoint.")
         if Cause.CHECKPOINT_MISMATCH in causes:
             click.echo("To train on from it with what has changed, add: --set checkpoint.resume=always")
     return FAILED

@@ -85,8 +85,9 @@ def prepare(
         before, changes = status_of(job), _changes(cluster, document)
         if before.state == State.SUCCEEDED and fresh is None and not changes:
             say(
-                f"{name} has already succeeded. With more rows or epochs, --set checkpoint.resume=always trains it on; "
-                "--fresh trains it again from the start, and keeps what there is."
+                f"{name} has already succeeded; its rows are not looked at again. To learn rows that were added or "
+                "changed, add --fresh: it trains from the start, and keeps what there is. With more epochs, --set "
+                "checkpoint.resume=always trains it on; few are too few, at the end of its schedule."
             )
         else:
             if fresh is not None:
@@ -176,8 +177,10 @@ def _cannot_run(cluster: LocalCluster, document: Document, given: set[Key], fres
         ]
     elif not changes and not fresh and not before.attempts and (output := finished(document, cluster.root)):
         mistakes.append(
-            f"{label}: spec.output.uri: a finished result lies in {output}, and this run is not the one that made it; "
-            "accepted: a folder without a result. Name another one, or add --fresh: what is there is kept beside it."
+            f"{label}: spec.output.uri: a finished result lies in {output}, and the state folder {cluster.root} does "
+            "not know the run that made it; accepted: a folder without a result. Start from the directory that you "
+            "began in, or name its state folder by --state-dir; or name another output, or add --fresh: what is there "
+            "is kept beside it."
         )
     return mistakes
 

@@ -59,10 +59,12 @@ class BadRows:
     def _error(self, more: str) -> RunError:
         allowed = f", and data.max_bad_rows is {self._limit}" if self._limit else ""
         named = "; ".join(self.named)
+        rows = "1 row is" if self.count == 1 else f"{self.count} rows are"
+        limit = "data.max_bad_rows" + (f": {self.count}" if not more else "")
         return RunError(
             Cause.INVALID_DATA,
-            f"{self._uri} is not in the format {self.format!r}, by {self.count} rows{more}{allowed}: {named}. "
-            "Correct them, or allow as many by data.max_bad_rows: they are left out.",
+            f"{self._uri}: {rows} not in the format {self.format!r}{more}{allowed}: {named}. Correct them, or leave "
+            f"them out by {limit}.",
         )
 
 
