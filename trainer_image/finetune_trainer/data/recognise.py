@@ -44,10 +44,12 @@ def recognise(rows: Sequence[Row], wanted: type) -> str:
         raise UnknownFormatError(
             f"the rows (columns {columns}) could be read as {' or as '.join(fitting)}. Set format to one of them."
         )
-    listed = "; ".join(f"{name} ({', '.join(entry.needs)})" for name, entry in TABLE.items())
+    serving = {name: entry for name, entry in TABLE.items() if accepts(entry.kind, wanted)}
+    listed = "; ".join(f"{name} ({', '.join(entry.needs)})" for name, entry in serving.items())
     raise UnknownFormatError(
         f"the rows (columns {columns}) are in no format that is known. Set format, and columns where they have other "
-        f"names, e.g. {{question: instruction, reply: output}}. Formats and the columns they need: {listed}."
+        f"names, e.g. {{question: instruction, reply: output}} (finetune evaluate: --column question=instruction). "
+        f"Formats for this stage and the columns they need: {listed}."
     )
 
 
