@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from finetune_api.base import DURATION
 from finetune_api.methods import DEFAULT_METHOD, METHODS
 from finetune_api.reinforcement import FUNCTION
-from finetune_api.spec import SHARD_SIZE, FineTuneJobSpec
+from finetune_api.spec import SHARD_SIZE, SPLIT, FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_api.uris import DATA_URI, MODEL_URI, NAME, STORAGE_URI
 
@@ -275,6 +275,10 @@ PATTERNS: dict[str, tuple[str, str]] = {
         "use the name the object has",
     ),
     FUNCTION: ("the name of a Python function", "write only its name; the file goes into uri"),
+    SPLIT: (
+        "the name of a split, e.g. train or validation",
+        "write a name alone; for a part of its rows, name files: hf://datasets/ORG/NAME/PATH",
+    ),
     SHARD_SIZE: ("a size with its unit MB, GB, MiB or GiB, e.g. 5GB", "add the unit"),
     DURATION: ("a length of time such as 90s, 10m or 1h30m", "write a number and its unit ms, s, m or h"),
 }

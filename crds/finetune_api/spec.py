@@ -23,6 +23,7 @@ from finetune_api.stages import (
 )
 from finetune_api.uris import DataUri, ModelUri, Name, StorageUri
 
+SPLIT = r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$"
 SHARD_SIZE = r"^[0-9]+(\.[0-9]+)?(MB|GB|MiB|GiB)$"
 
 Stage = Literal[
@@ -130,7 +131,7 @@ class DataSource(HyperModel):
     weight: float = Field(1.0, gt=0, le=1000)
     """How often the rows of this source are seen in one epoch: 2 is twice, 0.5 a fresh half each epoch.
     Training only."""
-    split: str = Field("train", max_length=128)
+    split: str = Field("train", pattern=SPLIT, max_length=128)
     """Split of a hub data set; only for hf://."""
     revision: str = Field("main", max_length=256)
     """Branch, tag or commit; only for hf://."""

@@ -363,6 +363,12 @@ BAD: tuple[Bad, ...] = (
         "a secret with a bad name", {"spec.credentials.secretName": "My_Secret"}, "spec.credentials.secretName", "lower"
     ),
     Bad("a profile with a bad name", {"spec.profile": "H100!"}, "spec.profile", "lower-case letters"),
+    Bad(
+        "a part of a split",
+        {"spec.data.train": [{"uri": "hf://datasets/org/name", "split": "train[:90%]"}]},
+        "spec.data.train[0].split",
+        "write a name alone",
+    ),
     Bad("a size without a unit", {"spec.output.max_shard_size": "5"}, "spec.output.max_shard_size", "add the unit"),
     # ---- the model and the sources, over several fields
     Bad(

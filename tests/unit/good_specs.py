@@ -104,7 +104,7 @@ GOOD: tuple[Good, ...] = (
         {
             "spec.data": {
                 "train": [
-                    {"uri": "hf://datasets/a/b", "split": "train[:90%]", "revision": "abc", "weight": 0.5},
+                    {"uri": "hf://datasets/a/b", "split": "validation", "revision": "abc", "weight": 0.5},
                     {"uri": "hf://datasets/a/b", "split": "test", "format": "messages"},
                     {"uri": "pvc://claim/rows.json"},
                     {"uri": "file:///data/rows.parquet"},
