@@ -97,7 +97,8 @@ def test_one_replica_leads_and_both_are_ready(replicas: list[OperatorProcess]) -
     first, second = replicas
     for replica in replicas:
         assert replica.get("/healthz") == (200, "ok\n")
-        assert replica.get("/readyz") == (200, "ok\n")  # else a Deployment of two would never be available
+        # Also the one that does not lead, else a Deployment of two would never be available.
+        replica.wait_until("it is ready", lambda replica=replica: replica.get("/readyz") == (200, "ok\n"))  # type: ignore[misc]
     assert (first.metric("finetune_operator_leader"), second.metric("finetune_operator_leader")) == (1, 0)
 
 
