@@ -38,6 +38,10 @@ def format_time(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+OVER = ("Succeeded", "Failed")
+"""Phases of a pod all of whose containers have ended."""
+
+
 @dataclass(frozen=True)
 class Exit:
     """How a container ended."""
@@ -133,7 +137,7 @@ class Pod:
     @property
     def over(self) -> bool:
         """All its containers have ended: it holds no GPU any more."""
-        return self.phase in ("Succeeded", "Failed")
+        return self.phase in OVER
 
     @property
     def failed_container(self) -> str:
@@ -296,32 +300,38 @@ def observe(name: str, children: Iterable[dict[str, Any]], uid: str = "") -> Obs
     gangs, pods = [], []
     config, spec = None, None
     own = list(filter(whose.ours, everything))
+    told = [c for c in everything if c["kind"] == "Event"]
     reading = [c for c in own if _reads(c)]
     for child in own:
         kind = child["kind"]
         if _reads(child):
             continue
         if kind == "Job":
-            gangs.append(_job(child, [c for c in everything if c["kind"] == "Event"]))
+            gangs.append(_job(child, told))
         elif kind == "Pod":
             pods.append(_pod(child))
         elif kind == "ConfigMap" and child["metadata"]["name"] == config_name(name):
             data = child.get("data") or {}
             config = TrainerConfig.model_validate_json(data["config.json"])
             spec = json.loads(data["spec.json"])
-    earlier = [c for c in everything if whose.earlier(c)]
-    leaving = [c for c in everything if "deletionTimestamp" in c["metadata"] and (whose.ours(c) or c in earlier)]
-    strangers = [_pod(c) for c in everything if c["kind"] == "Pod" and not whose.ours(c) and c not in earlier]
+    ours_or_earlier = [c for c in everything if whose.ours(c) or whose.earlier(c)]
+    leaving = [c for c in ours_or_earlier if "deletionTimestamp" in c["metadata"]]
+    # Of a stranger only what everybody's pods have is read: its labels may say anything.
+    strangers = [c for c in everything if c["kind"] == "Pod" and not (whose.ours(c) or whose.earlier(c))]
     return Observed(
         jobs=tuple(gangs),
         pods=tuple(pods),
         frozen_config=config,
         frozen_spec=spec,
-        earlier=bool(earlier),
+        earlier=len(ours_or_earlier) > len(own),
         leaving=tuple(_leaving(c) for c in leaving),
-        strangers=tuple(p.name for p in strangers if p.phase not in ("Succeeded", "Failed")),
-        readers=tuple(_readers(reading, [c for c in everything if c["kind"] == "Event"])),
+        strangers=tuple(c["metadata"]["name"] for c in strangers if not _is_over(c)),
+        readers=tuple(_readers(reading, told)),
     )
+
+
+def _is_over(pod: Object) -> bool:
+    return (pod.get("status") or {}).get("phase") in OVER
 
 
 def _reads(child: Object) -> bool:
@@ -442,8 +452,9 @@ def _pod(child: dict[str, Any]) -> Pod:
     deletion_time = parse_time(metadata.get("deletionTimestamp"))
     grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
     unschedulable = scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else ""
-    exits = [_exit(c, ended, commands) for c in containers if (ended := _ended(c, beside))]
-    steps = [parse_time(status.get("startTime")), *(e.finished for e in exits if e.container not in beside)]
+    ends = [_exit(c, ended, commands) for c in containers if (ended := _ended(c, beside))]
+    exits = tuple(e for e in ends if e.container not in beside)
+    steps = [parse_time(status.get("startTime")), *(e.finished for e in exits)]
     return Pod(
         name=metadata["name"],
         attempt=_attempt(child),
@@ -466,8 +477,8 @@ def _pod(child: dict[str, Any]) -> Pod:
         disruption=_true_condition(child, "DisruptionTarget").get("reason", ""),
         gates=tuple(gate["name"] for gate in (child.get("spec") or {}).get("schedulingGates") or []),
         gpus=_gpus(child),
-        exits=tuple(e for e in exits if e.container not in beside),
-        sidecars=tuple(e for e in exits if e.container in beside),
+        exits=exits,
+        sidecars=tuple(e for e in ends if e.container in beside),
         created=parse_time(metadata.get("creationTimestamp")),
         started=any(_state(c).keys() & {"running", "terminated"} for c in containers),
         preparing=next((c["name"] for c in containers if "running" in _state(c) and c["name"] in init), ""),

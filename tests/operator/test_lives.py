@@ -273,6 +273,7 @@ def test_a_failure_while_the_profile_is_missing_is_counted_against_the_limit_of_
 def test_a_pod_that_anybody_has_labelled_with_nonsense_stops_no_pass(sim: Simulation) -> None:
     sim.run("tune", until="Running")
     labels = {"finetune.dev/job": "tune", "finetune.dev/attempt": "x"}
+    labels["batch.kubernetes.io/job-completion-index"] = "y"
     sim.children_of["Pod", "odd"] = {
         "kind": "Pod",
         "metadata": {"name": "odd", "namespace": "default", "uid": "u-odd", "labels": labels},

@@ -40,7 +40,7 @@ def torch_errors() -> list[tuple[BaseException, Cause, str]]:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), Cause.OUT_OF_MEMORY, "memory"),
         (MemoryError(), Cause.OUT_OF_MEMORY, "host's memory"),
         (ModuleNotFoundError("No module named 'wandb'"), Cause.INVALID_CONFIGURATION, "lacks a Python package"),
-        (OSError(errno.ENOSPC, "No space left on device", "/work/x"), Cause.OUT_OF_DISK, "cache.sizeLimit"),
+        (OSError(errno.ENOSPC, "No space left on device", "/scratch/x"), Cause.OUT_OF_DISK, "cache.sizeLimit"),
         (
             dist.DistBackendError(
                 "NCCL error in: …, unhandled system error. Last error:\nError while creating shared memory segment "

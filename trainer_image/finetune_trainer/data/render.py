@@ -64,8 +64,8 @@ class Renderer:
         self._ends = tuple({*tokenizer.all_special_tokens, *added})
         templates = tokenizer.chat_template
         self._templates: dict[str, str] = templates if isinstance(templates, dict) else {"": str(templates)}
-        written = "\n".join(self._templates.values())
-        named = [name for name in THOUGHTS if re.search(rf"""[.'"]{name}\b""", written)]
+        self._written = "\n".join(self._templates.values())
+        named = [name for name in THOUGHTS if re.search(rf"""[.'"]{name}\b""", self._written)]
         self._thoughts = named or THOUGHTS[:1]
         """What the template calls an answer's thoughts."""
 
@@ -109,10 +109,9 @@ class Renderer:
 
     def _check_tools(self, messages: list[Message], tools: list[Any]) -> None:
         """BadRowError where the template would leave out functions or calls without a word."""
-        template = "\n".join(self._templates.values())
         called = any(message.get("tool_calls") for message in messages)
         for used, field in ((bool(tools), "tools"), (called, "tool_calls")):
-            if used and field not in template:
+            if used and field not in self._written:
                 raise BadRowError(
                     f"the row has {field}, which the chat template does not write; give another data.chat_template "
                     "(qwen writes them)"
